@@ -1,0 +1,175 @@
+"""The disentanglement metrics against values of disentanglement_lib and of GlanceNets' CelebA recipe.
+
+Every size, seed and setting comes from the files; arrays there are (codes, points) and (factors, points).
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from golden_cases import check_complete, load
+from numpy.random import RandomState
+
+from common.metrics import disentanglement as dis
+from common.metrics.disentanglement_points import Arrays, Grid, Split
+
+COVERED = {
+    f"metric_{name}.npz" for name in ("mig", "sap", "irs", "dci", "factor_vae", "beta_vae", "sampling", "dci_linear")
+}
+
+
+def split_of(golden):
+    """The stored training and test points, points first."""
+    return Split(golden["mus_train"].T, golden["ys_train"].T, golden["mus_test"].T, golden["ys_test"].T)
+
+
+def arrays_of(golden):
+    data = split_of(golden)
+    return Arrays(data.codes, data.factors, data.codes_test, data.factors_test)
+
+
+def test_the_folder_is_covered():
+    check_complete("glancenet", COVERED, only=("metric_*.npz",))
+
+
+def test_mig_and_modularity():
+    golden = load("glancenet", "metric_mig")
+    codes, factors = golden["mus"].T, golden["ys"].T
+    binned = dis.discretize(codes, int(golden["num_bins"]))
+    np.testing.assert_array_equal(binned.T, golden["discretized"])
+    information = dis.mutual_information(binned, factors)
+    np.testing.assert_allclose(information, golden["mutual_info"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(dis.entropies(factors), golden["entropy"], rtol=0, atol=1e-9)
+    assert dis.modularity_score(information) == pytest.approx(float(golden["modularity"]), abs=1e-9)
+    if int(golden["num_bins"]) == dis.BINS:
+        assert dis.mig(Arrays(codes, factors))["discrete_mig"] == pytest.approx(float(golden["mig"]), abs=1e-9)
+    gap = dis.best_gap(information) / dis.entropies(factors)
+    assert gap.mean() == pytest.approx(float(golden["mig"]), abs=1e-9)
+
+
+def test_sap():
+    golden = load("glancenet", "metric_sap")
+    data = split_of(golden)
+    np.testing.assert_allclose(dis.sap_matrix(data), golden["score_matrix"], rtol=0, atol=0.01)
+    assert dis.sap_score(arrays_of(golden))["SAP_score"] == pytest.approx(float(golden["sap"]), abs=0.01)
+    continuous = dis.squared_correlations(data.codes, data.factors)
+    np.testing.assert_allclose(continuous, golden["score_matrix_continuous"], rtol=0, atol=1e-9)
+    assert dis.best_gap(continuous).mean() == pytest.approx(float(golden["sap_continuous"]), abs=1e-9)
+
+
+def test_irs():
+    golden = load("glancenet", "metric_irs")
+    codes, factors = golden["mus"].T, golden["ys"].T
+    binned = dis.discretize(factors)
+    np.testing.assert_array_equal(binned.T, golden["ys_discretized"])
+    active = golden["active_rows"]
+    details = dis.irs_details(codes[:, active], binned)
+    np.testing.assert_allclose(details["matrix"], golden["irs_matrix"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(details["scores"], golden["disentanglement_scores"], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(details["max_deviations"], golden["max_deviations"], rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(details["parents"], golden["parents"])
+    at_maximum = dis.irs_details(codes[:, active], binned, quantile=1.0)
+    assert at_maximum["irs"] == pytest.approx(float(golden["irs_quantile1"]), abs=1e-9)
+    scores = dis.irs(Arrays(codes, factors))
+    assert scores["IRS"] == pytest.approx(float(golden["irs"]), abs=1e-9)
+    assert scores["num_active_dims"] == len(active)
+
+
+def test_dci():
+    golden = load("glancenet", "metric_dci")
+    importance, train, test = dis.dci_importance(split_of(golden))
+    np.testing.assert_allclose(importance, golden["importance"], rtol=0, atol=0.02)
+    assert train == pytest.approx(float(golden["informativeness_train"]), abs=0.02)
+    assert test == pytest.approx(float(golden["informativeness_test"]), abs=0.02)
+    for prefix in ("", "rerun_"):  # the reference with two numpy seeds
+        assert dis.disentanglement_of(importance)[0] == pytest.approx(
+            float(golden[prefix + "disentanglement"]), abs=0.02
+        )
+    assert dis.completeness_of(importance)[0] == pytest.approx(float(golden["completeness"]), abs=0.02)
+    assert test == pytest.approx(float(golden["rerun_informativeness_test"]), abs=0.02)
+
+
+def test_dci_from_importances():
+    golden = load("glancenet", "metric_dci")
+    total, per_code = dis.disentanglement_of(golden["importance"])
+    assert total == pytest.approx(float(golden["disentanglement"]), abs=1e-9)
+    np.testing.assert_allclose(per_code, golden["disentanglement_per_code"], rtol=0, atol=1e-9)
+    total, per_factor = dis.completeness_of(golden["importance"])
+    assert total == pytest.approx(float(golden["completeness"]), abs=1e-9)
+    np.testing.assert_allclose(per_factor, golden["completeness_per_factor"], rtol=0, atol=1e-9)
+    nothing = np.zeros_like(golden["importance"])
+    assert dis.disentanglement_of(nothing)[0] == pytest.approx(float(golden["zero_disentanglement"]), abs=1e-9)
+    assert dis.completeness_of(nothing)[0] == pytest.approx(float(golden["zero_completeness"]), abs=1e-9)
+    example = golden["paper_example_B"]
+    assert dis.disentanglement_of(example)[0] == pytest.approx(float(golden["paper_example_alignment"]), abs=1e-9)
+    assert dis.completeness_of(example)[0] == pytest.approx(float(golden["paper_example_completeness"]), abs=1e-9)
+
+
+def test_factor_vae():
+    golden = load("glancenet", "metric_factor_vae")
+    variance = golden["variance_reps"].var(axis=0, ddof=1)
+    np.testing.assert_allclose(variance, golden["global_variance"], rtol=1e-9)
+    active = np.sqrt(variance) >= dis.PRUNE_STD
+    np.testing.assert_array_equal(active, golden["active"])
+    assert golden["batches"].shape[1] == int(golden["batch_size"])
+    code = dis.factor_vae_argmin(golden["batches"], variance, active)
+    np.testing.assert_array_equal(code, golden["argmin"])
+    train, total = int(golden["n_train"]), int(golden["n_train"]) + int(golden["n_eval"])
+    shape, factor = golden["votes_train"].shape, golden["factor_index"]
+    votes = dis.count_votes(factor[:train], code[:train], *shape)
+    votes_test = dis.count_votes(factor[train:total], code[train:total], *shape)
+    np.testing.assert_array_equal(votes, golden["votes_train"])
+    np.testing.assert_array_equal(votes_test, golden["votes_eval"])
+    accuracies = dis.factor_vae_accuracies(votes, votes_test)
+    assert accuracies["train_accuracy"] == pytest.approx(float(golden["train_accuracy"]), abs=1e-12)
+    assert accuracies["eval_accuracy"] == pytest.approx(float(golden["eval_accuracy"]), abs=1e-12)
+
+
+def test_beta_vae():
+    golden = load("glancenet", "metric_beta_vae")
+    train, total = int(golden["n_train"]), int(golden["n_train"]) + int(golden["n_eval"])
+    points, labels = golden["points"], golden["labels"]
+    accuracies = dis.beta_vae_accuracies(points[:train], labels[:train], points[train:total], labels[train:total])
+    assert accuracies["train_accuracy"] == pytest.approx(float(golden["train_accuracy"]), abs=0.01)
+    assert accuracies["eval_accuracy"] == pytest.approx(float(golden["eval_accuracy"]), abs=0.01)
+
+
+def test_sampling():
+    golden = load("glancenet", "metric_sampling")
+    sizes = golden["factor_sizes"]
+    data = SimpleNamespace(
+        factor_sizes=sizes,
+        index_of=lambda f: np.ravel_multi_index(tuple(f.T), tuple(sizes)),
+        images_at=lambda index: index,
+    )
+    asked = []
+
+    def remember(index):
+        asked.extend(index)
+        return np.stack([index, index], axis=1).astype(np.float64)
+
+    grid = Grid(data, remember)
+    assert int(golden["batch_size"]) == 16  # the protocol's; `Grid` has no other
+    points = grid.split(int(golden["num_train"]), int(golden["num_test"]), RandomState(int(golden["seed"])))
+    np.testing.assert_array_equal(points.factors.T, golden["ys_train"])
+    np.testing.assert_array_equal(points.factors_test.T, golden["ys_test"])
+    # the codes are the image indices here, so the table look-up is checked with them
+    np.testing.assert_array_equal(np.concatenate([points.codes, points.codes_test])[:, 0], golden["image_index"])
+    assert sorted(asked) == sorted(set(golden["image_index"].tolist())), "each image is encoded once"
+
+
+def test_celeba_recipe():
+    golden = load("glancenet", "metric_dci_linear")
+    hair = golden["hair_columns"]
+    one_colour = golden["g"][:, hair].sum(axis=1) == 1
+    np.testing.assert_array_equal(dis.celeba_categories(golden["z"][one_colour], hair), golden["z_cat"])
+    np.testing.assert_array_equal(dis.celeba_categories(golden["g"][one_colour], hair), golden["g_cat"])
+    scores = dis.dci_celeba(golden["z"], golden["g"], hair)
+    # unregularised directions of an l1 fit move with the solver; the weights themselves go up to 13
+    np.testing.assert_allclose(scores["importance"], golden["importance"], rtol=1e-3, atol=1e-3)
+    for key in ("alignment", "completeness", "explicitness"):
+        assert scores[key] == pytest.approx(float(golden[key]), abs=1e-3)
+    per_latent = dis.disentanglement_of(scores["importance"])[1]
+    np.testing.assert_allclose(per_latent, golden["alignment_per_latent"], rtol=0, atol=1e-3)
+    per_factor = dis.completeness_of(scores["importance"])[1]
+    np.testing.assert_allclose(per_factor, golden["completeness_per_factor"], rtol=0, atol=1e-3)
