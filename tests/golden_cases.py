@@ -1,7 +1,8 @@
 """Where the golden vectors of a paper lie, and how a test reads them.
 
 The folder is `tests/golden/<paper>` unless the environment variable GOLDEN_DIR names another one: either the
-paper's own folder or a folder that holds one sub-folder a paper. Files of the same schema with other seeds and shapes may
+paper's own folder or a folder that holds one sub-folder a paper. Files of the same schema with other seeds and shapes
+may
 lie there, so a test takes every size from the file.
 """
 

@@ -1,0 +1,257 @@
+"""Files that survive: atomic writes, the full state for an exact resume, small weights for inference.
+
+Two artefacts a run: `save_state` (everything, read by `weights_only=True`) and `save_weights` (safetensors + a JSON
+config).
+"""
+
+import errno
+import json
+import os
+import pickle
+import random
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+FORMAT_VERSION = 1
+_KEYS = ("format_version", "kind", "state")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file that takes the name `path` only when the block ends well.
+
+    Written to a temporary file in the same folder, flushed to the disk, renamed. On any error the temporary file is
+    removed and an older `path` stays as it was. Raises UserError when the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if _disk_full(error):
+            kept = "; the older file is kept" if path.exists() else ""
+            raise UserError(f"cannot write {path}: the disk is full (or over its quota){kept}") from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; some file systems refuse fsync on a folder, and then there is nothing more to do."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _disk_full(error: BaseException) -> bool:
+    # torch wraps a failed write of its archive into RuntimeError and keeps the cause as context
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`value` as indented JSON with sorted keys, written atomically."""
+    text = json.dumps(value, indent=2, sort_keys=True, default=str)
+    with atomic_write(path) as file:
+        file.write((text + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises UserError when it is missing or is not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not a readable JSON file ({str(error)[:120]}); restore or delete it") from error
+
+
+def save_state(path: str | Path, kind: str, **state: Any) -> None:
+    """Write the full state of a run (tensors, numbers, strings, lists and dicts of them) atomically.
+
+    `kind` names the writer ("lbae", ...) and is checked by `load_state`.
+    """
+    with atomic_write(path) as file:
+        torch.save({"format_version": FORMAT_VERSION, "kind": kind, "state": _plain(state)}, file)
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays as python numbers and tensors, paths as strings: what a `weights_only` load accepts."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value) if type(value) in (list, tuple) else list(map(_plain, value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def load_tensors(path: str | Path, map_location: Any = "cpu") -> Any:
+    """What `torch.save` wrote at `path`, read with `weights_only=True`.
+
+    Raises UserError when the file is missing, truncated, foreign, or holds anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is refused: it is damaged, or holds more than tensors and plain values ({str(error)[:80]})"
+        ) from error
+    except (
+        Exception
+    ) as error:  # torch raises many types on damaged archives: RuntimeError, EOFError, KeyError, struct.error ...
+        raise UserError(
+            f"{path} is truncated or is no PyTorch file ({type(error).__name__}); use an older checkpoint"
+        ) from error
+
+
+def load_state(path: str | Path, kind: str, map_location: Any = "cpu") -> dict[str, Any]:
+    """The state that `save_state(path, kind, ...)` wrote.
+
+    Raises UserError for a missing, truncated or foreign file, one of another `kind`, and one of a newer format.
+    """
+    data = load_tensors(path, map_location)
+    if not isinstance(data, dict) or any(key not in data for key in _KEYS):
+        raise UserError(f"{path} is not a checkpoint of this repository")
+    if not isinstance(data["format_version"], int) or data["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {data['format_version']}, this version reads up to {FORMAT_VERSION}; "
+            "update the repository"
+        )
+    if data["kind"] != kind:
+        raise UserError(f"{path} is a checkpoint of '{data['kind']}', expected '{kind}'")
+    return data["state"]
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of python's, numpy's and torch's generators (CPU and every CUDA device), as plain values."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Set every generator as `rng_state` found it; CUDA states are taken for the devices that exist here."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available():
+        for index, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(one.cpu(), index)
+
+
+def save_weights(path: str | Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Weights for inference: `<path>` (safetensors) and `<stem>.json` beside it (the config)."""
+    from safetensors.torch import save
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"weights are stored as .safetensors, not {path.name}")
+    payload = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    write_json(path.with_suffix(".json"), config)
+    with atomic_write(path) as file:
+        file.write(payload)
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the config that `save_weights` wrote. Raises UserError for missing or damaged files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at {path}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged or is no safetensors file ({str(error)[:80]})") from error
+    config = read_json(path.with_suffix(".json"))
+    if not isinstance(config, dict):
+        raise UserError(f"{path.with_suffix('.json')} does not hold a config")
+    return tensors, config
+
+
+def load_into(module: torch.nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """`module.load_state_dict(tensors)`, strictly; a mismatch is one UserError line that names the first differing
+    entries.
+    """
+    expected = module.state_dict()
+    missing = [key for key in expected if key not in tensors]
+    unknown = [key for key in tensors if key not in expected]
+    shapes = [
+        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected
+        if key in tensors and tensors[key].shape != expected[key].shape
+    ]
+    problems = [
+        f"{what}: {', '.join(items[:3])}{' ...' if len(items) > 3 else ''}"
+        for what, items in (("missing", missing), ("unknown", unknown), ("other shape", shapes))
+        if items
+    ]
+    if problems:
+        raise UserError(f"{source} does not fit this model ({'; '.join(problems)}); check the configuration")
+    module.load_state_dict(tensors)
+
+
+def prune(folder: str | Path, pattern: str, keep: int) -> list[Path]:
+    """Remove all but the `keep` files with the highest last number in their names; returns what was removed."""
+    if keep < 1:
+        raise ValueError("keep at least one file")
+
+    def number(path: Path) -> int:
+        found = re.findall(r"\d+", path.stem)
+        return int(found[-1]) if found else -1
+
+    files = sorted(Path(folder).glob(pattern), key=lambda path: (number(path), path.name))
+    removed = files[:-keep]
+    for path in removed:
+        path.unlink()
+    return removed

@@ -1,0 +1,87 @@
+"""Pictures: one rounding rule, mosaics, PNG/JPEG/GIF writers. Nothing here changes the caller's tensors."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.checkpoint import atomic_write
+from common.errors import UserError
+
+
+def to_uint8(x: Tensor | np.ndarray) -> np.ndarray:
+    """Grey levels floor(clip(255 x + 0.5, 0, 255)) of floats in [0, 1], any shape; uint8 passes through. The input is
+    not changed.
+    """
+    array = x.detach().cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    if array.dtype == np.uint8:
+        return array.copy()
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"expected floats in [0, 1] or uint8, got {array.dtype}")
+    return np.floor(np.clip(array * array.dtype.type(255) + array.dtype.type(0.5), 0, 255)).astype(np.uint8)
+
+
+def grid(images: Tensor, columns: int, padding: int = 2, stretch: bool = False) -> Tensor:
+    """(N, C, H, W) floats side by side, `columns` a row, `padding` black pixels around each: (3 or C, rows, width).
+
+    `stretch` scales each image to its own minimum and maximum (contrast is exaggerated; a constant image becomes
+    black).
+    Grey images become three equal channels, as torchvision's make_grid does.
+    """
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"expected at least one image as (N, C, H, W), got {tuple(images.shape)}")
+    if columns < 1:
+        raise ValueError(f"expected at least one column, got {columns}")
+    x = images.detach()
+    if not x.is_floating_point():
+        x = x.float() / 255
+    from torchvision.utils import make_grid
+
+    return make_grid(x, nrow=columns, padding=padding, normalize=stretch, scale_each=stretch)
+
+
+def mosaic(images: Tensor | np.ndarray, columns: int, padding: int = 2, stretch: bool = False) -> np.ndarray:
+    """(N, C, H, W) floats in [0, 1] or uint8 -> one (rows, width, 3) uint8 picture; see `grid`."""
+    x = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+    return to_uint8(grid(x.cpu(), columns, padding, stretch)).transpose(1, 2, 0)
+
+
+def save_image(path: str | Path, picture: np.ndarray, quality: int = 75) -> None:
+    """Write (H, W), (H, W, 1) or (H, W, 3) uint8 as the suffix says (.png or .jpg; `quality` is JPEG's), atomically."""
+    path = Path(path)
+    array = np.asarray(picture)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3)):
+        raise ValueError(f"expected a uint8 picture (H, W[, 1 or 3]), got {array.dtype} {array.shape}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    formats = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+    if path.suffix.lower() not in formats:
+        raise UserError(f"{path}: pictures are written as .png or .jpg")
+    options = {"quality": quality} if formats[path.suffix.lower()] == "JPEG" else {}
+    with atomic_write(path) as file:
+        Image.fromarray(array).save(file, format=formats[path.suffix.lower()], **options)
+
+
+def save_images(folder: str | Path, images: Tensor | np.ndarray, start: int = 0, fmt: str = "png") -> None:
+    """Write each of (N, C, H, W) as `<folder>/<start + i>.<fmt>`; grey images are stored with one channel."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(to_uint8(images).transpose(0, 2, 3, 1)):
+        # thousands of small files: written plainly, since a fsync each would take minutes
+        Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(folder / f"{start + i}.{fmt}")
+
+
+def save_gif(path: str | Path, frames: Sequence[np.ndarray] | np.ndarray, fps: float = 8) -> None:
+    """An endless GIF of (H, W[, 1 or 3]) uint8 frames at `fps` frames a second, written atomically."""
+    pictures = [np.asarray(frame) for frame in frames]
+    if not pictures or any(frame.dtype != np.uint8 or frame.shape != pictures[0].shape for frame in pictures):
+        raise ValueError("expected at least one uint8 frame, all of one shape")
+    if pictures[0].ndim == 3 and pictures[0].shape[2] == 1:
+        pictures = [frame[:, :, 0] for frame in pictures]
+    data = iio.imwrite("<bytes>", np.stack(pictures), extension=".gif", duration=1000 / fps, loop=0)
+    with atomic_write(path) as file:
+        file.write(data)

@@ -1,0 +1,204 @@
+"""Device choice, seeding, data-parallel start, stop signals and the guard against non-finite losses."""
+
+import datetime
+import math
+import os
+import random
+import signal
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from common.errors import NonFiniteError, UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`: `auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:<i>` or `mps`.
+
+    Raises UserError for an unknown name and for a device that this machine does not have.
+    """
+    name = str(name).lower()
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if name == "mps":
+        if not mps:
+            raise UserError("device=mps: this machine has no MPS device; use device=cpu")
+        return torch.device("mps")
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and (not index or index.isdigit()):
+        if not torch.cuda.is_available():
+            raise UserError(f"device={name}: PyTorch sees no CUDA device; use device=cpu")
+        if index and int(index) >= torch.cuda.device_count():
+            raise UserError(f"device={name}: only {torch.cuda.device_count()} CUDA device(s) here, counted from 0")
+        return torch.device(name)
+    raise UserError(f"device={name}: expected auto, cpu, cuda, cuda:<index> or mps")
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed python, numpy and torch (all devices); `deterministic` also forbids kernels whose result varies between
+    runs.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        # cuBLAS reads this variable when its handle is made, hence here and not in the shell
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+
+
+class Distributed:
+    """Data-parallel training under `torchrun`; with a single process every method is the identity.
+
+    `Distributed.start(device)` reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them and joins the process group
+    (nccl
+    on CUDA, gloo elsewhere). Without those variables it is one process on `device`.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, world: int = 1, local_rank: int = 0):
+        self.device, self.rank, self.world, self.local_rank = device, rank, world, local_rank
+
+    @classmethod
+    def start(cls, device: str = "auto") -> "Distributed":
+        """Join the group that torchrun describes, or stay alone. Raises UserError for a bad device."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        picked = pick_device(device)
+        if world == 1:
+            return cls(picked)
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        if picked.type == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"local rank {local_rank} has no CUDA device of its own ({torch.cuda.device_count()} here): "
+                    "lower --nproc_per_node, or run on the CPU"
+                )
+            picked = torch.device("cuda", local_rank)
+            torch.cuda.set_device(picked)
+        if not torch_dist.is_initialized():
+            torch_dist.init_process_group(
+                "nccl" if picked.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
+            )
+        return cls(picked, rank, world, local_rank)
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module, **options) -> nn.Module:
+        """`module` on this rank's device, inside DistributedDataParallel when there are several processes."""
+        module = module.to(self.device)
+        if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
+            return module
+        ids = [self.local_rank] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids, **options)
+
+    def sum(self, value: Tensor | float) -> Tensor:
+        """Elementwise sum over the processes (a float becomes a float64 scalar, float32 where float64 is missing)."""
+        if not isinstance(value, Tensor):
+            dtype = torch.float32 if self.device.type == "mps" else torch.float64
+            value = torch.tensor(value, dtype=dtype, device=self.device)
+        if self.world == 1:
+            return value
+        value = value.detach().clone()
+        torch_dist.all_reduce(value)
+        return value
+
+    def mean(self, value: Tensor | float) -> Tensor:
+        """Elementwise mean over the processes."""
+        return self.sum(value) / self.world
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The rows of all processes, rank after rank: (n_0 + n_1 + ..., ...); their numbers may differ."""
+        if self.world == 1:
+            return value
+        counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        torch_dist.all_gather(counts, torch.tensor([len(value)], dtype=torch.int64, device=self.device))
+        rows = [int(count) for count in counts]
+        padded = value.new_zeros((max(rows), *value.shape[1:]))
+        padded[: len(value)] = value
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        torch_dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
+
+    def any(self, flag: bool) -> bool:
+        """True on every process when it is true on one: ranks leave a loop together."""
+        return bool(flag) if self.world == 1 else bool(self.sum(float(flag)) > 0)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            torch_dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world > 1 and torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+
+
+class StopSignal:
+    """Truthy after SIGTERM or Ctrl-C, so that a loop can save and leave; a second Ctrl-C interrupts at once.
+
+    Used as `with StopSignal() as stop: ... if stop: save(); break`. Restores the earlier handlers on leaving.
+    Signals reach only the main thread; elsewhere it never becomes true.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._earlier: dict[int, object] = {}
+
+    def __bool__(self) -> bool:
+        return self.received is not None
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._earlier[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number, frame):
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *_):
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        self._earlier.clear()
+
+
+def non_finite_layer(module: nn.Module) -> str | None:
+    """The first parameter, gradient or buffer of `module` with a non-finite entry, in words, or None."""
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"parameter {name}"
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"gradient of {name}"
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point() and not torch.isfinite(buffer).all():
+            return f"buffer {name}"
+    return None
+
+
+def check_finite(loss: Tensor | float, step: int, module: nn.Module | Iterable[nn.Module] = ()) -> float:
+    """The loss as a float; raises NonFiniteError naming the step and the first bad layer when it is not finite.
+
+    Reading the value waits for the device: call it where the loop reads the loss anyway (every logged step).
+    """
+    value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+    if math.isfinite(value):
+        return value
+    modules = [module] if isinstance(module, nn.Module) else list(module)
+    found = next((text for part in modules if (text := non_finite_layer(part))), None)
+    where = f"first non-finite: {found}" if found else "all parameters and gradients are still finite"
+    raise NonFiniteError(
+        f"loss is {value} at step {step} ({where}); lower the learning rate or resume from the last checkpoint"
+    )

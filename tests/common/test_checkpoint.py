@@ -1,0 +1,189 @@
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from common import checkpoint
+from common.errors import UserError
+
+
+def test_state_round_trip_keeps_values_and_types(tmp_path):
+    path = tmp_path / "deep" / "state.pt"
+    model = torch.nn.Linear(3, 2)
+    optimiser = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimiser.step()
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    checkpoint.save_state(
+        path,
+        "test",
+        model=model.state_dict(),
+        optimiser=optimiser.state_dict(),
+        step=np.int64(7),
+        array=array,
+        root=tmp_path,
+    )
+    state = checkpoint.load_state(path, "test")
+    assert state["step"] == 7 and type(state["step"]) is int
+    assert torch.equal(state["array"], torch.from_numpy(array))
+    assert state["root"] == str(tmp_path)
+    assert torch.equal(state["model"]["weight"], model.weight)
+    assert torch.equal(state["optimiser"]["state"][0]["exp_avg"], optimiser.state_dict()["state"][0]["exp_avg"])
+
+
+def test_rng_round_trip_repeats_every_generator():
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    np.random.randn()  # leaves a cached normal behind
+    state = checkpoint.rng_state()
+
+    def draw():
+        return random.random(), np.random.randn(3).tolist(), torch.randn(2).tolist()
+
+    first = draw()
+    checkpoint.restore_rng(state)
+    assert draw() == first
+
+
+def test_rng_state_survives_a_file(tmp_path):
+    torch.manual_seed(0)
+    checkpoint.save_state(tmp_path / "s.pt", "test", rng=checkpoint.rng_state())
+    expected = torch.rand(3), np.random.rand(3)
+    checkpoint.restore_rng(checkpoint.load_state(tmp_path / "s.pt", "test")["rng"])
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/never-made-by-a-checkpoint",)
+
+
+def test_foreign_truncated_and_newer_files_are_one_clear_line(tmp_path):
+    good = tmp_path / "good.pt"
+    checkpoint.save_state(good, "lbae", x=torch.zeros(1000))
+    with pytest.raises(UserError, match="expected 'nfpi'"):
+        checkpoint.load_state(good, "nfpi")
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.load_state(tmp_path / "absent.pt", "lbae")
+
+    whole = good.read_bytes()
+    for name, data in {
+        "cut.pt": whole[: len(whole) // 2],
+        "empty.pt": b"",
+        "page.pt": b"<html>not found</html>",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=name):
+            checkpoint.load_state(tmp_path / name, "lbae")
+
+    torch.save({"format_version": 99, "kind": "lbae", "state": {}}, tmp_path / "newer.pt")
+    with pytest.raises(UserError, match="update the repository"):
+        checkpoint.load_state(tmp_path / "newer.pt", "lbae")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this repository"):
+        checkpoint.load_state(tmp_path / "foreign.pt", "lbae")
+
+
+def test_malicious_pickle_is_refused_unexecuted(tmp_path):
+    path = tmp_path / "evil.pt"
+    torch.save({"format_version": 1, "kind": "lbae", "state": _Evil()}, path)
+    with pytest.raises(UserError, match=r"evil\.pt is refused"):
+        checkpoint.load_state(path, "lbae")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(_Evil()))
+    with pytest.raises(UserError):
+        checkpoint.load_state(tmp_path / "raw.pt", "lbae")
+    assert not os.path.exists("/tmp/never-made-by-a-checkpoint")
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="half way"), checkpoint.atomic_write(path) as file:
+        file.write(b"new, but not whole")
+        raise RuntimeError("half way")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.bin"]
+
+
+def test_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
+    """The file-size limit of the process gives the error of a full disk without filling one."""
+    path = tmp_path / "state.pt"
+    checkpoint.save_state(path, "test", x=torch.zeros(10))
+    old = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+        with pytest.raises(UserError, match="the disk is full"):
+            checkpoint.save_state(path, "test", x=torch.zeros(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == old
+    assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_kill_while_saving_always_leaves_a_loadable_file(tmp_path):
+    path = tmp_path / "state.pt"
+    code = (
+        "import sys, torch; from common.checkpoint import save_state\n"
+        "x = torch.zeros(200_000)\n"
+        "for i in range(10**9):\n"
+        "    save_state(sys.argv[1], 'test', x=x + i, i=i)\n"
+        "    print(i, flush=True)\n"
+    )
+    for delay in (0.0, 0.013, 0.05):
+        child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()  # the first file is complete
+        time.sleep(delay)
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        state = checkpoint.load_state(path, "test")
+        assert torch.equal(state["x"], torch.full((200_000,), float(state["i"])))
+
+
+def test_weights_round_trip_and_damage(tmp_path):
+    path = tmp_path / "w.safetensors"
+    tensors = {"a": torch.randn(3, 4).t(), "b": torch.arange(3)}
+    checkpoint.save_weights(path, tensors, {"width": 4})
+    loaded, config = checkpoint.load_weights(path)
+    assert config == {"width": 4}
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load_weights(path)
+    with pytest.raises(UserError, match="no weights at"):
+        checkpoint.load_weights(tmp_path / "absent.safetensors")
+
+
+def test_load_into_names_what_differs():
+    model = torch.nn.Linear(3, 2)
+    checkpoint.load_into(model, {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, "file")
+    assert torch.equal(model.weight, torch.ones(2, 3))
+    with pytest.raises(UserError, match=r"missing: bias; unknown: offset; other shape: weight is \(2, 4\)"):
+        checkpoint.load_into(model, {"weight": torch.ones(2, 4), "offset": torch.zeros(2)}, "file")
+
+
+def test_prune_keeps_the_highest_numbers(tmp_path):
+    for i in (1, 2, 9, 10, 100):
+        (tmp_path / f"weights-{i}.cp").touch()
+    (tmp_path / "best.cp").touch()
+    checkpoint.prune(tmp_path, "weights-*.cp", keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.cp", "weights-10.cp", "weights-100.cp"]
+
+
+def test_json_reader_refuses_damage(tmp_path):
+    checkpoint.write_json(tmp_path / "a.json", {"b": 1, "a": tmp_path})
+    assert checkpoint.read_json(tmp_path / "a.json") == {"a": str(tmp_path), "b": 1}
+    (tmp_path / "a.json").write_text('{"b": ')
+    with pytest.raises(UserError, match="not a readable JSON"):
+        checkpoint.read_json(tmp_path / "a.json")
