@@ -103,7 +103,7 @@ def test_two_processes_under_torchrun(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(_TWO_PROCESSES)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
         capture_output=True,
         text=True,
         timeout=240,

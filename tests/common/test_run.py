@@ -1,4 +1,5 @@
 import csv
+import sys
 
 import numpy as np
 import pytest
@@ -68,10 +69,8 @@ def test_only_numbers_are_logged_and_progress_passes_items_through(tmp_path):
         assert list(run.progress([1, 2, 3])) == [1, 2, 3]
 
 
-def test_wandb_only_when_asked(tmp_path):
-    pytest.importorskip("importlib")
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match="wandb was asked for but is not installed"):
-            Run(tmp_path, {}, wandb="project", tensorboard=False)
+def test_wandb_is_imported_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now raises ImportError
+    Run(tmp_path / "without", {}, tensorboard=False).close()
+    with pytest.raises(UserError, match="wandb was asked for but is not installed"):
+        Run(tmp_path / "with", {}, wandb="project", tensorboard=False)
