@@ -1,0 +1,253 @@
+"""The model of all variants, and one training step of each: networks -> coefficients -> rollout -> losses.
+
+Axes: T steps, B samples, C channels, N pixels a side, K flows, D latent units, H spike heads.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from latent_flow import objective
+from latent_flow.encoders import (
+    CoefficientEncoder,
+    ConvVAE,
+    ConvVAE2,
+    IndexEncoder,
+    gumbel_softmax,
+    relaxed_bernoulli,
+    reparameterize,
+    spike_probability,
+    temperature,
+)
+from latent_flow.fields import DiffusionPrior, Flows
+from latent_flow.objective import Coefficients
+from latent_flow.rollout import constant_coefficients, rollout
+
+VARIANTS = ("supervised", "weakly", "unsupervised")
+
+
+@dataclass
+class Config:
+    """Everything that defines a model and its objective; stored in checkpoints. Defaults: supervised MNIST."""
+
+    variant: str = "supervised"
+    dataset: str = "mnist"
+    flows: int = 3  # K
+    steps: int = 8  # T
+    channels: int = 3
+    image_size: int = 28
+    latent_size: int = 324
+    deep: bool = False  # ConvVAE2 (Falcor3D, Isaac3D)
+    index_width: int = 0  # channel width of the index or coefficient encoder; 0: the papers' (latent size; 100)
+    single_control: bool = False
+    field: str = "soft"  # rotational field of the unsupervised variant
+    objective: str = "paper"
+    logdet: str = "hutchinson"
+    logdet_terms: int = 2
+    path_kl: str = "marginal"  # or "shared": prior and posterior share the transition, no path term
+    diffusion: float = 1.0
+    index_weight: float = 20.0
+    entropy_weight: float = 0.0
+    index_labels: bool = False
+    spike_weight: float = 1.0
+    p_on: float = 0.1
+    p_stay: float = 0.9
+    slab_start: int = 75001
+
+    def check(self) -> None:
+        """Raise UserError for a value that no model can have."""
+        known = {
+            "variant": VARIANTS,
+            "objective": ("paper", "upstream"),
+            "path_kl": ("marginal", "shared"),
+            "field": ("soft", "divfree"),
+            "logdet": ("rowsum", "trace", "hutchinson", "exact"),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise UserError(f"{name} is {getattr(self, name)!r}; known: {', '.join(values)}")
+        if self.flows < 1 or self.steps < 1:
+            raise UserError(f"at least one flow and one step are needed (K={self.flows}, T={self.steps})")
+        if self.logdet == "rowsum" and self.objective == "paper" and self.path_kl == "marginal":
+            raise UserError("--logdet rowsum is no determinant: use it with --objective upstream only")
+
+    def as_dict(self) -> dict:
+        """Plain values for JSON and checkpoints."""
+        return asdict(self)
+
+
+class LatentFlow(nn.Module):
+    """VAE, flows, prior, and (weakly, unsupervised) the encoder that infers the coefficients."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        config.check()
+        self.config = config
+        c, s, n, k = config.channels, config.latent_size, config.image_size, config.flows
+        bound = 10.0 if config.objective == "paper" else None
+        self.vae = (ConvVAE2 if config.deep else ConvVAE)(c, s, n, bound)
+        unsupervised = config.variant == "unsupervised"
+        self.support_sets = Flows(k, s, config.field if unsupervised else None)
+        self.prior = DiffusionPrior(k, config.steps) if config.objective == "upstream" else None
+        self.reconstructor = None
+        if config.variant == "weakly":
+            self.reconstructor = IndexEncoder(c * (config.steps + 1), config.index_width or s, n, k)
+        elif unsupervised:
+            self.reconstructor = CoefficientEncoder(2 * c, config.index_width or 100, n, k, config.single_control)
+
+    @property
+    def link(self) -> str:
+        """Noise of the relaxed spikes: logistic, or the published single Gumbel variable."""
+        return "gumbel" if self.config.objective == "upstream" else "logistic"
+
+    def stacked(self, steps: int, only: list[int] | None = None):
+        """The flows ready for the times 0..`steps`."""
+        times = torch.arange(steps + 1, device=self.support_sets.MLP_SET[0].layer_x.weight.device)
+        return self.support_sets(times, only)
+
+    def pairs(self, frames: Tensor) -> Tensor:
+        """Consecutive frames (T+1, B, C, N, N) side by side: (T * B, 2C, N, N)."""
+        return torch.cat([frames[:-1], frames[1:]], dim=2).flatten(0, 1)
+
+    @torch.no_grad()
+    def infer(self, frames: Tensor, slab: bool = True) -> tuple[Coefficients, Tensor]:
+        """Coefficients without noise, and what was inferred, from frames (T+1, B, C, N, N).
+
+        Weakly: argmax of q(k | x_0..x_T), and the probabilities (B, K). Unsupervised: spikes that are more
+        likely on than off, times speeds when `slab`, and the spike probabilities (T, H, B, K).
+        """
+        steps, batch = len(frames) - 1, frames.shape[1]
+        count = self.config.flows
+        if self.config.variant == "weakly":
+            # a sequence longer than the trained one is judged by its first T+1 frames
+            stacked = frames[: self.config.steps + 1].transpose(0, 1).flatten(1, 2)
+            q = torch.softmax(self.reconstructor(stacked), dim=-1)
+            return Coefficients(constant_coefficients(q.argmax(-1), count, steps, frames.dtype)), q
+        if self.config.variant == "supervised":
+            raise UserError("a supervised model infers no coefficients: it is given the flow")
+        pairs = self.pairs(frames)
+        probability = spike_probability(self.reconstructor.spike_logits(pairs), self.link)
+        probability = probability.unflatten(0, (steps, batch)).transpose(1, 2)  # (T, H, B, K)
+        spikes = (probability > 0.5).to(frames)
+        speed = self.reconstructor.slab(pairs).unflatten(0, (steps, batch)) if slab else 1.0
+        c1 = spikes[:, 0] * speed
+        return Coefficients(c1, c1 if self.config.single_control else spikes[:, 1] * speed), probability
+
+
+@dataclass
+class Noise:
+    """Fixed random numbers of one step, for tests: eps (B, D), uniform (B, K) or (T, H, B, K), a temperature."""
+
+    eps: Tensor | None = None
+    uniform: Tensor | None = None
+    tau: float | None = None
+
+
+def training_step(
+    model: LatentFlow,
+    frames: Tensor,
+    labels: Tensor | int | None = None,
+    iteration: int = 1,
+    noise: Noise | None = None,
+    amp: bool = False,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Losses of one batch of frames (T+1, B, C, N, N) in [0, 1]: the entries of `objective.LOSSES`, scalars.
+
+    labels: the flow of each sample (B,), or one number for the whole batch (then only that flow is evaluated);
+    needed by the supervised variant and by `index_labels`. `amp`: bfloat16 in the convolutional networks only.
+    `generator`: source of the log-determinant's probes.
+    """
+    config, noise = model.config, noise or Noise()
+    steps, batch = len(frames) - 1, frames.shape[1]
+    upstream = config.objective == "upstream"
+    device = frames.device.type
+
+    with torch.autocast(device, torch.bfloat16, enabled=amp):
+        mean, log_var = model.vae.encode(frames[0])
+    mean, log_var = mean.to(frames.dtype), log_var.to(frames.dtype)
+    z = reparameterize(mean, log_var, noise.eps)
+
+    losses = {name: frames.new_zeros(()) for name in objective.LOSSES}
+    only = [labels] if isinstance(labels, int) and config.variant == "supervised" else None
+    if config.variant == "supervised":
+        if only is not None:
+            coefficients = Coefficients(frames.new_ones(steps, batch, 1))
+        else:
+            coefficients = Coefficients(constant_coefficients(labels, config.flows, steps, frames.dtype))
+    elif config.variant == "weakly":
+        coefficients = _weak_coefficients(model, frames, labels, iteration, noise, amp, losses)
+    else:
+        coefficients = _sparse_coefficients(model, frames, iteration, noise, amp, losses)
+
+    flows = model.stacked(steps, only)
+    with_log_det = not upstream and config.path_kl == "marginal"
+    path = rollout(
+        flows,
+        z,
+        coefficients.c1,
+        coefficients.c2,
+        config.logdet if with_log_det else "none",
+        config.logdet_terms,
+        generator,
+    )
+
+    with torch.autocast(device, torch.bfloat16, enabled=amp):
+        logits = model.vae.decoder.logits(path.z.flatten(0, 1))  # all frames in one call
+    losses["loss_recon"] = objective.reconstruction(logits.to(frames.dtype).unflatten(0, (steps + 1, batch)), frames)
+    losses["loss_kl0"] = objective.gaussian_kl(mean, log_var).mean()
+    if upstream:
+        losses["loss_pde"] = objective.upstream_pde_loss(path, flows, coefficients)
+        rho, rho_t = objective.upstream_densities(path, model.prior, mean, log_var, coefficients, only)
+        losses["loss_kl_path"] = objective.upstream_path_kl(rho, rho_t).sum()
+    else:
+        losses["loss_pde"] = objective.pde_loss(path, flows, coefficients)
+        if with_log_det:
+            losses["loss_kl_path"] = objective.path_kl(path, mean, log_var, config.diffusion).sum()
+    losses["loss_total"] = sum(value for name, value in losses.items() if name != "loss_total")
+    return losses
+
+
+def _weak_coefficients(model, frames, labels, iteration, noise, amp, losses) -> Coefficients:
+    """Infer one flow a sequence (straight-through one-hot) and add the index loss."""
+    config = model.config
+    with torch.autocast(frames.device.type, torch.bfloat16, enabled=amp):
+        logits = model.reconstructor(frames.transpose(0, 1).flatten(1, 2))
+    logits = logits.to(frames.dtype)
+    tau = temperature(iteration) if noise.tau is None else noise.tau
+    one_hot = gumbel_softmax(logits, tau, noise.uniform)
+    if config.objective == "upstream":
+        losses["loss_index"] = objective.upstream_index_loss(one_hot)
+    elif config.index_labels:
+        target = torch.full((len(logits),), labels, device=logits.device) if isinstance(labels, int) else labels
+        losses["loss_index"] = config.index_weight * torch.nn.functional.cross_entropy(logits, target)
+    else:
+        losses["loss_index"] = config.index_weight * objective.index_loss(logits, config.entropy_weight)
+    return Coefficients(one_hot.expand(len(frames) - 1, -1, -1))
+
+
+def _sparse_coefficients(model, frames, iteration, noise, amp, losses) -> Coefficients:
+    """Infer spikes (and from `slab_start` on speeds) of every step and add their divergences."""
+    config = model.config
+    steps, batch = len(frames) - 1, frames.shape[1]
+    slab_on = iteration >= config.slab_start
+    pairs = model.pairs(frames)
+    with torch.autocast(frames.device.type, torch.bfloat16, enabled=amp):
+        logits = model.reconstructor.spike_logits(pairs)
+        speed = model.reconstructor.slab(pairs) if slab_on else None
+    logits = logits.to(frames.dtype).unflatten(0, (steps, batch)).transpose(1, 2)  # (T, H, B, K)
+    tau = temperature(iteration) if noise.tau is None else noise.tau
+    spikes = relaxed_bernoulli(logits, tau, noise.uniform, link=model.link)
+    if config.objective == "upstream":
+        losses["loss_spike"] = objective.upstream_spike_loss(spikes, config.p_on, config.p_stay)
+    else:
+        losses["loss_spike"] = config.spike_weight * objective.spike_loss(logits, spikes, config.p_on, config.p_stay)
+    if slab_on:
+        speed = speed.to(frames.dtype).unflatten(0, (steps, batch))
+        losses["loss_slab"] = objective.slab_loss(speed)
+    c1 = spikes[:, 0] * speed if slab_on else spikes[:, 0]
+    if config.single_control:
+        return Coefficients(c1, c1)
+    return Coefficients(c1, spikes[:, 1] * speed if slab_on else spikes[:, 1])

@@ -1,0 +1,461 @@
+"""Every file of the golden folder against this implementation, in float64. Sizes and names come from the files."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import check_complete, load
+from torch import nn
+
+from latent_flow import objective, spikes
+from latent_flow.encoders import (
+    CoefficientEncoder,
+    ConvVAE,
+    ConvVAE2,
+    IndexEncoder,
+    gumbel_noise,
+    gumbel_softmax,
+    relaxed_bernoulli,
+    reparameterize,
+    temperature,
+)
+from latent_flow.fields import DiffusionPrior, DivergenceFree, Flows, Potential, PotentialMLP, Rotation, RotationMLP
+from latent_flow.fields import sinusoidal_embedding as embed
+from latent_flow.model import Config, LatentFlow, Noise, training_step
+from latent_flow.objective import Coefficients
+from latent_flow.rollout import constant_coefficients, log_abs_det, log_abs_det_ref, rollout, row_sums
+
+PAPER = "latent_flow"
+TRAIN_STEPS = [
+    "supervised",
+    "falcor",
+    "weakly",
+    "unsuper_single_stage1",
+    "unsuper_single_stage2",
+    "unsuper_double_stage1",
+    "unsuper_double_stage2",
+]
+FILES = {
+    "sinusoidal_embedding",
+    "potential_mlp",
+    "hj_loss",
+    "hjpde2_loss",
+    "divfree_field",
+    "diffusion_prior",
+    "latent_rollout",
+    "gumbel",
+    "spike_slab",
+    "conv_vae_small",
+    "conv_vae2_small",
+    "index_encoder_weak_small",
+    "index_encoder_unsuper_single_small",
+    "index_encoder_unsuper_double_small",
+    "mnist_transforms",
+    "dataset_indexing",
+    "eval_metrics",
+    "traversal",
+    "minimal_example_step",
+    *(f"train_step_{name}" for name in TRAIN_STEPS),
+}
+
+
+def tensors(name):
+    """All arrays of a file as float64 (or integer) tensors."""
+    return {
+        key: torch.from_numpy(np.array(value)).to(torch.float64) if value.dtype.kind == "f" else torch.from_numpy(value)
+        for key, value in load(PAPER, name).items()
+    }
+
+
+def state(case, prefix):
+    """The entries below `prefix`, without it."""
+    return {key[len(prefix) :]: value for key, value in case.items() if key.startswith(prefix)}
+
+
+def loaded(module: nn.Module, weights) -> nn.Module:
+    module = module.double()
+    module.load_state_dict(weights)
+    return module
+
+
+def count_of(weights, group="MLP_SET"):
+    return 1 + max(int(key.split(".")[1]) for key in weights if key.startswith(group))
+
+
+def close(actual, expected, tolerance=1e-10):
+    actual = actual if torch.is_tensor(actual) else torch.as_tensor(actual)
+    assert torch.isfinite(actual).all()
+    torch.testing.assert_close(
+        actual.detach().double(), expected.double().reshape(actual.shape), rtol=tolerance, atol=tolerance
+    )
+
+
+def times_of(case):
+    """The step numbers t of the keys `t<t>.`"""
+    return sorted({int(match[1]) for key in case if (match := re.match(r"t(\d+)\.", key))})
+
+
+def flows_of(case, rotation=None):
+    weights = state(case, "w.")
+    return loaded(Flows(count_of(weights), case["z"].shape[-1], rotation), weights)
+
+
+def test_folder_is_complete():
+    check_complete(PAPER, {f"{name}.npz" for name in FILES})
+
+
+def test_sinusoidal_embedding():
+    case = tensors("sinusoidal_embedding")
+    for key, value in case.items():
+        if key.startswith("emb_D"):
+            close(embed(case["time"], int(key[5:])), value, 1e-12)
+
+
+def test_potential_mlp():
+    case = tensors("potential_mlp")
+    z = case["z"]
+    net = loaded(PotentialMLP(z.shape[1]), state(case, "w."))
+    potential = Potential([net], case["t_values"])
+    for i in range(len(case["t_values"])):
+        at = potential.at(z, i)
+        close(at.u[0], case[f"t{i}.u"])
+        close(at.grad[0], case[f"t{i}.grad_z"])
+        hessian = at.hessian()[0]
+        close(hessian, case[f"t{i}.hessian"])
+        close(hessian.diagonal(dim1=1, dim2=2), case[f"t{i}.hess_diag"])
+        close(at.row_sums()[0], case[f"t{i}.hess_rowsum_upstream_uzz"])
+        close(at.laplacian()[0], case[f"t{i}.laplacian"])
+        close(at.u_t[0], case[f"t{i}.u_t_per_sample"])
+        close(at.u_t[0].sum(), case[f"t{i}.u_t_upstream_batch_sum"])
+        close(torch.linalg.slogdet(torch.eye(z.shape[1]) + hessian).logabsdet, case[f"t{i}.logabsdet_exact"])
+        close(torch.log((1 + at.row_sums()[0]).abs()), case[f"t{i}.upstream_log_abs_1p_uzz"])
+
+
+def one_hot_path(flows, z, k, step):
+    """A one-step path at the time `step` whose coefficients are the one-hot of flow k."""
+    coefficients = constant_coefficients(torch.full((len(z),), k), flows.count, 1, z.dtype)
+    return flows(torch.arange(step + 1)).at(z, step), coefficients
+
+
+def test_hj_loss():
+    case = tensors("hj_loss")
+    z = case["z"]
+    flows = flows_of(case)
+    for step in times_of(case):
+        stacked = flows(torch.arange(step + 1))
+        field, start = stacked.at(z, step), stacked.at(z, 0)
+        upstream = objective.upstream_hamilton_jacobi(field)
+        initial = objective.upstream_initial_condition(start)
+        residual = objective.hamilton_jacobi_residual(field.potential, field.force)
+        for k in range(flows.count):
+            key = f"t{step}.k{k}."
+            close(upstream[k], case[key + "pde_loss_upstream"])
+            close(field.potential.u[k], case[key + "u"])
+            close(field.potential.grad[k], case[key + "u_z"])
+            close(field.potential.row_sums()[k], case[key + "u_zz_rowsum"])
+            close(field.force[k], case[key + "force"])
+            close(residual[k], case[key + "residual_correct"])
+            close((residual[k] ** 2).mean(), case[key + "pde_loss_correct"])
+            close(upstream[k] + (initial[k] if step == 1 else 0), case[key + "forward_loss_upstream"])
+        for kind in ("soft", "hard"):
+            key = f"t{step}.index_forward_{kind}."
+            y = case[f"index_pred_{kind}"]
+            loss = (y.mean(0) * upstream).sum()
+            if step == 1:  # the published initial condition counts the last flow only
+                loss = loss + y.mean(0)[-1] * initial[-1]
+            close(loss, case[key + "loss_upstream"])
+            close((y.T * field.potential.u).sum(0), case[key + "u"])
+            close(field.velocity(y, None), case[key + "u_z"])
+            close(row_sums(field, y), case[key + "u_zz_rowsum"])
+    start = flows(torch.arange(1)).at(z, 0)
+    for k in range(flows.count):
+        close(objective.upstream_initial_condition(start)[k], case[f"k{k}.ic_loss_upstream"])
+        summed = (start.potential.grad[k] ** 2).sum(-1).mean() + (start.force[k] ** 2).mean()
+        close(summed, case[f"k{k}.ic_loss_sum_over_dims"])
+
+
+def test_hjpde2_loss():
+    case = tensors("hjpde2_loss")
+    z = case["z"]
+    flows = flows_of(case, "soft")
+    for step in times_of(case):
+        stacked = flows(torch.arange(step + 1))
+        field, start = stacked.at(z, step), stacked.at(z, 0)
+        upstream, initial = objective.upstream_hamilton_jacobi(field), objective.upstream_initial_condition(start)
+        residual = objective.hamilton_jacobi_residual(field.potential, None)
+        divergence = field.rotation.divergence()
+        for k in range(flows.count):
+            key = f"t{step}.k{k}."
+            close(upstream[k], case[key + "loss_upstream"])
+            close(field.potential.u[k], case[key + "u"])
+            close(field.potential.grad[k], case[key + "u_z"])
+            close(field.potential.row_sums()[k], case[key + "u_zz_rowsum"])
+            close((residual[k] ** 2 + divergence[k] ** 2).mean(), case[key + "loss_correct"])
+            close(upstream[k] + (initial[k] if step == 1 else 0), case[key + "forward_loss_upstream"])
+            close(field.potential.grad[k] + field.rotation.field[k], case[key + "forward_velocity"])
+        for kind, c2 in (("double", case["y2"]), ("single", case["y1"])):
+            key, c1 = f"t{step}.{kind}.", case["y1"]
+            loss = (c1.mean(0) * upstream).sum() + (c1.mean(0)[-1] * initial[-1] if step == 1 else 0)
+            close(loss, case[key + "loss_upstream"])
+            close(field.velocity(c1, c2), case[key + "velocity"])
+            close((c1.T * field.potential.u).sum(0), case[key + "u"])
+            close(row_sums(field, c1), case[key + "u_zz_rowsum"])
+            if key + "jacobian" in case:
+                close(field.jacobian(c1, c2), case[key + "jacobian"])
+                close(log_abs_det(field, c1, c2, "exact"), case[key + "logabsdet_exact"])
+                velocity = lambda x, stacked=stacked, step=step, c1=c1, c2=c2: stacked.at(x, step).velocity(c1, c2)  # noqa: E731
+                close(log_abs_det_ref(velocity, z), case[key + "logabsdet_exact"])
+    rotation = flows(torch.arange(1)).at(z, 0).rotation
+    start = objective.upstream_initial_condition(flows(torch.arange(1)).at(z, 0))
+    for k in range(flows.count):
+        close(rotation.field[k], case[f"k{k}.r_field"])
+        close(rotation.jacobian()[k], case[f"k{k}.r_jacobian"])
+        close(rotation.divergence()[k], case[f"k{k}.r_divergence"])
+        close(start[k], case[f"k{k}.ic_loss_upstream"])
+
+
+def test_divfree_field():
+    case = tensors("divfree_field")
+    x = case["x"]
+    weights = state(case, "w.")
+    net = loaded(RotationMLP(x.shape[1]), weights)
+    plain = Rotation([net]).at(x)
+    close(plain.field[0], case["F"])
+    jacobian = plain.jacobian()[0]
+    close(jacobian, case["jac_F"])
+    close(plain.divergence()[0], case["div_F"])
+    close(jacobian - jacobian.mT, case["A"])
+    field = DivergenceFree([net]).at(x)
+    close(field.field[0], case["v_divfree"])
+    close(field.jacobian()[0], case["jac_v"])
+    assert field.jacobian()[0].diagonal(dim1=1, dim2=2).sum(-1).abs().max() < 1e-12
+
+
+def test_diffusion_prior():
+    case = tensors("diffusion_prior")
+    weights = state(case, "w.")
+    steps = weights["MLP_SET.0.mu"].shape[0]
+    prior = loaded(DiffusionPrior(count_of(weights), steps), weights)
+    z, y = case["z"], case["index_pred"]
+    for step in times_of(case):
+        laplacian, gradient = prior.laplacian(step), prior.gradient(z, step)
+        for k in range(len(laplacian)):
+            key = f"t{step}.k{k}."
+            close(-case["rho0"], case[key + "phi"], 1e-12)
+            close(laplacian[k], case[key + "lap_phi_per_dim"], 1e-12)
+            close(gradient[k], case[key + "nabla_phi"], 1e-12)
+            close(case["rho0"] - torch.log((1 + laplacian[k]).abs()), case[key + "rho_next"], 1e-12)
+        close(y @ laplacian, case[f"t{step}.index_forward.lap_phi"], 1e-12)
+        close(torch.einsum("bk,kbd->bd", y, gradient), case[f"t{step}.index_forward.nabla_phi"], 1e-12)
+
+
+def test_latent_rollout():
+    case = tensors("latent_rollout")
+    mean, log_var = case["mean"], case["logvar"]
+    weights = state(case, "S.") or state(case, "w.S.")
+    prior_weights = state(case, "P.") or state(case, "w.P.")
+    flows = loaded(Flows(count_of(weights), mean.shape[1]), weights)
+    steps = len(case["z_path"]) - 1
+    prior = loaded(DiffusionPrior(flows.count, prior_weights["MLP_SET.0.mu"].shape[0]), prior_weights)
+    z0 = reparameterize(mean, log_var, case["eps"])
+    close(z0, case["z0"], 1e-9)
+    close(objective.normal_log_prob(z0), case["rho0"], 1e-9)
+    close(objective.normal_log_prob(z0, mean, log_var), case["rho_t0"], 1e-9)
+    close(objective.gaussian_kl(mean, log_var).mean(), case["kl_z0_upstream"], 1e-9)
+    close(objective.gaussian_kl(mean, log_var).mean(), case["kl_z0_closed_form"], 1e-9)
+    only = [int(case["k"])]
+    coefficients = Coefficients(z0.new_ones(steps, len(z0), 1))
+    stacked = flows(torch.arange(steps + 1), only)
+    path = rollout(stacked, z0, coefficients.c1, log_det="exact")
+    close(path.z, case["z_path"], 1e-9)
+    rho, rho_t = objective.upstream_densities(path, prior, mean, log_var, coefficients, only)
+    close(rho, case["rho_path_upstream"], 1e-9)
+    close(rho_t, case["rho_t_path_upstream"], 1e-9)
+    close(objective.upstream_path_kl(rho, rho_t), case["kl_upstream"], 1e-9)
+    pde = torch.stack([objective.upstream_hamilton_jacobi(field)[0] for field in path.fields])
+    start = objective.upstream_initial_condition(stacked.at(z0, 0))[0]
+    close(torch.cat([pde[:1] + start, pde[1:]]), case["pde_loss_upstream"], 1e-9)
+    close(objective.upstream_pde_loss(path, stacked, coefficients), case["pde_loss_upstream"].sum(), 1e-9)
+    close(path.log_det, case["logabsdet_exact"], 1e-9)
+    log_q0 = objective.normal_log_prob(z0, mean, log_var).sum(-1)
+    log_q = torch.cat([log_q0[None], log_q0 - path.log_det.cumsum(0)])
+    close(log_q, case["log_q_path_exact"], 1e-9)
+
+
+def test_gumbel():
+    case = tensors("gumbel")
+    weights, uniform = case["grad_out_weights"], case["U"]
+    close(gumbel_noise(uniform), case["gumbel_noise"], 1e-9)
+    samplers = {
+        "softmax": lambda x, tau, hard: gumbel_softmax(x, tau, uniform, hard),
+        "sigmoid": lambda x, tau, hard: relaxed_bernoulli(x, tau, uniform, hard, link="gumbel"),
+    }
+    checked = 0
+    for key, expected in case.items():
+        if match := re.fullmatch(r"(softmax|sigmoid)_tau([\d.]+)_(soft|hard)", key):
+            logits = case["logits"].clone().requires_grad_()
+            y = samplers[match[1]](logits, float(match[2]), match[3] == "hard")
+            close(y, expected, 1e-9)
+            (y * weights).sum().backward()
+            torch.testing.assert_close(logits.grad, case[key + "_grad"], rtol=1e-8, atol=1e-10)
+            checked += 1
+        elif match := re.fullmatch(r"sigmoid_correct_logistic_noise_tau([\d.]+)_soft", key):
+            close(relaxed_bernoulli(case["logits"], float(match[1]), uniform), expected, 1e-9)
+            checked += 1
+    assert checked == sum("_soft" in key or "_hard" in key for key in case if "grad" not in key)
+    current = 1.0
+    for iteration, expected in zip(case["temp_iters"].tolist(), case["temp_after_call_upstream"].tolist(), strict=True):
+        if not np.isnan(expected):
+            current = temperature(int(iteration))
+            assert abs(current - expected) < 1e-12
+        elif iteration > 1:  # between renewals the schedule keeps a value of the hundred before
+            assert temperature(int(iteration)) == temperature((int(iteration) - 1) // 100 * 100 + 1)
+
+
+def test_spike_slab():
+    case = tensors("spike_slab")
+    for name in ("trainer", "minimal"):
+        p_on, stay = float(case[f"{name}.p_on"]), float(case[f"{name}.stay"])
+        expected = case[f"{name}.upstream_expected_fraction"]
+        ours = spikes.expected_fraction_upstream(len(expected), p_on, stay)
+        close(torch.from_numpy(ours), expected, 1e-6)
+        close(torch.tensor(ours.mean()), case[f"{name}.upstream_target_mean"], 1e-6)
+        exact = case[f"{name}.exact_expected_fraction"]
+        close(torch.from_numpy(spikes.expected_fraction(3, len(exact), p_on, stay)), exact, 1e-9)
+        kl = spikes.bernoulli_kl_halved(
+            float(case[f"{name}.upstream_target_mean"]), case[f"{name}.spike_prob_upstream"].double()
+        )
+        close(kl, case[f"{name}.spike_kl_upstream"], 1e-9)
+        close(kl, case[f"{name}.spike_kl_by_hand"], 1e-9)
+    y = case["y_set"]
+    close((y != 0).double().mean(), case["trainer.spike_prob_upstream"], 1e-9)
+    close(y.abs().mean(), case["minimal.spike_prob_upstream"], 1e-9)
+    for (n, k), expected in zip(case["binom_nk"].tolist(), case["binom_upstream"].tolist(), strict=True):
+        assert abs(spikes.binomial(n, k) - expected) < 1e-6
+    target = float(case["exact_target"])
+    fractions = case["trainer.exact_expected_fraction"]
+    assert abs(float(fractions.mean()) - target) < 1e-9
+    aggregate = 2 * spikes.bernoulli_kl_halved(target, y.mean())
+    close(aggregate, case["spike_kl_correct_aggregate_target_vs_q"], 1e-9)
+    close(spikes.bernoulli_kl(y, target).mean(), case["spike_kl_correct_q_vs_target_per_unit_mean"], 1e-9)
+    g = case["g_set"].reshape(int(case["g_T"]), int(case["g_B"]), -1)
+    mean, scale = spikes.slab_statistics(g)
+    close(mean, case["slab_mean"], 1e-9)
+    close(scale, case["slab_scale_b"], 1e-9)
+    close(spikes.laplace_kl(mean, scale), case["slab_kl_closed_form_per_unit"], 1e-9)
+    close(objective.slab_loss(g), case["slab_kl_upstream"], 1e-9)
+    close(spikes.laplace_kl(case["lap_mu"], case["lap_b"]), case["lap_kl"], 1e-9)
+
+
+@pytest.mark.parametrize(("name", "model"), [("conv_vae_small", ConvVAE), ("conv_vae2_small", ConvVAE2)])
+def test_conv_vae(name, model):
+    case = tensors(name)
+    sizes = (int(case[key]) for key in ("num_channel", "latent_size", "img_size"))
+    vae = loaded(model(*sizes), state(case, "w."))
+    recon, mean, log_var, z = vae(case["x"], case["eps"])
+    for key, value in (("mean", mean), ("log_var", log_var), ("z", z), ("recon", recon)):
+        close(value, case[key])
+    if "bce" in case:
+        bce = objective.reconstruction(vae.decoder.logits(z), case["x"])
+        kl = objective.gaussian_kl(mean, log_var).mean()
+        close(bce, case["bce"])
+        close(kl, case["kl"])
+        close(bce + kl, case["loss_bce_plus_kl"])
+
+
+def encoder_sizes(case):
+    return tuple(int(case[key]) for key in ("n_cin", "s_dim", "n_hw", "latent_size"))
+
+
+def test_index_encoder_weak():
+    case = tensors("index_encoder_weak_small")
+    encoder = loaded(IndexEncoder(*encoder_sizes(case)), state(case, "w."))
+    logits = encoder(case["x"])
+    close(logits, case["logits"])
+    tau = temperature(int(case["iter"]))
+    assert abs(tau - float(case["temp"])) < 1e-12
+    close(gumbel_softmax(logits, tau, case["U"]), case["y_hard"])
+
+
+@pytest.mark.parametrize("kind", ["single", "double"])
+def test_index_encoder_unsupervised(kind):
+    case = tensors(f"index_encoder_unsuper_{kind}_small")
+    encoder = loaded(CoefficientEncoder(*encoder_sizes(case), single=kind == "single"), state(case, "w."))
+    logits = encoder.spike_logits(case["x"])  # (B, H, K)
+    tau = temperature(int(case["iter"]))
+    assert abs(tau - float(case["temp"])) < 1e-12
+    y = relaxed_bernoulli(logits.transpose(0, 1), tau, case["U"], link="gumbel")
+    for head in range(logits.shape[1]):
+        close(y[head], case[f"y{head + 1}"])
+    close(encoder.slab(case["x"]), case["g"])
+
+
+def train_step_model(name, case):
+    frames = case["frames"]
+    latent = case["w.G.encoder.linear_means.bias"].shape[0]
+    encoder = [case[key].shape[0] for key in case if re.fullmatch(r"w\.R\.encoder\.0\.bias", key)]
+    config = Config(
+        variant={"s": "supervised", "f": "supervised", "w": "weakly", "u": "unsupervised"}[name[0]],
+        flows=count_of(state(case, "w.S.")),
+        steps=int(case["frames_used"]) - 1 if "frames_used" in case else int(case["T"]),
+        channels=frames.shape[2],
+        image_size=frames.shape[-1],
+        latent_size=latent,
+        index_width=encoder[0] if encoder else 0,
+        deep=name == "falcor",
+        single_control="single" in name,
+        objective="upstream",
+        slab_start=1 if name.endswith("stage2") else 10**9,
+    )
+    model = LatentFlow(config).double()
+    # the prior keeps a parameter for all T of the file, also where fewer frames are used
+    model.prior = DiffusionPrior(config.flows, case["w.P.MLP_SET.0.mu"].shape[0]).double()
+    parts = {"G": model.vae, "S": model.support_sets, "P": model.prior, "R": model.reconstructor}
+    for letter, part in parts.items():
+        if part is not None:
+            part.load_state_dict(state(case, f"w.{letter}."))
+    return model, parts
+
+
+@pytest.mark.parametrize("name", TRAIN_STEPS)
+def test_train_step(name):
+    case = tensors(f"train_step_{name}")
+    model, parts = train_step_model(name, case)
+    frames = case["frames"][: model.config.steps + 1]
+    uniform = case.get("U")
+    noise = Noise(case["eps"], uniform, float(case["temp"]) if "temp" in case else None)
+    losses = training_step(model, frames, int(case["k"]) if "k" in case else None, 1, noise)
+    losses["loss_total"].backward()
+    loss_tolerance = 1e-7 if name.startswith("unsuper") else 1e-8
+
+    def check(value, key):
+        assert abs(value.item() - case[key].item()) < loss_tolerance, (key, value, case[key])
+
+    check(losses["loss_total"], "loss_total")
+    check(losses["loss_pde"], "loss_pde")
+    vae = losses["loss_recon"] + losses["loss_kl0"]
+    if name == "weakly":
+        check(vae + losses["loss_index"], "loss_vae_plus_index")
+        check(losses["loss_kl_path"], "loss_kl_rho")
+    elif name.startswith("unsuper"):
+        check(vae, "loss_vae")
+        check(losses["loss_kl_path"] + losses["loss_spike"] + losses["loss_slab"], "loss_kl_total")
+    else:
+        check(vae, "loss_vae")
+        check(losses["loss_kl_path"], "loss_kl_rho")
+
+    checked = 0
+    for letter, part in parts.items():
+        for key, parameter in part.named_parameters() if part is not None else ():
+            expected = case.get(f"grad.{letter}.{key}")
+            if expected is None:  # not every file stores gradients; the count below catches one left out here
+                continue
+            if torch.isnan(expected).all():
+                assert parameter.grad is None or not parameter.grad.any(), key
+            else:
+                scale = max(float(expected.abs().max()), 1e-12)
+                error = float((parameter.grad - expected).abs().max()) / scale
+                assert error < 1e-9, (letter, key, error)
+            checked += 1
+    assert checked == sum(key.startswith("grad.") for key in case)
