@@ -1,0 +1,142 @@
+"""Flow layers of a masked convolution and of its inverse (Inverse-Flow, section 3; FInC Flow).
+
+`forward` is data -> latent and returns the image and its log-determinant a sample; `reverse` is latent -> data. An
+inverse convolution solves in `forward` and convolves in `reverse`, so sampling costs one plain convolution; a masked
+convolution has the two roles swapped. Both maps are unit triangular: the log-determinant is 0.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from inv_flow.utils.inv_conv_cuda import ORDERS, inverse_conv2d, kernel_mask
+from inv_flow.utils.inv_conv_cuda.geometry import Order, order_codes
+from inv_flow.utils.inv_conv_cuda.reference import convolve
+
+
+class _TriangularConv2d(nn.Module):
+    """The kernel of a masked convolution: free weights, the constants that pin it, and its stability options."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        order: Order = "TL",
+        groups: int = 1,
+        init_std: float = 0.01,
+        max_row_sum: float | None = None,
+    ):
+        super().__init__()
+        if max_row_sum is not None and not 0 < max_row_sum < 1:
+            raise ValueError(f"max_row_sum={max_row_sum}: must lie in (0, 1)")
+        self.channels = channels
+        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.order = order if isinstance(order, str) else tuple(order)
+        self.groups = groups
+        self.init_std = init_std
+        self.max_row_sum = max_row_sum
+        mask, pin = kernel_mask(channels, self.kernel_size, order, groups)
+        # constants of the configuration, so no part of a checkpoint
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("pin", pin, persistent=False)
+        self.weight = nn.Parameter(torch.empty_like(mask))  # (C, C/G, kh, kw), free weights v
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity plus N(0, init_std^2) on the free entries."""
+        with torch.no_grad():
+            self.weight.normal_(0, self.init_std).mul_(self.mask)
+
+    def kernel(self) -> Tensor:
+        """w = v * mask + pin, (C, C/G, kh, kw); with `max_row_sum`, each output channel's free taps scaled to that L1
+        norm at most.
+        """
+        free = self.weight * self.mask
+        if self.max_row_sum is not None:
+            sums = free.abs().sum(dim=(1, 2, 3), keepdim=True)
+            # the clamp keeps the gradient of an all-zero row finite; such a row is not scaled anyway
+            free = free * (self.max_row_sum / sums.clamp(min=self.max_row_sum))
+        return free + self.pin
+
+    def row_sums(self) -> Tensor:
+        """sum |w| over the free taps of each output channel, (C,). With rho = max(row_sums) < 1, |x| <= |y| / (1 - rho) in
+        the maximum norm. A penalty on it is the soft form of `max_row_sum`."""
+        return (self.kernel() - self.pin).abs().sum(dim=(1, 2, 3))
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The masked convolution, x (B, C, H, W) -> (B, C, H, W)."""
+        return convolve(x, self.kernel(), order_codes(self.order, self.groups), self.groups)
+
+    def solve(self, y: Tensor) -> Tensor:
+        """The inverse of `convolve`, y (B, C, H, W) -> (B, C, H, W)."""
+        return inverse_conv2d(y, self.kernel(), self.order, self.groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, kernel_size={self.kernel_size}, order={self.order}, groups={self.groups}"
+
+
+def _no_log_det(x: Tensor) -> Tensor:
+    """log|det| = 0 for each sample, (B,)."""
+    return x.new_zeros(x.shape[0])
+
+
+class InverseConv2d(_TriangularConv2d):
+    """Inverse of a masked convolution as a flow layer: `forward` solves, `reverse` convolves.
+
+    channels C >= 1; kernel_size k or (kh, kw); order TL, TR, BL, BR, or one of them a group; groups divides C. Init:
+    identity plus N(0, init_std^2). max_row_sum = rho in (0, 1) rescales each output channel's free taps to sum |w| <=
+    rho, which certifies |x|_inf <= |y|_inf / (1 - rho); without it large weights make the solve explode while the
+    log-determinant stays 0. Raises ValueError for arguments that do not fit.
+    """
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y (B, C, H, W) -> x (B, C, H, W) with conv(x) = y, and the log-determinant 0 (B,)."""
+        return self.solve(y), _no_log_det(y)
+
+    def reverse(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> y = conv(x) (B, C, H, W)."""
+        return self.convolve(x)
+
+
+class MaskedConv2d(_TriangularConv2d):
+    """Masked convolution as a flow layer (FInC Flow): `forward` convolves, `reverse` solves. Arguments as
+    `InverseConv2d`.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) -> conv(x) (B, C, H, W), and the log-determinant 0 (B,)."""
+        return self.convolve(x), _no_log_det(x)
+
+    def reverse(self, y: Tensor) -> Tensor:
+        """y (B, C, H, W) -> x (B, C, H, W) with conv(x) = y."""
+        return self.solve(y)
+
+
+class InverseConvUnit(nn.Module):
+    """The four orders TL, TR, BL, BR: one inverse convolution after the other on all channels, undone in the opposite
+    order.
+
+    split=True is FInC Flow's unit instead: each quarter of the channels has its own order, and one call solves all four
+    (C must be a multiple of 4). `options` go to `InverseConv2d`. Raises ValueError for arguments that do not fit.
+    """
+
+    def __init__(self, channels: int, kernel_size: int | tuple[int, int], split: bool = False, **options):
+        super().__init__()
+        if split:
+            if channels % 4:
+                raise ValueError(f"split=True needs a multiple of 4 channels, got {channels}")
+            layers = [InverseConv2d(channels, kernel_size, order=ORDERS, groups=4, **options)]
+        else:
+            layers = [InverseConv2d(channels, kernel_size, order=order, **options) for order in ORDERS]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y (B, C, H, W) -> x (B, C, H, W), and the log-determinant 0 (B,)."""
+        for layer in self.layers:
+            y = layer.solve(y)
+        return y, _no_log_det(y)
+
+    def reverse(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> y (B, C, H, W), the inverse of `forward`."""
+        for layer in reversed(self.layers):
+            x = layer.convolve(x)
+        return x

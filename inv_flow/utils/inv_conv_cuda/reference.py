@@ -1,0 +1,52 @@
+"""The masked convolution and its inverse in plain torch: the specification of the fast paths and the oracle of their
+tests.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inv_flow.utils.inv_conv_cuda.geometry import Order, kernel_mask, mirror, order_codes, padding
+
+
+def convolve(x: Tensor, w: Tensor, codes: list[int], groups: int) -> Tensor:
+    """Zero-pad each channel group of `x` (B, C, H, W) on the two sides its order sees, and convolve it with `w`."""
+    kh, kw = w.shape[2:]
+    if len(codes) == 1:
+        return F.conv2d(F.pad(x, padding(codes[0], kh, kw)), w, groups=groups)
+    parts = zip(x.chunk(groups, dim=1), codes, strict=True)
+    padded = [F.pad(part, padding(code, kh, kw)) for part, code in parts]
+    return F.conv2d(torch.cat(padded, dim=1), w, groups=groups)
+
+
+def inverse_conv2d_ref(y: Tensor, w: Tensor, order: Order = "TL", groups: int = 1) -> Tensor:
+    """Solve `masked_conv2d(x, w) = y` for x, pixel by pixel and channel by channel (slow; autograd differentiates it).
+
+    y (B, C, H, W), w (C, C/G, kh, kw) -> x (B, C, H, W). Inverse-Flow (Nagar and Varma, 2025), section 3.
+    """
+    channels, height, width = y.shape[1:]
+    size = channels // groups
+    kh, kw = w.shape[2:]
+    codes = order_codes(order, groups)
+    mask, pin = kernel_mask(channels, (kh, kw), order, groups, dtype=w.dtype, device=w.device)
+    # everything below is order TL: tap (a, b) stands at [kh - 1 - a, kw - 1 - b]
+    taps = mirror(w * mask + pin, codes).unflatten(0, (groups, size))  # (G, o, i, kh, kw)
+    source = mirror(y.transpose(0, 1), codes).unflatten(0, (groups, size))  # (G, o, B, H, W)
+    solved: dict[tuple[int, int], Tensor] = {}  # pixel -> (G, i, B)
+    for h in range(height):
+        for v in range(width):
+            rest = source[..., h, v]
+            for a in range(min(kh, h + 1)):
+                for b in range(min(kw, v + 1)):
+                    if (a, b) != (0, 0):
+                        rest = rest - taps[..., kh - 1 - a, kw - 1 - b] @ solved[h - a, v - b]
+            pixel: list[Tensor] = []
+            for o in range(size):
+                value = rest[:, o]
+                for i in range(o):
+                    value = value - taps[:, o, i, -1, -1, None] * pixel[i]
+                pixel.append(value)
+            solved[h, v] = torch.stack(pixel, dim=1)
+    rows = [torch.stack([solved[h, v] for v in range(width)], dim=-1) for h in range(height)]
+    x = torch.stack(rows, dim=-2).flatten(0, 1)  # (C, B, H, W)
+    return mirror(x, codes).transpose(0, 1)
