@@ -1,0 +1,126 @@
+"""Time the sampler against a plain transcription of the published one, and image generation: `python -m lbae.benchmark`.
+
+Prints seconds and ratios for the hyperplanes, the directions of a batch of codes and interpolation paths, and images
+generated per second. Codes are correlated bits (signs of a low-rank Gaussian plus noise) whose matrix H, as for trained
+latents, has negative eigenvalues. Both sides run float64 on the same CPU threads; generation runs on the chosen device.
+
+    python -m lbae.benchmark                     # the paper's D = 1500
+    python -m lbae.benchmark --zsize 200 --codes 20 --images 64 --width 8
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from common.errors import run_command
+from common.launch import pick_device
+from lbae.model import LBAE
+from lbae.reference import direction_ref, hyperplanes_ref, path_ref
+from lbae.sampler import directions, hyperplanes, interpolate, moments, sample_cov
+
+
+def correlated_codes(n: int, zsize: int, seed: int = 0) -> torch.Tensor:
+    """Codes (n, zsize) int8 in {-1, +1}: signs of a Gaussian of rank zsize / 10 with offsets, pairs of bits made ANDs
+    so that no Gaussian has their moments.
+    """
+    rng = np.random.default_rng(seed)
+    rank = max(2, zsize // 10)
+    scores = rng.standard_normal((n, rank), np.float32) @ rng.standard_normal((rank, zsize), np.float32)
+    bits = scores + 0.3 * np.sqrt(rank) * rng.standard_normal(zsize) > 0
+    third = zsize // 3
+    bits[:, :third] = bits[:, third : 2 * third] & bits[:, 2 * third : 3 * third]
+    return torch.from_numpy(np.where(bits, 1, -1).astype(np.int8))
+
+
+def seconds(work: Callable[[], object], repeat: int = 3) -> float:
+    """Best wall time of `repeat` calls."""
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def compare(zsize: int, codes: int, rows: int, steps: int = 10) -> list[tuple[str, float, float]]:
+    """(name, seconds of the transcription, seconds here) of the sampler's three pieces; the same results are checked."""
+    z = correlated_codes(rows, zsize)
+    array = z.numpy()
+    planes = hyperplanes(*moments(z))
+    L, H, _ = hyperplanes_ref(array)
+    if not np.allclose(planes.H.numpy(), H, atol=1e-6):
+        raise ArithmeticError("the two repaired matrices differ")
+    some = z[:codes]
+    plain = np.stack([direction_ref(L, code) for code in array[:codes]])
+    ours = directions(planes, some, "mean") @ planes.L.T
+    differ = np.mean(np.where(plain @ L.T >= 0, 1, -1) != np.where(ours.numpy() >= 0, 1, -1))
+    if differ > 1e-3:
+        raise ArithmeticError(f"{differ:.1%} of the directions' signs differ")
+    pairs = max(1, codes // 10)
+
+    def plain_paths():
+        return [path_ref(L, array[i], array[-1 - i], steps) for i in range(pairs)]
+
+    def our_paths():
+        return interpolate(planes, z[:pairs], z.flip(0)[:pairs], steps, "mean")
+
+    return [
+        (
+            f"hyperplanes, D={zsize}, N={rows}",
+            seconds(lambda: hyperplanes_ref(array), 1),
+            seconds(lambda: hyperplanes(*moments(z))),
+        ),
+        (
+            f"directions of {codes} codes, split=mean",
+            seconds(lambda: [direction_ref(L, code) for code in array[:codes]], 1),
+            seconds(lambda: directions(planes, some, "mean")),
+        ),
+        (f"{pairs} paths of {steps} steps, split=mean", seconds(plain_paths, 1), seconds(our_paths)),
+    ]
+
+
+@torch.no_grad()
+def generation(zsize: int, width: int, img_size: int, images: int, device: torch.device) -> float:
+    """Images a second: sample codes by hyperplanes and decode them, in batches of at most 256."""
+    planes = hyperplanes(*moments(correlated_codes(4000, zsize).to(device)))
+    decoder = LBAE(img_size, 3, zsize, width).eval().to(device).gen
+    batch = min(256, images)
+
+    def work():
+        for start in range(0, images, batch):
+            count = min(batch, images - start)
+            normals = torch.randn(count, planes.L.shape[1], dtype=torch.float64, device=device)
+            decoder(sample_cov(planes, normals).float()).cpu()
+
+    work()
+    return images / seconds(work, 2)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lbae.benchmark", description=__doc__.split("\n")[0])
+    parser.add_argument("--zsize", type=int, default=1500, help="latent bits (paper: 1500 for CelebA)")
+    parser.add_argument("--codes", type=int, default=100, help="codes whose directions are timed")
+    parser.add_argument("--rows", type=int, default=20000, help="training codes behind the moments")
+    parser.add_argument("--images", type=int, default=128, help="images to generate")
+    parser.add_argument("--width", type=int, default=64, help="base width of the decoder")
+    parser.add_argument("--img_size", type=int, default=64, choices=(32, 64))
+    parser.add_argument("--device", default="auto", help="device of the generation")
+    args = parser.parse_args(argv)
+    print(f"threads {torch.get_num_threads()}, float64")
+    print(f"{'piece':<44} {'published (s)':>14} {'here (s)':>10} {'ratio':>8}")
+    for name, plain, ours in compare(args.zsize, args.codes, args.rows):
+        print(f"{name:<44} {plain:>14.3f} {ours:>10.4f} {plain / ours:>7.1f}x")
+    start = time.perf_counter()
+    directions(hyperplanes(*moments(correlated_codes(2000, args.zsize))), correlated_codes(args.codes, args.zsize))
+    print(f"split=margin, {args.codes} codes with their own hyperplanes: {time.perf_counter() - start:.2f} s")
+    device = pick_device(args.device)
+    rate = generation(args.zsize, args.width, args.img_size, args.images, device)
+    print(f"generated images per second ({device}, width {args.width}, {args.img_size}x{args.img_size}): {rate:.1f}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

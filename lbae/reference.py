@@ -1,0 +1,111 @@
+"""The published sampler transcribed plainly, one code at a time: the oracle of the tests and the base of the benchmark.
+
+Source: Fajtl et al., ICML 2020, sampling by random hyperplanes; nearest PSD matrix after Higham 1988. numpy, float64.
+"""
+
+import numpy as np
+
+
+def nearest_psd_ref(A: np.ndarray, rounds: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest positive semi-definite matrix of A (n, n) by the polar factor, and its Cholesky factor.
+
+    The diagonal grows until the factorization succeeds. Raises numpy.linalg.LinAlgError after `rounds` attempts.
+    """
+    B = (A + A.T) / 2
+    _, s, V = np.linalg.svd(B)
+    H = (B + V.T @ np.diag(s) @ V) / 2
+    H = (H + H.T) / 2
+    step = np.spacing(np.linalg.norm(A))
+    for k in range(1, rounds + 1):
+        try:
+            return H, np.linalg.cholesky(H)
+        except np.linalg.LinAlgError:
+            lowest = np.min(np.real(np.linalg.eigvals(H)))
+            H = H + np.eye(len(H)) * (-lowest * k**2 + step)
+    return H, np.linalg.cholesky(H)
+
+
+def hyperplanes_ref(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes (N, D) in {-1, +1} -> normals L (D+1, D+1), H = L L^T, and the eigenvalues of H before its repair."""
+    mean = z.mean(0, dtype=np.float64)
+    M = z.T.astype(np.float32) @ z.astype(np.float32) / len(z)
+    G = np.block([[M.astype(np.float64), mean[:, None]], [mean[None], np.ones((1, 1))]])
+    H = np.sin(np.pi / 2 * G)
+    eigenvalues = np.linalg.eigvals(H)
+    try:
+        L = np.linalg.cholesky(H)
+    except np.linalg.LinAlgError:
+        H, L = nearest_psd_ref(H)
+    return L, H, eigenvalues
+
+
+def sample_cov_ref(L: np.ndarray, normals: np.ndarray) -> np.ndarray:
+    """Codes (B, D) of the directions `normals` (B, D+1), one at a time, with the flip by the mean hyperplane."""
+    codes = []
+    for g in normals:
+        b = np.where(L @ (g / np.linalg.norm(g)) >= 0, 1, -1)
+        codes.append((b * b[-1])[:-1])
+    return np.array(codes)
+
+
+def direction_ref(L: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """The direction (R,) of one code (D,) by the refined means of both groups of normals (`split=mean`)."""
+    rows = L[:-1]
+    p = _refine_ref(rows[code > 0], strict=True, rounds=None)
+    n = _refine_ref(rows[code <= 0], strict=False, rounds=10)
+    m = p - n
+    return m / np.linalg.norm(m)
+
+
+def _refine_ref(group: np.ndarray, strict: bool, rounds: int | None) -> np.ndarray:
+    if len(group) == 0:
+        return np.zeros(group.shape[1])
+    mean = group.mean(0)
+    direction = mean / np.linalg.norm(mean)
+    best, lowest, k = direction, np.inf, 0
+    while rounds is None or k < rounds:
+        k += 1
+        side = group @ direction
+        wrong = np.count_nonzero(side < 0)
+        if not (wrong < lowest if strict else wrong <= lowest):
+            break
+        best, lowest = direction, wrong
+        if wrong == 0:
+            break
+        group = np.concatenate([group, group[side < 0]])
+        mean = group.mean(0)
+        direction = mean / np.linalg.norm(mean)
+    return best
+
+
+def margin_ref(L: np.ndarray, code: np.ndarray, m: np.ndarray) -> np.ndarray:
+    """The direction m (R,) of one code (D,) refined by the margin perceptron on unit normals (`split=margin`)."""
+    rows = L[:-1] / np.linalg.norm(L[:-1], axis=1, keepdims=True)
+    r, best, fewest = 10 * m, m, np.inf
+    for _ in range(300):
+        q = code * (rows @ r)
+        wrong = np.count_nonzero(np.where(rows @ r >= 0, 1, -1) != code)
+        if wrong < fewest:
+            best, fewest = r, wrong
+        short = q < 0.1
+        if not short.any():
+            break
+        r = r + 0.05 * (code[short, None] * rows[short]).sum(0)
+        r = r * min(1.0, 10 / np.linalg.norm(r))
+    return best / np.linalg.norm(best)
+
+
+def slerp_ref(t: float, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Spherical interpolation of two vectors (n,) at `t`; linear when the sine of their angle is exactly 0."""
+    cosine = np.dot(low / np.linalg.norm(low), high / np.linalg.norm(high))
+    omega = np.arccos(np.clip(cosine, -1, 1))
+    if np.sin(omega) == 0:
+        return (1 - t) * low + t * high
+    return (np.sin((1 - t) * omega) * low + np.sin(t * omega) * high) / np.sin(omega)
+
+
+def path_ref(L: np.ndarray, begin: np.ndarray, end: np.ndarray, steps: int) -> np.ndarray:
+    """The path (steps + 2, D) between two codes (D,), one step at a time (`split=mean`)."""
+    bm, em = direction_ref(L, begin), direction_ref(L, end)
+    inner = [np.where(L[:-1] @ slerp_ref(i / (steps - 1), bm, em) >= 0, 1, -1) for i in range(steps)]
+    return np.stack([begin, *inner, end])

@@ -1,0 +1,310 @@
+"""Random hyperplanes for Bernoulli latents: from the moments of the training codes to new codes, paths and attributes.
+
+Every bit of the code is the side of a hyperplane on which a random direction falls; the normals are the rows of a factor
+of the repaired, arcsine-inverted moment matrix. Everything here is float64 and batched; only signs leave this module.
+Letters: N rows of codes, D bits, B batch, R columns of the factor (D + 1 or fewer), T steps of a path.
+Plain transcriptions of the published routines are in `lbae.reference`; the tests hold the two against each other.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+
+SPLITS = ("mean", "margin")
+ATTR_MODES = ("conditional", "contrast")
+MARGIN, RATE, RADIUS, ROUNDS = 0.1, 0.05, 10.0, 300  # of the margin perceptron
+NEGATIVE_ROUNDS = 10  # the published refinement of the negative group stops here
+FLAT = 1e-7  # a smaller sine of the angle means (anti)parallel directions
+
+
+def sign(x: Tensor) -> Tensor:
+    """+1 where x >= 0, else -1, as int8."""
+    return torch.where(x >= 0, 1, -1).to(torch.int8)
+
+
+def moments(codes: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and uncentred second moment (D, D) of codes (N, D) in {-1, +1}, float64, on their device.
+
+    Codes in {0, 1} are mapped to 2z - 1. Sums of a chunk are exact integers in float32, and float64 adds the chunks.
+    Raises UserError when the codes are not binary (VAE latents, rounded latents).
+    """
+    zero_one = bool((codes == 0).any())
+    valid = (codes == 0) | (codes == 1) if zero_one else codes.abs() == 1
+    if len(codes) == 0 or not bool(valid.all()):
+        raise UserError("these latents are not bits: only a binary model samples by hyperplanes; use sample_method=random")
+    n, d = codes.shape
+    total = torch.zeros(d, dtype=torch.float64, device=codes.device)
+    product = torch.zeros(d, d, dtype=torch.float64, device=codes.device)
+    for part in codes.split(chunk):
+        z = part.float() * 2 - 1 if zero_one else part.float()
+        total += z.sum(0)
+        product += z.T @ z
+    return total / n, product / n
+
+
+def moment_matrix(mean: Tensor, second: Tensor) -> Tensor:
+    """G (D+1, D+1): second moments of the code extended by a constant +1; the last row is (mean, 1)."""
+    column = mean[:, None]
+    one = torch.ones(1, 1, dtype=second.dtype, device=second.device)
+    return torch.cat([torch.cat([second, column], 1), torch.cat([column.T, one], 1)])
+
+
+@dataclass
+class Hyperplanes:
+    """Normals L (D+1, R); row D is the mean hyperplane. `eigenvalues` (D+1,) are those of the matrix before repair."""
+
+    L: Tensor
+    mean: Tensor | None = None  # (D,)
+    eigenvalues: Tensor | None = None
+    G: Tensor | None = field(default=None, repr=False)  # the moments aimed at
+
+    @property
+    def bits(self) -> int:
+        return len(self.L) - 1
+
+    @cached_property
+    def H(self) -> Tensor:
+        """The repaired matrix L L^T (D+1, D+1)."""
+        return self.L @ self.L.T
+
+    def moment_errors(self) -> tuple[float, float]:
+        """Mean |error| of bit means and of second moments that the repair of H causes (0 when H needed none)."""
+        scale = self.H.diagonal().clamp_min(1e-300).rsqrt()
+        implied = 2 / torch.pi * torch.asin((scale[:, None] * self.H * scale).clamp(-1, 1))
+        error = (implied - self.G).abs()
+        return float(error[-1, :-1].mean()), float(error[:-1, :-1].mean())
+
+
+def hyperplanes(mean: Tensor, second: Tensor, factor: str = "eigen") -> Hyperplanes:
+    """Hyperplane normals from the moments of the codes: H = sin(pi/2 G) = L L^T.
+
+    E[sign a sign b] = 2/pi asin(rho) for Gaussians, so H holds the correlations that give the moments G. H is rarely
+    positive semi-definite for trained codes: negative eigenvalues are clipped. `factor`: "eigen" is V sqrt(w), one
+    `eigh`, with the null space dropped (samples and paths depend on L L^T alone); "cholesky" is the published
+    triangular form, which falls back to the eigen factor of the nearest PSD matrix when H is indefinite.
+    """
+    G = moment_matrix(mean.double(), second.double())
+    H = torch.sin(torch.pi / 2 * G)
+    if factor == "cholesky":
+        L, info = torch.linalg.cholesky_ex(H)
+        if int(info) == 0:
+            return Hyperplanes(L, mean, torch.linalg.eigvalsh(H), G)
+    L, eigenvalues = eigen_factor(H)
+    return Hyperplanes(L, mean, eigenvalues, G)
+
+
+def eigen_factor(A: Tensor) -> tuple[Tensor, Tensor]:
+    """V sqrt(max(w, 0)) of the symmetric part of A (n, n), without its null columns, and the eigenvalues w (n,).
+
+    L L^T is the nearest positive semi-definite matrix in the Frobenius norm (Higham 1988).
+    """
+    w, V = torch.linalg.eigh((A + A.T) / 2)
+    keep = w > w.abs().max() * 1e-15
+    return V[:, keep] * w[keep].sqrt(), w
+
+
+def sample_cov(planes: Hyperplanes, normals: Tensor, zsize: int | None = None) -> Tensor:
+    """Codes (B, zsize) int8 of Gaussian directions `normals` (B, R): the sides of all hyperplanes at once.
+
+    Each row is flipped so that it lies on the positive side of the mean hyperplane, except when zsize = D + 1; columns
+    beyond D + 1 are -1. zsize is D by default.
+    """
+    zsize = planes.bits if zsize is None else zsize
+    b = sign(normals.to(planes.L) @ planes.L.T)  # (B, D+1)
+    if b.shape[1] == zsize:
+        return b
+    b = b * b[:, -1:]
+    if zsize > b.shape[1]:
+        b = torch.cat([b, b.new_full((len(b), zsize - b.shape[1]), -1)], 1)
+    return b[:, :zsize]
+
+
+def unit(x: Tensor) -> Tensor:
+    """`x` divided by its length along the last axis; a zero vector stays zero."""
+    length = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, 1.0)
+
+
+def slerp(t: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Spherical interpolation (B, T, n) between `low` and `high` (B, n) at `t` (T,); linear for (anti)parallel pairs."""
+    a, b = _slerp_weights(t, (unit(low) * unit(high)).sum(-1))
+    return a[..., None] * low[:, None] + b[..., None] * high[:, None]
+
+
+def _slerp_weights(t: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights (B, T) of both ends, from the cosine (B,) of their angle."""
+    omega = torch.arccos(cosine.clamp(-1, 1))[:, None]  # (B, 1)
+    sine = torch.sin(omega)
+    flat = sine.abs() < FLAT
+    safe = torch.where(flat, 1.0, sine)
+    low = torch.where(flat, 1 - t, torch.sin((1 - t) * omega) / safe)
+    high = torch.where(flat, t.expand_as(low), torch.sin(t * omega) / safe)
+    return low, high
+
+
+def directions(planes: Hyperplanes, codes: Tensor, split: str = "margin") -> Tensor:
+    """A unit direction (B, R) whose sides of the hyperplanes are close to each of `codes` (B, D) in {-1, +1}.
+
+    `split="mean"` is the published rule: the difference of the mean normals of both groups of bits, each refined by
+    giving its misplaced rows more weight. `split="margin"` goes on with a perceptron with margin on unit normals, which
+    usually reproduces the code exactly. Both work on the Gram matrix, so that a round costs one matrix product.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split={split}: expected {' or '.join(SPLITS)}")
+    codes = codes.to(planes.L)
+    coefficients = _mean_split(planes, codes)  # (B, D)
+    rows = planes.L[:-1]
+    if split == "mean":
+        return unit(coefficients @ rows)
+    scale = rows.norm(dim=1).clamp_min(1e-300)
+    gram = planes.H[:-1, :-1] / (scale[:, None] * scale)
+    return unit(_margin_perceptron(gram, codes, coefficients * scale) @ (rows / scale[:, None]))
+
+
+def _lengths(coefficients: Tensor, products: Tensor) -> Tensor:
+    """Lengths (B, 1) of coefficients @ rows, given products = coefficients @ Gram."""
+    return (coefficients * products).sum(1, keepdim=True).clamp_min(0).sqrt()
+
+
+def _mean_split(planes: Hyperplanes, codes: Tensor) -> Tensor:
+    """Coefficients (B, D) of unit(mean of the + rows, refined) - unit(mean of the - rows, refined)."""
+    gram, positive = planes.H[:-1, :-1], codes > 0
+    groups = torch.cat([positive, ~positive])  # (2B, D): row i and row B + i belong to code i
+    best = _refine(gram, groups, torch.arange(len(groups), device=codes.device) >= len(codes))
+    ends = best / torch.where((length := _lengths(best, best @ gram)) > 0, length, 1.0)
+    p, n = ends.chunk(2)
+    return p - n  # an empty group has weight 0, which leaves +- the mean of all rows
+
+
+def _refine(gram: Tensor, groups: Tensor, lenient: Tensor) -> Tensor:
+    """Row weights (M, D) of the best direction of each group of rows.
+
+    While a mean has rows on its wrong side, these rows are appended once more (their weight doubles) and the mean is
+    taken anew; the number of misplaced rows, copies counted, must fall. A `lenient` group may also keep it, for
+    `NEGATIVE_ROUNDS` rounds.
+    """
+    weights = groups.to(gram.dtype)
+    best = weights.clone()
+    lowest = torch.full((len(groups),), torch.inf, dtype=gram.dtype, device=gram.device)
+    active = torch.arange(len(groups), device=gram.device)
+    rounds = 0
+    while len(active):
+        wrong = (weights @ gram < 0) & groups[active]
+        misplaced = torch.where(wrong, weights, 0.0).sum(1)
+        slack = lenient[active]
+        better = torch.where(slack, misplaced <= lowest[active], misplaced < lowest[active])
+        lowest[active[better]] = misplaced[better]
+        best[active[better]] = weights[better]
+        rounds += 1
+        on = better & (misplaced > 0) & ~(slack & (rounds >= NEGATIVE_ROUNDS))
+        weights = torch.where(wrong, 2 * weights, weights)[on]
+        active = active[on]
+    return best
+
+
+def _margin_perceptron(gram: Tensor, codes: Tensor, start: Tensor) -> Tensor:
+    """Coefficients (B, D) of a direction on the unit rows with `gram` (D, D), refined from `start` (B, D).
+
+    Rows whose signed projection is below MARGIN pull the direction by RATE; its length is kept below RADIUS; the
+    iterate with the fewest wrong signs wins. A code leaves as soon as every row has its margin.
+    """
+    products = start @ gram  # (B, D) projections on the rows
+    length = _lengths(start, products)
+    factor = RADIUS / torch.where(length > 0, length, 1.0)
+    c, products = start * factor, products * factor
+    best, fewest = c.clone(), torch.full((len(c),), torch.inf, dtype=c.dtype, device=c.device)
+    active = torch.arange(len(c), device=c.device)
+    for _ in range(ROUNDS):
+        margins = codes[active] * products
+        errors = (sign(products) != codes[active]).sum(1).to(c.dtype)
+        better = errors < fewest[active]
+        fewest[active[better]] = errors[better]
+        best[active[better]] = c[better]
+        short = margins < MARGIN
+        on = short.any(1)
+        if not on.any():
+            break
+        active, c, products, short = active[on], c[on], products[on], short[on]
+        c = c + RATE * torch.where(short, codes[active], 0.0)
+        products = c @ gram
+        shrink = (RADIUS / _lengths(c, products).clamp_min(1e-300)).clamp_max(1.0)
+        c, products = c * shrink, products * shrink
+    return best
+
+
+def interpolate(
+    planes: Hyperplanes, begin: Tensor, end: Tensor, steps: int, split: str = "margin"
+) -> tuple[Tensor, Tensor]:
+    """Paths (B, steps + 2, D) int8 from `begin` to `end` (B, D): begin, `steps` codes of the slerp, end.
+
+    Also Hamming distances (B, steps, 2) of each step to the codes of both end directions. No mean flip. The first and
+    last step are the end directions' own codes; one step alone is the middle. Raises UserError for steps < 1.
+    """
+    if steps < 1:
+        raise UserError(f"interpolate_steps={steps}: at least one step is needed")
+    ends = directions(planes, torch.cat([begin, end]), split)
+    bm, em = ends.chunk(2)  # (B, R)
+    rows = planes.L[:-1]
+    at_begin, at_end = bm @ rows.T, em @ rows.T  # (B, D)
+    spaced = torch.linspace(0, 1, steps, dtype=bm.dtype, device=bm.device)
+    t = spaced if steps > 1 else torch.full_like(spaced, 0.5)
+    a, b = _slerp_weights(t, (bm * em).sum(-1))
+    # a slerp is a combination of its ends, and so are its projections on the normals: no product with L a step
+    path = sign(a[..., None] * at_begin[:, None] + b[..., None] * at_end[:, None])  # (B, T, D)
+    hamming = torch.stack([(path != sign(side)[:, None]).sum(-1) for side in (at_begin, at_end)], -1)
+    codes = torch.cat([begin[:, None].to(torch.int8), path, end[:, None].to(torch.int8)], 1)
+    return codes, hamming
+
+
+def choose_pairs(rng: np.random.Generator | np.random.RandomState, n: int, pairs: int) -> np.ndarray:
+    """(pairs, 2) distinct rows of n. Raises UserError when 2 pairs > n."""
+    if 2 * pairs > n:
+        raise UserError(f"{pairs} pairs need {2 * pairs} latent rows, there are {n}; lower batch_size_test")
+    return rng.choice(n, (pairs, 2), replace=False)
+
+
+def attribute_mean(codes: Tensor, labels: Tensor, attribute: int, mode: str = "conditional") -> Tensor:
+    """Mean code (D,) float64 of the rows with the attribute; minus the mean of all rows in mode "contrast".
+
+    labels: (N, 40) of 0/1, of which column `attribute` counts, or (N,) / (N, 1) classes, equal to `attribute`.
+    Raises UserError when no row has the attribute or the index does not exist.
+    """
+    if mode not in ATTR_MODES:
+        raise UserError(f"attr_mode={mode}: expected {' or '.join(ATTR_MODES)}")
+    labels = labels.reshape(len(labels), -1)
+    if labels.shape[1] > 1:
+        if not 0 <= attribute < labels.shape[1]:
+            raise UserError(f"set_attr={attribute}: there are {labels.shape[1]} attributes, counted from 0")
+        rows = labels[:, attribute] == 1
+    else:
+        rows = labels[:, 0] == attribute
+    if not bool(rows.any()):
+        raise UserError(f"set_attr={attribute}: no training latent has this attribute or class")
+    chosen = codes[rows.to(codes.device)].double().mean(0)
+    return chosen - codes.double().mean(0) if mode == "contrast" else chosen
+
+
+def set_attribute(codes: Tensor, mean: Tensor, threshold: float = 0.12) -> Tensor:
+    """`codes` (B, D) with the bits forced to +1 where `mean` (D,) > threshold and to -1 where it is < -threshold."""
+    forced = (mean > threshold).to(codes.dtype) - (mean < -threshold).to(codes.dtype)
+    return torch.where(forced == 0, codes, forced)
+
+
+def fair_bits(shape: tuple[int, int], generator: torch.Generator, low: float = -1, high: float = 1, decimals: int = -1):
+    """Codes (B, D) float32 from uniform draws in [-1, 1), clamped to [low, high] and rounded as the model's quantiser
+    does: fair coins by default.
+    """
+    from lbae.model import quantise
+
+    return quantise((torch.rand(shape, generator=generator) * 2 - 1).clamp(low, high), decimals)
+
+
+def independent_bits(mean: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Codes (count, D) int8 whose bits are independent with the given means (D,): a baseline without correlations."""
+    draws = torch.rand((count, len(mean)), generator=generator, dtype=torch.float64)
+    return torch.where(draws < (1 + mean.double().cpu()) / 2, 1, -1).to(torch.int8)
