@@ -227,7 +227,10 @@ class Grid:
 
     def draw(self, count: int, rng: RandomState) -> np.ndarray:
         """Factors (count, F) of independent uniform values, drawn factor by factor."""
-        return np.stack([rng.randint(size, size=count) for size in self.sizes], axis=1)
+        factors = np.empty((count, self.num_factors), np.int64)
+        for column, size in enumerate(self.sizes):
+            factors[:, column] = rng.randint(size, size=count)
+        return factors
 
     def index_of(self, factors: np.ndarray) -> np.ndarray:
         """Image index (n,) of factors (n, F); the factors of size 1 are put back as 0."""

@@ -165,8 +165,10 @@ def test_celeba_recipe():
     np.testing.assert_array_equal(dis.celeba_categories(golden["z"][one_colour], hair), golden["z_cat"])
     np.testing.assert_array_equal(dis.celeba_categories(golden["g"][one_colour], hair), golden["g_cat"])
     scores = dis.dci_celeba(golden["z"], golden["g"], hair)
-    # unregularised directions of an l1 fit move with the solver; the weights themselves go up to 13
-    np.testing.assert_allclose(scores["importance"], golden["importance"], rtol=1e-3, atol=1e-3)
+    # liblinear stops early, in an order that its seed decides: the stored weights are up to 0.007 from the optimum, the
+    # largest being about 13, so the tolerance is relative to the largest
+    largest = golden["importance"].max()
+    np.testing.assert_allclose(scores["importance"], golden["importance"], rtol=0, atol=1e-3 * largest)
     for key in ("alignment", "completeness", "explicitness"):
         assert scores[key] == pytest.approx(float(golden[key]), abs=1e-3)
     per_latent = dis.disentanglement_of(scores["importance"])[1]
