@@ -1,0 +1,158 @@
+"""Precision and recall of a generated set: distributions over clusters (PRD) and k-nearest-neighbour manifolds.
+
+Precision: how much of the evaluated set lies where the reference lies (quality). Recall: how much of the reference is
+covered by the evaluated set (diversity). A set collapsed onto one mode keeps its precision and loses its recall.
+
+* PRD: Sajjadi et al., "Assessing Generative Models via Precision and Recall", 2018.
+* k-NN: Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", 2019.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.metrics.frechet import check_features
+
+_BLOCK = 4096  # rows of a distance block
+
+
+def precision_recall_distribution(
+    eval_features,
+    ref_features,
+    clusters: int = 20,
+    angles: int = 1001,
+    runs: int = 10,
+    seed: int = 0,
+    balance: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """PRD curve (precision (angles,), recall (angles,)) of eval_features (n, d) against ref_features (n, d).
+
+    The union is clustered by mini-batch k-means, each set becomes a histogram over the clusters; averaged over `runs`
+    clusterings. Run r is seeded with `seed + r`. `balance` insists on sets of one size, as k-means would otherwise
+    place more centres in the larger one. Raises UserError for unequal sizes, fewer samples than clusters and options
+    out of range. Source: Sajjadi et al. 2018, algorithm 1 and section 4.1.
+    """
+    evaluated = check_features(eval_features, "evaluated features")
+    reference = check_features(ref_features, "reference features")
+    if evaluated.shape[1] != reference.shape[1]:
+        raise UserError(f"features of {evaluated.shape[1]} and {reference.shape[1]} dimensions: use one extractor")
+    if balance and len(evaluated) != len(reference):
+        raise UserError(
+            f"PRD compares sets of one size, got {len(evaluated)} evaluated and {len(reference)} reference samples; "
+            "take as many of each (or balance=False)"
+        )
+    if runs < 1 or clusters < 1:
+        raise UserError(f"PRD: runs={runs}, clusters={clusters}: both must be at least 1")
+    union = np.concatenate([evaluated, reference])
+    if len(union) < clusters:
+        raise UserError(f"PRD: {len(union)} samples for {clusters} clusters; use more samples or fewer clusters")
+    curves = []
+    for run in range(runs):
+        labels = _cluster(union, clusters, seed + run)
+        histograms = [np.bincount(part, minlength=clusters) / len(part) for part in np.split(labels, [len(evaluated)])]
+        curves.append(prd_from_histograms(*histograms, angles))
+    precision, recall = np.mean(curves, axis=0)
+    return precision, recall
+
+
+def prd_from_histograms(
+    eval_dist: np.ndarray, ref_dist: np.ndarray, angles: int = 1001, epsilon: float = 1e-10
+) -> tuple[np.ndarray, np.ndarray]:
+    """PRD curve of two distributions over the same k states, each (k,) and summing to 1.
+
+    For slope lambda = tan(angle), angles evenly spaced in [epsilon, pi/2 - epsilon]:
+    precision = sum_c min(lambda ref_c, eval_c), recall = precision / lambda. Both (angles,), in [0, 1].
+    Raises UserError for unequal shapes, angles outside [3, 1e6], epsilon outside (0, 0.1), or no distributions.
+    Source: Sajjadi et al. 2018, theorem 3 and algorithm 1.
+    """
+    eval_dist, ref_dist = np.asarray(eval_dist, np.float64), np.asarray(ref_dist, np.float64)
+    if eval_dist.ndim != 1 or eval_dist.shape != ref_dist.shape:
+        raise UserError(f"PRD: histograms of one length expected, got {eval_dist.shape} and {ref_dist.shape}")
+    if not 3 <= angles <= 1_000_000:
+        raise UserError(f"PRD: angles={angles}, allowed are 3 to 1000000")
+    if not 0 < epsilon < 0.1:
+        raise UserError(f"PRD: epsilon={epsilon}, it must lie between 0 and 0.1")
+    slopes = np.tan(np.linspace(epsilon, np.pi / 2 - epsilon, angles))
+    precision = np.minimum(slopes[:, None] * ref_dist, eval_dist).sum(1)
+    recall = precision / slopes
+    if max(precision.max(), recall.max()) > 1.001 or min(eval_dist.min(), ref_dist.min()) < 0:
+        raise UserError("PRD: the histograms must be non-negative and sum to 1")
+    return np.clip(precision, 0.0, 1.0), np.clip(recall, 0.0, 1.0)
+
+
+def f_beta(precision: np.ndarray, recall: np.ndarray, beta: float = 1.0, epsilon: float = 1e-10) -> np.ndarray:
+    """F_beta along a curve; beta > 1 weighs recall, beta < 1 weighs precision. Raises UserError outside [0, 1]."""
+    precision, recall = np.asarray(precision, np.float64), np.asarray(recall, np.float64)
+    for name, values in (("precision", precision), ("recall", recall)):
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise UserError(f"{name} must lie in [0, 1]")
+    if beta <= 0:
+        raise UserError(f"beta={beta}: it must be positive")
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall + epsilon)
+
+
+def f_beta_pair(precision: np.ndarray, recall: np.ndarray, beta: float = 8.0) -> tuple[float, float]:
+    """(max F_beta, max F_{1/beta}) over a PRD curve: the recall summary, then the precision summary.
+
+    Source: Sajjadi et al. 2018, section 4.3 (beta = 8).
+    """
+    return float(f_beta(precision, recall, beta).max()), float(f_beta(precision, recall, 1 / beta).max())
+
+
+def improved_precision_recall(
+    eval_features, ref_features, k: int = 3, device: str | torch.device = "cpu"
+) -> tuple[float, float]:
+    """k-NN (precision, recall) of eval_features (n, d) against ref_features (m, d).
+
+    Precision: share of evaluated samples inside the reference manifold, the union of balls around the reference samples
+    that reach to the k-th nearest other reference sample. Recall: the same with the roles exchanged.
+    Raises UserError for k < 1 or sets with no more than k samples. Source: Kynkäänniemi et al. 2019, eq. 1-3.
+    """
+    if k < 1:
+        raise UserError(f"k={k}: at least one neighbour is needed")
+    evaluated = check_features(eval_features, "evaluated features", k + 1)
+    reference = check_features(ref_features, "reference features", k + 1)
+    if evaluated.shape[1] != reference.shape[1]:
+        raise UserError(f"features of {evaluated.shape[1]} and {reference.shape[1]} dimensions: use one extractor")
+    device = torch.device("cpu" if torch.device(device).type == "mps" else device)  # MPS has no float64
+    centre = reference.mean(0)  # a shift changes no distance, and small norms lose fewer digits
+    evaluated, reference = (torch.from_numpy(part - centre).to(device) for part in (evaluated, reference))
+    reach_ref, reach_eval = _kth_neighbour(reference, k), _kth_neighbour(evaluated, k)
+    in_ref = evaluated.new_zeros(len(evaluated), dtype=torch.bool)
+    in_eval = reference.new_zeros(len(reference), dtype=torch.bool)
+    for i, j, squares in _distance_blocks(evaluated, reference):
+        in_ref[i] |= (squares <= reach_ref[j]).any(1)
+        in_eval[j] |= (squares <= reach_eval[i, None]).any(0)
+    return float(in_ref.double().mean()), float(in_eval.double().mean())
+
+
+def _kth_neighbour(points: Tensor, k: int) -> Tensor:
+    """Squared distance (n,) from each point to its k-th nearest other point."""
+    nearest = points.new_full((len(points), k), torch.inf)
+    for i, j, squares in _distance_blocks(points, points):
+        if i.start == j.start:
+            squares.fill_diagonal_(torch.inf)
+        candidates = torch.cat([nearest[i], squares], 1)
+        nearest[i] = candidates.topk(k, dim=1, largest=False).values
+    return nearest[:, -1]  # topk sorts
+
+
+def _distance_blocks(a: Tensor, b: Tensor):
+    """Yield (rows of a, rows of b, squared distances) block by block."""
+    norm_a, norm_b = (a * a).sum(1), (b * b).sum(1)
+    # |a|^2 + |b|^2 - 2ab of two equal points is rounding noise of this relative size: it has to count as zero
+    noise = 2 * a.shape[1] * torch.finfo(a.dtype).eps
+    for start_a in range(0, len(a), _BLOCK):
+        for start_b in range(0, len(b), _BLOCK):
+            i, j = slice(start_a, start_a + _BLOCK), slice(start_b, start_b + _BLOCK)
+            scale = norm_a[i, None] + norm_b[j]
+            squares = torch.addmm(scale, a[i], b[j].T, alpha=-2)
+            yield i, j, torch.where(squares > noise * scale, squares, 0.0)
+
+
+def _cluster(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    """Cluster index (n,) of each point by mini-batch k-means, best of 10 initialisations, as the PRD authors set it."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    return MiniBatchKMeans(clusters, n_init=10, random_state=seed).fit_predict(points)
