@@ -94,7 +94,7 @@ CASES = [
 
 
 def build(case: Case) -> nn.Module:
-    """The case's layer in float64, its data-dependent parts initialised, every parameter moved off its initial value."""
+    """The case's layer in float64, data-dependent parts initialised, every parameter moved off its initial value."""
     torch.manual_seed(0)
     layer = case.make().double()
     layer(inputs(case, 8))
