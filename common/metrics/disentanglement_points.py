@@ -221,6 +221,8 @@ class Grid:
         self.scored = np.flatnonzero(sizes > 1)  # columns of index_of that are drawn
         self.all_factors, self.sizes = len(sizes), sizes[self.scored]
         self.num_factors = len(self.scored)
+        if self.num_factors == 0:
+            raise UserError(f"no factor has more than one value (sizes {sizes.tolist()}): nothing to score")
         self._row = np.full(int(np.prod(sizes)), -1, np.int64)  # image index -> row of the table
         self._table: np.ndarray | None = None  # (encoded, D), grown by doubling
         self._used = 0
@@ -250,6 +252,10 @@ class Grid:
             codes = _table(self.represent(self.data.images_at(batch)), "codes")
             if len(codes) != len(batch):
                 raise UserError(f"representation_function gave {len(codes)} codes for {len(batch)} images")
+            if self._table is not None and codes.shape[1] != self._table.shape[1]:
+                raise UserError(
+                    f"representation_function gave codes of {codes.shape[1]} columns after {self._table.shape[1]}"
+                )
             if self._table is None:
                 self._table = np.empty((len(index), codes.shape[1]), codes.dtype)
             if self._used + len(batch) > len(self._table):
@@ -260,11 +266,11 @@ class Grid:
             self._row[batch] = np.arange(self._used, self._used + len(batch))
             self._used += len(batch)
 
-    def split(self, num_train: int, num_test: int, rng: RandomState) -> Split:
+    def split(self, num_train: int, num_test: int, rng: RandomState, chunk: int = SPLIT_CHUNK) -> Split:
         """`num_train` points, then `num_test` from the same stream, in chunks of 16."""
         train, test = (
             np.concatenate(
-                [self.draw(min(SPLIT_CHUNK, count - start), rng) for start in range(0, count, SPLIT_CHUNK)]
+                [self.draw(min(chunk, count - start), rng) for start in range(0, count, chunk)]
                 or [np.empty((0, self.num_factors), np.int64)]
             )
             for count in (num_train, num_test)
