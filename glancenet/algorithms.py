@@ -204,8 +204,10 @@ class Algorithm(nn.Module):
             raise UserError(
                 "--loss_terms DIPVAEI DIPVAEII: two penalties of one covariance with one weight; choose one"
             )
+        if len(set(terms)) < len(terms):
+            raise UserError(f"--loss_terms {' '.join(terms)}: a term is named twice")
         if "BetaTCVAE" in terms and "FACTORVAE" in terms:
-            raise UserError("--loss_terms BetaTCVAE FACTORVAE: both weigh the total correlation by --w_tc; choose one")
+            log.warning("BetaTCVAE and FACTORVAE both penalise the total correlation, and both by --w_tc")
         if "BetaTCVAE" in terms and self.w.w_tc == 1:
             log.warning("BetaTCVAE adds (w_tc - 1) times the total correlation: with --w_tc 1 it adds nothing")
 

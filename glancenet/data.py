@@ -1,0 +1,480 @@
+"""The data sets: images by index (memory-mapped or rendered), concept labels, classes, splits and supervision.
+
+| --dset_name      | images                                                          | L  | C  | splits               |
+|------------------|-----------------------------------------------------------------|----|----|----------------------|
+| dsprites_full    | the published dSprites file                                     | 7  | 2  | 80 / 10 / 10 %       |
+| sprites          | sprites rendered here on dSprites' factor grid (or a smaller)   | 7  | 2  | 80 / 10 / 10 %       |
+| dsprites_leakage | dsprites_leakage_train.npz, dsprites_leakage_test.npz           | 5  | 3  | centre / two corners |
+| mpi3d_toy        | mpi3d_toy/mpi3d_toy_full.npz                                    | 21 | 10 | 80 / 10 / 10 %       |
+| celebA           | celebA/celebA64-full-10.npz, celebA/clusters_4.npz              | 10 | 4  | the official one     |
+
+Images stay uint8 where they lie; a batch is turned into floats on the training device.
+"""
+
+import argparse
+import queue
+import struct
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from common.checkpoint import atomic_write
+from common.errors import UserError
+from glancenet import labels as rules
+from glancenet.algorithms import Batch, Shape
+
+PREPARE = {
+    "dsprites_full": "python -m common.datasets.prepare dsprites",
+    "dsprites_leakage": "python glancenet/prepare_dsprites_leakage.py",
+    "mpi3d_toy": "python glancenet/prepare_mpi3d.py",
+    "celebA": "python glancenet/prepare_celeba.py",
+}
+CELEBA_TOTAL, CELEBA_TRAIN_END, CELEBA_VAL_END = 127_817, 102_635, 115_013
+# dSprites images that the published code draws in every traversal: a square, an ellipse, a heart; and four of CelebA
+DSPRITES_FIXED = {"fixed_square": 87040, "fixed_ellipse": 332800, "fixed_heart": 578560}
+CELEBA_FIXED = {"fixed_0": 11281, "fixed_1": 114307, "fixed_2": 10535, "fixed_3": 59434}
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _npz_member(archive: zipfile.ZipFile, path: Path, key: str) -> zipfile.ZipInfo:
+    try:
+        return archive.getinfo(f"{key}.npy")
+    except KeyError:
+        have = ", ".join(name.removesuffix(".npy") for name in archive.namelist())
+        raise UserError(f"{path} has no array {key!r} (it has {have}); prepare it again") from None
+
+
+def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = npy.read_magic(file)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    return read(file)
+
+
+def open_npz(path: Path, key: str, remedy: str) -> np.ndarray:
+    """Array `key` of an npz file, memory-mapped. A compressed member is unpacked once to `<path>.<key>.npy`.
+
+    Raises UserError naming the file and `remedy` (a command) when it is missing, truncated or holds Python objects.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing; make it by: {remedy}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = _npz_member(archive, path, key)
+            if member.compress_type == zipfile.ZIP_STORED:
+                return _map_stored(path, member)
+            return _map_unpacked(path, archive, member, key)
+    except (zipfile.BadZipFile, ValueError, EOFError, struct.error) as error:
+        raise UserError(f"{path} is damaged or no npz file ({error}); make it again by: {remedy}") from error
+
+
+def _map_stored(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
+    with open(path, "rb") as file:
+        file.seek(member.header_offset)
+        head = file.read(30)
+        name_length, extra_length = struct.unpack("<26xHH", head)
+        file.seek(member.header_offset + 30 + name_length + extra_length)
+        shape, fortran, dtype = _read_header(file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+
+def _map_unpacked(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> np.ndarray:
+    unpacked = path.with_name(f"{path.name}.{key}.npy")
+    if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
+        with archive.open(member) as source, atomic_write(unpacked) as target:
+            while block := source.read(1 << 22):
+                target.write(block)
+    return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+
+
+class Images:
+    """Images by row: uint8 (n, C, 64, 64). `array` is (N, 64, 64[, C]) or an image set with `images_at`."""
+
+    def __init__(self, source: Any, scale: int = 1):
+        self.source, self.scale = source, scale  # scale 255 for files that store 0 and 1
+        self.held: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def channels(self) -> int:
+        """1 or 3."""
+        if hasattr(self.source, "images_at"):
+            return self.source.channels
+        return self.source.shape[3] if self.source.ndim == 4 else 1
+
+    def fetch(self, rows: np.ndarray | Tensor) -> Tensor:
+        """uint8 (n, C, 64, 64) of 0..255."""
+        if self.held is not None:
+            return self.held[torch.as_tensor(rows, device=self.held.device)]
+        rows = rows.numpy() if isinstance(rows, Tensor) else np.asarray(rows)
+        if hasattr(self.source, "images_at"):
+            return self.source.images_at(rows)
+        part = torch.from_numpy(np.ascontiguousarray(self.source[rows]))
+        part = part.permute(0, 3, 1, 2) if part.ndim == 4 else part[:, None]
+        return part * self.scale if self.scale != 1 else part
+
+    def hold(self, device: torch.device, limit: int) -> bool:
+        """Keep all images on `device` when they take at most `limit` bytes; returns whether they are kept."""
+        n = len(self)
+        if n * self.channels * 64 * 64 > limit:
+            return False
+        held = torch.empty((n, self.channels, 64, 64), dtype=torch.uint8, device=device)
+        for start in range(0, n, 4096):
+            held[start : start + 4096] = self.fetch(np.arange(start, min(n, start + 4096))).to(device)
+        self.held = held
+        return True
+
+
+# ---- parts of a data set --------------------------------------------------------------------------------------------
+
+
+class Part:
+    """One split: rows of `images` with concepts (n, L) in [0, 1], classes (n,), supervision (n,), label codes (n, k)."""
+
+    def __init__(
+        self, images: Images, rows: np.ndarray, concepts: np.ndarray, y: np.ndarray, mask: np.ndarray, codes: np.ndarray
+    ):
+        self.images, self.rows = images, torch.from_numpy(np.ascontiguousarray(rows.astype(np.int64)))
+        self.concepts = torch.from_numpy(concepts.astype(np.float32))
+        self.y = torch.from_numpy(y.astype(np.int64))
+        self.mask = torch.from_numpy(mask.astype(np.float32))
+        self.codes = torch.from_numpy(codes.astype(np.int64))
+        self.class_weights: np.ndarray | None = None  # (C,): draw with replacement by these
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def n_batches(self, batch_size: int, drop_last: bool) -> int:
+        """Batches an epoch."""
+        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The places visited in `epoch`, a pure function of (seed, epoch); drawn with replacement by class weights."""
+        rng = np.random.default_rng([seed % 2**32, epoch])
+        if self.class_weights is None:
+            return torch.from_numpy(rng.permutation(len(self)))
+        p = self.class_weights[self.y.numpy()]
+        return torch.from_numpy(rng.choice(len(self), len(self), p=p / p.sum()))
+
+    def gather(self, places: Tensor, device: torch.device, pin: bool = False) -> Batch:
+        """The examples at `places` (n,) as floats on `device`; the conversion happens there."""
+        x = self.images.fetch(self.rows[places])
+        parts = [x, self.concepts[places], self.y[places], self.mask[places], self.codes[places]]
+        if pin and device.type == "cuda":
+            parts = [part.pin_memory() if part.device.type == "cpu" else part for part in parts]
+        x, concepts, y, mask, codes = (part.to(device, non_blocking=True) for part in parts)
+        x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
+        return Batch(x, concepts, y, mask, codes)
+
+    def batches(
+        self, batch_size: int, device: torch.device, order: Tensor | None = None, start: int = 0, drop_last: bool = False,
+        pin: bool = False, workers: int = 0,
+    ) -> Iterator[Batch]:  # fmt: skip
+        """Batches in `order` (default: as stored) from batch `start` on. `workers` > 0 fetches ahead in one thread."""
+        order = torch.arange(len(self)) if order is None else order
+        n = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
+        places = (order[i * batch_size : (i + 1) * batch_size] for i in range(start, n))
+        made = (self.gather(place, device, pin) for place in places)
+        return _ahead(made) if workers and device.type == "cuda" else made
+
+
+def _ahead(items: Iterator[Batch], depth: int = 3) -> Iterator[Batch]:
+    """`items` made by a thread, `depth` ahead; errors come out at their place."""
+    waiting: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+
+    def offer(entry: tuple[bool, Any]) -> bool:
+        while not stop.is_set():
+            try:
+                waiting.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not offer((True, item)):
+                    return
+            offer((False, None))
+        except BaseException as error:  # handed to the consumer
+            offer((False, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            more, item = waiting.get()
+            if not more:
+                if item is not None:
+                    raise item
+                return
+            yield item
+    finally:
+        stop.set()
+
+
+@dataclass
+class ConceptData:
+    """A data set ready for training. `grid` is the factor set that the metrics sample, or None."""
+
+    name: str
+    train: Part
+    val: Part
+    test: Part
+    concept_names: list[str]
+    n_classes: int
+    code_sizes: tuple[int, ...]
+    grid: Any = None
+    corner: np.ndarray | None = None  # dsprites_leakage: the absent factor of the test images (n,)
+    fixed: dict[str, int] | None = None  # rows of `train.images` drawn in every traversal
+
+    @property
+    def shape(self) -> Shape:
+        """What an algorithm needs to know."""
+        n = len(self.concept_names)
+        return Shape(self.train.images.channels, n, self.n_classes, self.code_sizes, len(self.train))
+
+
+class Labels(NamedTuple):
+    """Labels of a whole image file: concepts (N, L), their names, classes (N,), integer codes (N, k) and their sizes."""
+
+    concepts: np.ndarray
+    names: list[str]
+    y: np.ndarray
+    codes: np.ndarray
+    sizes: tuple[int, ...]
+    discard: int = 0  # uniform numbers that precede the supervision mask in the published stream
+
+
+def _select(labels: Labels, groups: list[list[int]], chosen: list[int] | None, factors: tuple[str, ...]) -> Labels:
+    """Keep the concept columns (`groups` of each factor) and codes of the factors `chosen`."""
+    if chosen is None:
+        chosen = list(range(len(factors)))
+    wrong = [i for i in chosen if not 0 <= i < len(factors)]
+    if wrong or len(set(chosen)) < len(chosen):
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(factors))
+        raise UserError(f"--include_labels {' '.join(map(str, chosen))}: expected different numbers among {listed}")
+    columns = [column for i in chosen for column in groups[i]]
+    varied = [i for i in chosen if labels.sizes[i] > 1]
+    return labels._replace(
+        concepts=labels.concepts[:, columns], names=[labels.names[c] for c in columns],
+        codes=labels.codes[:, varied], sizes=tuple(labels.sizes[i] for i in varied),
+    )  # fmt: skip
+
+
+def _split_by_chance(images: Images, labels: Labels, o: argparse.Namespace) -> tuple[Part, Part, Part]:
+    n = len(images)
+    mask = rules.supervision_mask(n, o.masking_fact, o.seed, labels.discard)
+    splits = rules.random_split(n, o.seed)
+    return tuple(_part(images, labels, mask, rows) for rows in splits)
+
+
+def _part(images: Images, labels: Labels, mask: np.ndarray, rows: np.ndarray) -> Part:
+    return Part(images, rows, labels.concepts[rows], labels.y[rows], mask[rows], labels.codes[rows])
+
+
+def _classes(o: argparse.Namespace, n: int) -> int:
+    if o.n_classes is not None and o.n_classes < n:
+        raise UserError(f"--n_classes {o.n_classes}: {o.dset_name} has {n} classes")
+    return o.n_classes or n
+
+
+# ---- the five data sets ---------------------------------------------------------------------------------------------
+
+DSPRITES_GROUPS = [[], [0, 1, 2], [3], [4], [5], [6]]
+DSPRITES_NAMES = ["square", "ellipse", "heart", "scale", "orientation", "pos_x", "pos_y"]
+
+
+def _dsprites_labels(values: np.ndarray, codes: np.ndarray) -> Labels:
+    sizes = tuple(int(codes[:, i].max()) + 1 for i in range(6))
+    n = len(values)
+    return Labels(
+        rules.dsprites_concepts(values), DSPRITES_NAMES, rules.dsprites_classes(values), codes, sizes, discard=6 + n
+    )
+
+
+def load_dsprites(o: argparse.Namespace) -> ConceptData:
+    """dSprites (the file), its `smaller` variant, or rendered sprites."""
+    grid = None
+    if o.dset_name == "sprites":
+        from common.datasets.sprites import Sprites
+
+        grid = Sprites(**({} if o.sprites_sizes is None else {"sizes": o.sprites_sizes}))
+    elif o.d_version == "full":
+        from common.datasets import load
+
+        grid = load("dsprites", root=o.dset_dir)
+    if grid is not None:
+        rows = np.arange(len(grid))
+        images, values, codes = Images(grid), grid.latents_values(rows), grid.latents_classes(rows)
+    else:
+        path = Path(o.dset_dir) / "dsprites" / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64_smaller.npz"
+        remedy = "--d_version full (the smaller file was never published)"
+        images = Images(open_npz(path, "imgs", remedy), scale=255)
+        values = np.asarray(open_npz(path, "latents_values", remedy))
+        codes = np.asarray(open_npz(path, "latents_classes", remedy))
+    labels = _select(_dsprites_labels(values, codes), DSPRITES_GROUPS, o.include_labels, rules.DSPRITES_FACTORS)
+    fixed = dict(DSPRITES_FIXED) if len(images) == 737_280 else None
+    return ConceptData(
+        o.dset_name, *_split_by_chance(images, labels, o), labels.names, _classes(o, 2), labels.sizes, grid, fixed=fixed
+    )
+
+
+def load_dsprites_leakage(o: argparse.Namespace) -> ConceptData:
+    """Sprites at the centre (train 80 %, val 20 %) and, for the test, at two corners; all are supervised.
+
+    Concepts: shape one-hot, scale, orientation, with the same columns in the test set; the class is the shape.
+    """
+    files = []
+    for split in ("train", "test"):
+        places = [Path(o.dset_dir) / sub / f"dsprites_leakage_{split}.npz" for sub in ("", "dsprites")]
+        files.append(next((place for place in places if place.is_file()), places[0]))
+    parts = []
+    for path in files:
+        remedy = f"{PREPARE['dsprites_leakage']} --out {o.dset_dir}"
+        images = Images(open_npz(path, "X", remedy), scale=255)
+        factors, y = np.asarray(open_npz(path, "G", remedy)), np.asarray(open_npz(path, "Y", remedy))
+        if len(images) != len(factors) or len(y) != len(factors) or factors.shape[1] < 3:
+            raise UserError(f"{path} holds {len(images)} images and {factors.shape} factors; make it again by: {remedy}")
+        parts.append((images, factors, y.reshape(-1)))
+    (images, factors, _), (test_images, test_factors, corner) = parts
+    low, high = factors[:, 1:3].min(0), factors[:, 1:3].max(0)
+
+    def concepts_of(values: np.ndarray) -> np.ndarray:
+        scaled = (values[:, 1:3] - low) / np.where(high > low, high - low, 1)
+        return np.concatenate([np.eye(3)[values[:, 0].astype(int) - 1], scaled], axis=1)
+
+    names = ["square", "ellipse", "heart", "scale", "orientation"]
+    shape = factors[:, 0].astype(int) - 1
+    labels = Labels(concepts_of(factors), names, shape, shape[:, None], (3,))
+    labels = labels._replace(codes=np.stack([shape, *[np.zeros_like(shape)] * 2], axis=1), sizes=(3, 1, 1))
+    labels = _select(labels, [[0, 1, 2], [3], [4]], o.include_labels, ("shape", "scale", "orientation"))
+    kept = [names.index(name) for name in labels.names]
+    order = np.random.RandomState(o.seed % 2**32).permutation(len(images))
+    cut = int(0.8 * len(images))
+    everyone = np.ones(len(images), bool)
+    train, val = (_part(images, labels, everyone, rows) for rows in (order[:cut], order[cut:]))
+    # the class of a test image is its shape, as in training; its corner is what may leak
+    test_shape, rows = test_factors[:, 0].astype(int) - 1, np.arange(len(test_images))
+    test = Part(test_images, rows, concepts_of(test_factors)[:, kept], test_shape, np.ones(len(rows)), test_shape[:, None])
+    data = ConceptData(o.dset_name, train, val, test, labels.names, _classes(o, 3), labels.sizes)
+    data.corner = corner.astype(np.int64)
+    return data
+
+
+MPI3D_GROUPS = [list(range(6)), list(range(6, 12)), [12], [13, 14, 15], [16, 17, 18], [19], [20]]
+MPI3D_NAMES = (
+    [f"color_{i}" for i in range(6)] + [f"shape_{i}" for i in range(6)] + ["size"]
+    + [f"camera_height_{i}" for i in range(3)] + [f"background_{i}" for i in range(3)] + ["dof_1", "dof_2"]
+)  # fmt: skip
+
+
+class _FileGrid:
+    """A file that holds every combination of factors once, row-major, as the metrics want it."""
+
+    def __init__(self, images: Images, names: tuple[str, ...], sizes: tuple[int, ...]):
+        self.images, self.factor_names, self.factor_sizes = images, names, sizes
+
+    def index_of(self, factors: np.ndarray) -> np.ndarray:
+        return np.ravel_multi_index(tuple(np.asarray(factors).T), self.factor_sizes)
+
+    def images_at(self, index: np.ndarray) -> Tensor:
+        return self.images.fetch(index)
+
+
+def read_clusters(path: Path, n_classes: int, n_features: int) -> np.ndarray:
+    """Centroids (C, F) that `cluster.py` wrote. Raises UserError on another shape."""
+    remedy = "python glancenet/cluster.py"
+    centroids = np.asarray(open_npz(path, "centroids", remedy))
+    if centroids.shape != (n_classes, n_features):
+        raise UserError(f"{path} holds centroids {centroids.shape}, expected {(n_classes, n_features)}; see {remedy}")
+    return centroids
+
+
+def load_mpi3d(o: argparse.Namespace) -> ConceptData:
+    """MPI3D toy: classes are k-modes clusters, the published table unless a file mpi3d_toy/clusters_<C>.npz exists."""
+    folder = Path(o.dset_dir) / "mpi3d_toy"
+    path = folder / ("mpi3d_toy_full.npz" if o.d_version == "full" else "mpi3d_toy_small.npz")
+    remedy = f"{PREPARE['mpi3d_toy']} --in mpi3d_toy.npz --out {o.dset_dir}"
+    images, factors = Images(open_npz(path, "X", remedy)), np.asarray(open_npz(path, "Y", remedy)).astype(np.int64)
+    if len(images) != len(factors) or factors.shape[1] != 7 or (factors.max(0) >= rules.MPI3D_SIZES).any():
+        raise UserError(f"{path}: factors {factors.shape} do not belong to {len(images)} MPI3D images; make it by: {remedy}")
+    n_classes = o.n_classes or len(rules.MPI3D_CENTROIDS)
+    clusters = folder / f"clusters_{n_classes}.npz"
+    if not clusters.is_file() and n_classes != len(rules.MPI3D_CENTROIDS):
+        raise UserError(f"{clusters} is missing; make it by: python glancenet/cluster.py --dset_name mpi3d_toy "
+                        f"--dset_dir {o.dset_dir} --n_classes {n_classes}")  # fmt: skip
+    centroids = read_clusters(clusters, n_classes, 5) if clusters.is_file() else rules.MPI3D_CENTROIDS
+    labels = Labels(
+        rules.mpi3d_concepts(factors), MPI3D_NAMES, rules.mpi3d_classes(factors, centroids), factors, rules.MPI3D_SIZES
+    )
+    labels = _select(labels, MPI3D_GROUPS, o.include_labels, rules.MPI3D_FACTORS)
+    grid = None
+    if len(images) == int(np.prod(rules.MPI3D_SIZES)):
+        grid = _FileGrid(images, rules.MPI3D_FACTORS, rules.MPI3D_SIZES)
+    return ConceptData(o.dset_name, *_split_by_chance(images, labels, o), labels.names, n_classes, labels.sizes, grid)
+
+
+def load_celeba(o: argparse.Namespace) -> ConceptData:
+    """CelebA at 64x64 with ten attributes; classes are k-modes clusters; training draws by inverse class frequency."""
+    folder = Path(o.dset_dir) / "celebA"
+    path, remedy = folder / "celebA64-full-10.npz", f"{PREPARE['celebA']} --in img_align_celeba --out {o.dset_dir}"
+    images, attributes = Images(open_npz(path, "X", remedy)), np.asarray(open_npz(path, "Y", remedy)).astype(np.int64)
+    if attributes.shape != (len(images), len(rules.CELEBA_ATTRIBUTES)):
+        raise UserError(f"{path}: attributes {attributes.shape} do not belong to {len(images)} images; make it by: {remedy}")
+    with zipfile.ZipFile(path) as archive:
+        stored = "splits.npy" in archive.namelist()
+    if stored:
+        ends = np.asarray(open_npz(path, "splits", remedy))
+    elif len(images) == CELEBA_TOTAL:
+        ends = np.array([CELEBA_TRAIN_END, CELEBA_VAL_END])
+    else:
+        raise UserError(f"{path} has {len(images)} images and does not say where its splits end; make it by: {remedy}")
+    n_classes = o.n_classes or 4
+    centroids = read_clusters(folder / f"clusters_{n_classes}.npz", n_classes, len(rules.CELEBA_ATTRIBUTES))
+    y = rules.nearest_mode(attributes, centroids)
+    names = list(rules.CELEBA_ATTRIBUTES)
+    labels = Labels(attributes.astype(float), names, y, attributes, (2,) * len(names))
+    labels = _select(labels, [[i] for i in range(len(names))], o.include_labels, rules.CELEBA_ATTRIBUTES)
+    mask = rules.supervision_mask(len(images), o.masking_fact, o.seed)
+    rows = np.split(np.arange(len(images)), ends)
+    train, val, test = (_part(images, labels, mask, part) for part in rows)
+    share = np.bincount(train.y.numpy(), minlength=n_classes) / len(train)
+    train.class_weights = 1 / np.maximum(share, 1e-12)
+    fixed = dict(CELEBA_FIXED) if len(images) == CELEBA_TOTAL else None
+    return ConceptData(o.dset_name, train, val, test, names if o.include_labels is None else labels.names, n_classes,
+                       labels.sizes, fixed=fixed)  # fmt: skip
+
+
+LOADERS = {
+    "dsprites_full": load_dsprites,
+    "sprites": load_dsprites,
+    "dsprites_leakage": load_dsprites_leakage,
+    "mpi3d_toy": load_mpi3d,
+    "celebA": load_celeba,
+}
+
+
+def load_data(o: argparse.Namespace) -> ConceptData:
+    """The data set that the resolved options name. Raises UserError with the command that prepares a missing one."""
+    data = LOADERS[o.dset_name](o)
+    for name, part in (("train", data.train), ("val", data.val), ("test", data.test)):
+        if len(part) == 0:
+            raise UserError(f"{o.dset_name}: the {name} split is empty")
+    if len(data.train) < o.batch_size:
+        raise UserError(f"--batch_size {o.batch_size} exceeds the {len(data.train)} training images; lower it")
+    return data

@@ -1,0 +1,78 @@
+"""The files of a run: tables with fixed columns, and .npy files that hold several arrays one after another."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.checkpoint import atomic_write
+from common.errors import UserError
+
+
+class Table:
+    """A CSV file with fixed columns, flushed row by row.
+
+    `keep_until=(column, value)` continues an existing file, dropping rows beyond that value (a resumed run), and
+    `keep_rows` keeps its first rows; otherwise the file is begun anew. `rows` counts the data rows.
+    """
+
+    def __init__(
+        self, path: Path, columns: list[str], keep_until: tuple[str, float] | None = None, keep_rows: int | None = None
+    ):
+        self.path, self.columns = path, columns
+        rows: list[dict[str, str]] = []
+        if keep_until is not None and path.exists():
+            column, last = keep_until
+            rows = [row for row in read_table(path) if float(row[column]) <= last]
+        elif keep_rows is not None and path.exists():
+            rows = read_table(path)[:keep_rows]
+        self.rows = len(rows)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        with atomic_write(path) as file:
+            file.write(text.getvalue().encode())
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; a missing column stays empty, an unknown one is an error of ours."""
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerow(row)
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            file.write(text.getvalue())
+        self.rows += 1
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file. Raises UserError when it is missing or holds no table."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; is this the log folder of a finished run?")
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged ({error})") from error
+    if not reader.fieldnames:
+        raise UserError(f"{path} is empty")
+    return rows
+
+
+def save_arrays(path: Path, *arrays: Any) -> None:
+    """Consecutive np.save records in one file, in order."""
+    with atomic_write(path) as file:
+        for array in arrays:
+            np.save(file, np.asarray(array), allow_pickle=False)
+
+
+def load_arrays(path: Path, n: int) -> list[np.ndarray]:
+    """The first `n` records of `save_arrays`. Raises UserError when the file is missing or shorter."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; is this the log folder of a finished run?")
+    try:
+        with open(path, "rb") as file:
+            return [np.load(file, allow_pickle=False) for _ in range(n)]
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is truncated or holds other records ({error})") from error
