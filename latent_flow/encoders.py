@@ -43,7 +43,7 @@ def _divisible(size: int, by: int) -> None:
         raise UserError(f"the image size must be a multiple of {by} (got {size})")
 
 
-def _trunk(channels: int, width: int, size: int, out: int) -> nn.Sequential:
+def trunk(channels: int, width: int, size: int, out: int) -> nn.Sequential:
     """Three convolutions to 1 x 1 and two of kernel 1, shared by all encoders of small images."""
     _divisible(size, 4)
     return nn.Sequential(
@@ -59,7 +59,7 @@ def _trunk(channels: int, width: int, size: int, out: int) -> nn.Sequential:
     )
 
 
-def _deep_trunk(channels: int, width: int, size: int) -> nn.Sequential:
+def deep_trunk(channels: int, width: int, size: int) -> nn.Sequential:
     """Four halving convolutions, each with a kernel-3 one, then to 1 x 1 (128-pixel images)."""
     _divisible(size, 16)
     layers: list[nn.Module] = []
@@ -135,7 +135,7 @@ class ConvVAE(ImageVAE):
 
     def __init__(self, channels: int, width: int, size: int, log_var_bound: float | None = None):
         s = width
-        encoder = GaussianEncoder(_trunk(channels, s, size, 2 * s), 2 * s, s)
+        encoder = GaussianEncoder(trunk(channels, s, size, 2 * s), 2 * s, s)
         decoder = BernoulliDecoder(
             [
                 nn.Linear(s, s),
@@ -160,7 +160,7 @@ class ConvVAE2(ImageVAE):
 
     def __init__(self, channels: int, width: int, size: int, log_var_bound: float | None = None):
         s = width
-        encoder = GaussianEncoder(_deep_trunk(channels, s, size), s, s)
+        encoder = GaussianEncoder(deep_trunk(channels, s, size), s, s)
         layers: list[nn.Module] = [nn.Linear(s, s), View(), nn.ReLU()]
         layers += [SpreadingConvTranspose2d(s, s, 1), nn.ReLU(), SpreadingConvTranspose2d(s, s, 1), nn.ReLU()]
         layers += [SpreadingConvTranspose2d(s, s, size // 16), nn.ReLU()]
@@ -181,7 +181,7 @@ class IndexEncoder(nn.Module):
 
     def __init__(self, channels: int, width: int, size: int, count: int):
         super().__init__()
-        self.encoder = _trunk(channels, width, size, width)
+        self.encoder = trunk(channels, width, size, width)
         self.linear1 = nn.Linear(width, count)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -198,13 +198,13 @@ class CoefficientEncoder(nn.Module):
     def __init__(self, channels: int, width: int, size: int, count: int, single: bool):
         super().__init__()
         self.single = single
-        self.encoder = _trunk(channels, width, size, width)
+        self.encoder = trunk(channels, width, size, width)
         if single:
             self.linear_y = nn.Linear(width, count)
         else:
             self.linear_y1 = nn.Linear(width, count)
             self.linear_y2 = nn.Linear(width, count)
-        self.encoder_g = _trunk(channels, width, size, width)
+        self.encoder_g = trunk(channels, width, size, width)
         self.linear_g = nn.Linear(width, count)
 
     def spike_logits(self, pair: Tensor) -> Tensor:

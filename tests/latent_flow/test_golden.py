@@ -8,7 +8,8 @@ import torch
 from golden_cases import check_complete, load
 from torch import nn
 
-from latent_flow import objective, spikes
+from common.datasets.base import FactorSet
+from latent_flow import data, metrics, minimal_example, objective, spikes, transforms
 from latent_flow.encoders import (
     CoefficientEncoder,
     ConvVAE,
@@ -25,6 +26,7 @@ from latent_flow.fields import sinusoidal_embedding as embed
 from latent_flow.model import Config, LatentFlow, Noise, training_step
 from latent_flow.objective import Coefficients
 from latent_flow.rollout import constant_coefficients, log_abs_det, log_abs_det_ref, rollout, row_sums
+from latent_flow.traverse_latent_space_vae import traverse
 
 PAPER = "latent_flow"
 TRAIN_STEPS = [
@@ -459,3 +461,142 @@ def test_train_step(name):
                 assert error < 1e-9, (letter, key, error)
             checked += 1
     assert checked == sum(key.startswith("grad.") for key in case)
+
+
+def test_mnist_transforms():
+    case = tensors("mnist_transforms")
+    grey = case["gray_uint8"][:, None].double() / 255
+    close(transforms.colour(grey, torch.zeros(len(grey))), case["x_rgb"], 2e-6)
+    steps = len(case["scale_set"]) - 1
+    for label, name in enumerate(("scale", "rotation", "hue")):
+        labels = torch.full((len(grey),), label)
+        close(transforms.sequence(grey, labels, steps), case[f"supervised.{name}"], 2e-6)
+    entries = torch.arange(steps + 1).double()
+    close(1 + transforms.ZOOM_STEP * entries, case["scale_set"])
+    close(transforms.TURN_STEP * entries, case["angle_set"])
+    close(transforms.HUE_STEP * entries, case["color_set_deg"] - 180)
+    close(torch.deg2rad(transforms.HUE_STEP * entries), case["hue_offset_rad"])
+    spikes_t = case["unsup.spikes"].double()
+    active = spikes_t[:, None].expand(-1, len(grey), -1)
+    close(transforms.composed_sequence(grey, active), case["unsup.frames"], 2e-6)
+    for t in (5,):
+        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        zoom, turn = case["scale_set"][t] * one, case["angle_set"][t] * one
+        close(transforms.warp_matrix(zoom, zero, grey.shape[-1]), case["M_scale_t5"])
+        close(transforms.warp_matrix(one, turn, grey.shape[-1]), case["M_rot_t5"])
+    slab = case["slab_g"]
+    zoom, turn, hue = transforms.increments(torch.ones(3, dtype=torch.float64), slab)
+    close(zoom, case["slab.scale_factor"])
+    close(turn, case["slab.angle_deg"])
+    close(torch.deg2rad(hue), case["slab.hue_intended_rad"])
+    x = case["x_rgb"]
+    for k, key in enumerate(("scale", "rotation", "hue_intended")):
+        active = torch.zeros(1, len(grey), 3).double()
+        active[..., k] = 1
+        frames = transforms.composed_sequence(grey, active, slab.expand(1, len(grey), 3))
+        close(frames[1], case[f"slab.frame_{key}"], 2e-6)
+    close(transforms.shift_hue_ref(x, case["slab.hue_upstream_BUG_radians"]), case["slab.frame_hue_upstream_BUG"], 2e-6)
+    close(transforms.shift_hue_ref(x, case["slab.hue_intended_rad"]), case["slab.frame_hue_intended"], 2e-6)
+
+
+def test_dataset_indexing():
+    case = {key: value.numpy() for key, value in tensors("dataset_indexing").items()}
+    tables = {"falor": (data.FALCOR3D_FACTORS, "falcor3d"), "isaac": (data.ISAAC3D_FACTORS, "isaac3d")}
+    for prefix, (factors, name) in tables.items():
+        source = FactorSet(name, "train", factors, (3, 128, 128))
+        assert tuple(case[f"{prefix}.factor_sizes"]) == source.factor_sizes
+        bases = case[f"{prefix}.factor_bases"]
+        assert [int(np.prod(source.factor_sizes[i + 1 :])) for i in range(len(bases))] == bases.tolist()
+        vectors = source.factors_of(case[f"{prefix}.idx"])
+        np.testing.assert_array_equal(vectors, case[f"{prefix}.idx_factors"])
+        sequences = data.FactorSequences(source, data.SWEPT[name], 1)
+        for k in range(len(data.SWEPT[name])):
+            correct = case[f"{prefix}.seq_correct.f{k}"]
+            ours = [source.index_of(sequences.sweep(one, k, correct.shape[1] - 1)) for one in vectors]
+            np.testing.assert_array_equal(np.stack(ours), correct)
+            # the published sweeps: pure only where no other factor moves
+            published = case[f"{prefix}.seq_upstream.f{k}"]
+            moved = source.factors_of(published.ravel()).reshape(*published.shape, -1)
+            others = np.delete(moved, sequences.columns[k], axis=2)
+            pure = (others == others[:, :1]).all((1, 2))
+            np.testing.assert_array_equal(pure, case[f"{prefix}.upstream_pure.f{k}"])
+    source = FactorSet("shapes3d", "train", data.SHAPES3D_FACTORS, (3, 64, 64))
+    vectors = case["shapes3d.factors"].T
+    np.testing.assert_array_equal(source.index_of(vectors), case["shapes3d.index"])
+    sequences = data.FactorSequences(source, data.SWEPT["shapes3d"], 1)
+    for k in range(len(data.SWEPT["shapes3d"])):
+        expected = case[f"shapes3d.seq.k{k}"]
+        ours = [source.index_of(sequences.sweep(one, k, len(expected) - 1)) for one in vectors]
+        np.testing.assert_array_equal(np.stack(ours).T, expected)
+
+
+def test_eval_metrics():
+    case = tensors("eval_metrics")
+    x0, frames = case["x0"], case["xt"]
+    weights = state(case, "S.")
+    config = Config(
+        flows=count_of(weights),
+        steps=len(frames),
+        channels=x0.shape[1],
+        image_size=x0.shape[-1],
+        latent_size=case["eps_fwd"].shape[1],
+        objective="upstream",
+    )
+    model = LatentFlow(config).double()
+    model.vae.load_state_dict(state(case, "vae."))
+    model.support_sets.load_state_dict(weights)
+    model.prior.load_state_dict(state(case, "P."))
+    recon, mean, log_var, _ = model.vae(x0, case["eps_fwd"])
+    other = reparameterize(mean, log_var, case["eps_rs"])
+    printed = metrics.upstream_log_likelihood(x0, recon, other, mean, log_var)
+    close(printed.mean(), case["loglik_upstream_printed"], 1e-9)
+    close(metrics.negative_elbo(x0, recon, other, mean, log_var).mean(), case["neg_elbo_correct"], 1e-9)
+    half = 0.5 * np.log(2 * np.pi) * x0[0].numel()
+    close(torch.tensor(half), case["const_half_log_2pi_times_dims"], 1e-9)
+    result = metrics.upstream_transformed(model, x0, frames, int(case["k"]), case["eps_fwd"])
+    close(result["eq_error_per_step"], case["eq_error_per_step"], 1e-9)
+    close(result["eq_error"], case["eq_error_upstream"], 1e-9)
+    close(result["transformed"], case["transformed_upstream_printed"], 1e-9)
+    close(result["z_final"], case["z_final"], 1e-9)
+
+
+def test_traversal():
+    case = tensors("traversal")
+    weights = state(case, "S.")
+    z, shift_steps = case["z"], int(case["shift_steps"])
+    half = shift_steps // 2
+    flows = loaded(Flows(count_of(weights), z.shape[1]), weights)(torch.arange(half + 1))
+    for k in range(count_of(weights)):
+        path = traverse(flows, z, k, shift_steps, float(case["eps"]))
+        close(path.codes, case[f"k{k}.codes_decoded"])
+        close(path.energy, case[f"k{k}.energy"])
+        # the published file lags one step behind: the centre three times, both ends missing
+        lagging = [*range(1, half + 1), half, *range(half, 2 * half)]
+        close(path.codes[lagging], case[f"k{k}.codes_saved_upstream"])
+
+
+def test_minimal_example_step():
+    case = tensors("minimal_example_step")
+    frames, directions = case["frames"], case["latent_vectors"]
+    channels, size = frames.shape[2], frames.shape[-1]
+    width = case["w.R.encoder.0.bias"].shape[0]
+    model = minimal_example.Model(
+        loaded(ConvVAE(channels, directions.shape[1], size), state(case, "w.G.")),
+        minimal_example.ConstantFields(directions.clone()),
+        loaded(minimal_example.SpikeEncoder(2 * channels, width, size, len(directions)), state(case, "w.R.")),
+    )
+    out = minimal_example.step(model, frames, float(case["temp"]), 0.3, 0.7, case["eps"], case["U"], upstream=True)
+    close(out["spikes"], case["y"], 1e-6)
+    close(out["z"], case["z_final"], 1e-6)
+    close(out["loss_vae"], case["loss_vae"], 1e-6)
+    close(out["spikes"].abs().mean(), case["spike_prob"], 1e-6)
+    target = spikes.expected_fraction_upstream(int(case["T"]), 0.3, 0.7).mean()
+    close(torch.tensor(target), case["spike_target"], 1e-6)
+    close(out["loss_spike"], case["loss_spike_kl"], 1e-6)
+    close(out["loss_total"], case["loss_total"], 1e-6)
+    out["loss_total"].backward()
+    for letter, part in (("G", model.vae), ("R", model.encoder)):
+        for key, parameter in part.named_parameters():
+            expected = case[f"grad.{letter}.{key}"]
+            error = float((parameter.grad - expected).abs().max()) / max(float(expected.abs().max()), 1e-12)
+            assert error < 1e-6, (key, error)

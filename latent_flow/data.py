@@ -1,0 +1,347 @@
+"""Image sequences for all variants: transformed digits, sweeps of known factors, folders of consecutive frames.
+
+A source answers two questions: `labelled` (one transformation a sequence; supervised, weakly) and `composed`
+(several, switching at every step; unsupervised). Frames are float (T+1, B, C, N, N) in [0, 1] on the source's device.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from common import datasets
+from common.datasets.base import FactorSet
+from common.errors import UserError, suggest
+from latent_flow import transforms
+
+# K flows, D-flag (twice the steps), image side, swept factors; the published settings where there are any
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mnist": {"flows": 3, "timesteps": 16, "image_size": 28, "latent_size": 324, "channels": 3},
+    "fashion_mnist": {"flows": 3, "timesteps": 16, "image_size": 28, "latent_size": 324, "channels": 3},
+    "digits": {"flows": 3, "timesteps": 16, "image_size": 8, "latent_size": 32, "channels": 3},
+    "shapes3d": {"flows": 5, "timesteps": 14, "image_size": 64, "latent_size": 226, "channels": 3},
+    "dsprites": {"flows": 5, "timesteps": 12, "image_size": 64, "latent_size": 226, "channels": 1},
+    "sprites": {"flows": 5, "timesteps": 12, "image_size": 64, "latent_size": 226, "channels": 1},
+    "falcor3d": {"flows": 7, "timesteps": 10, "image_size": 128, "latent_size": 324, "channels": 3},
+    "isaac3d": {"flows": 8, "timesteps": 8, "image_size": 128, "latent_size": 324, "channels": 3},
+    "frames": {"flows": 3, "timesteps": 12, "image_size": 64, "latent_size": 226, "channels": 3},
+}
+SHAPES3D_FACTORS = {"floor_hue": 10, "wall_hue": 10, "object_hue": 10, "scale": 8, "shape": 4, "orientation": 15}
+FALCOR3D_FACTORS = {
+    "lighting_intensity": 5,
+    "lighting_x-dir": 6,
+    "lighting_y-dir": 6,
+    "lighting_z-dir": 6,
+    "camera_x-pos": 6,
+    "camera_y-pos": 6,
+    "camera_z-pos": 6,
+}
+ISAAC3D_FACTORS = {
+    "object_shape": 3,
+    "robot_x-move": 8,
+    "robot_y-move": 5,
+    "camera_height": 4,
+    "object_scale": 4,
+    "lighting_intensity": 4,
+    "lighting_y-dir": 6,
+    "object_color": 4,
+    "wall_color": 4,
+}
+# factors that are swept, in the order of the flows
+SWEPT = {
+    "shapes3d": ("floor_hue", "wall_hue", "object_hue", "scale", "orientation"),
+    "falcor3d": tuple(FALCOR3D_FACTORS),
+    "isaac3d": tuple(ISAAC3D_FACTORS)[1:],
+    "dsprites": ("posX", "posY", "orientation", "scale", "shape"),
+    "sprites": ("posX", "posY", "orientation", "scale", "shape"),
+}
+MOVES = {"posX": 2.0, "posY": 2.0, "orientation": 2.0}  # grid units a step of the moving sprites (unsupervised)
+
+
+class DigitSequences:
+    """Grey images made red, zoomed, rotated or turned in hue (transformations 0, 1, 2)."""
+
+    def __init__(self, images: Tensor, steps: int, device: torch.device | str = "cpu", centre: str = "upstream"):
+        if images.shape[1] != 1:
+            raise UserError(f"these transformations colour grey images; got {images.shape[1]} channels")
+        self.images, self.steps, self.centre = images.to(device), steps, centre
+        self.names, self.channels, self.image_size = transforms.NAMES, 3, images.shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _grey(self, rows: Any) -> Tensor:
+        rows = torch.as_tensor(rows, device=self.images.device)
+        return self.images[rows].float() / 255
+
+    def labelled(self, rows: Any, labels: Tensor, steps: int | None = None) -> Tensor:
+        """Frames of the images `rows` (B,) under one transformation each, labels (B,)."""
+        grey = self._grey(rows)
+        return transforms.sequence(grey, labels.to(grey.device), steps or self.steps, self.centre)
+
+    def composed(self, rows: Any, active: Tensor, speed: Tensor | None = None) -> Tensor:
+        """Frames of the images `rows` under the active transformations (T, B, 3) at their speeds (T, B, 3)."""
+        grey = self._grey(rows)
+        speed = None if speed is None else speed.to(grey)
+        return transforms.composed_sequence(grey, active.to(grey), speed, self.centre)
+
+    def chosen(self, rows: Any, steps_labels: Tensor) -> Tensor:
+        """Frames that switch: transformation steps_labels[t] (T,) at table speed in step t, composed from x_0.
+
+        Zoom and rotation add up as parameters and warp x_0 once, so the truth carries no interpolation error.
+        """
+        grey = self._grey(rows)
+        done = F.one_hot(steps_labels, 3).cumsum(0).to(grey)  # (T, 3) steps done of each
+        return self.by_amounts(grey, torch.cat([torch.zeros_like(done[:1]), done]))
+
+    def superposed(self, rows: Any, labels: tuple[int, ...], steps: int) -> Tensor:
+        """Frames in which all of `labels` act at table speed at every step."""
+        grey = self._grey(rows)
+        amount = torch.zeros(steps + 1, 3).to(grey)
+        amount[:, list(labels)] = torch.arange(steps + 1).to(grey)[:, None]
+        return self.by_amounts(grey, amount)
+
+    def by_amounts(self, grey: Tensor, amount: Tensor) -> Tensor:
+        """Frames of grey (B, 1, N, N) at table entries `amount` (T+1, 3) of zoom, rotation and hue."""
+        frames, batch = len(amount), len(grey)
+        amount = amount[:, None].expand(-1, batch, -1)
+        zoom = 1 + transforms.ZOOM_STEP * amount[..., 0]
+        turn = transforms.TURN_STEP * amount[..., 1]
+        moved = transforms.warp(grey.repeat(frames, 1, 1, 1), zoom.flatten(), turn.flatten(), self.centre)
+        return transforms.colour(moved.unflatten(0, (frames, batch)), transforms.HUE_STEP * amount[..., 2])
+
+
+class FactorSequences:
+    """Sweeps of one known factor of a `FactorSet`, all other factors of the drawn item kept.
+
+    The sweep of a factor takes `steps` + 1 values from its first one, see `sweep_values`.
+    """
+
+    def __init__(
+        self, source: FactorSet, swept: tuple[str, ...], steps: int, device: torch.device | str = "cpu", size: int = 0
+    ):
+        self.source, self.steps, self.device = source, steps, device
+        self.columns = [source.factor_names.index(name) for name in swept]
+        self.names, self.channels = swept, source.channels
+        self.image_size = size or source.image_size
+        self.moving = tuple(name for name in swept if name in MOVES)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _images(self, index: np.ndarray, shape: tuple[int, int]) -> Tensor:
+        images = self.source.images_at(index).to(self.device).float() / 255
+        if images.shape[-1] != self.image_size:
+            images = F.interpolate(images, size=self.image_size, mode="area")
+        return images.unflatten(0, shape)
+
+    def sweep(self, factors: np.ndarray, label: int, steps: int) -> np.ndarray:
+        """Factor vectors (T+1, F) of item `factors` (F,) with the swept one running over its values."""
+        column = self.columns[label]
+        out = np.repeat(factors[None], steps + 1, axis=0)
+        out[:, column] = sweep_values(self.source.factor_sizes[column], steps, self.names[label])
+        return out
+
+    def labelled(self, rows: Any, labels: Tensor, steps: int | None = None) -> Tensor:
+        """Frames of the items `rows` (B,) with the factor of flow labels (B,) swept."""
+        steps = steps or self.steps
+        factors = self.source.factors_of(np.asarray(rows))
+        vectors = [self.sweep(one, int(k), steps) for one, k in zip(factors, labels.tolist(), strict=True)]
+        index = self.source.index_of(np.concatenate(vectors)).reshape(len(factors), steps + 1).T
+        return self._images(index.ravel(), index.shape)
+
+    def chosen(self, rows: Any, steps_labels: Tensor) -> Tensor:
+        """Frames that switch: in step t the factor of flow steps_labels[t] (T,) moves on along its sweep."""
+        done = F.one_hot(steps_labels, len(self.names)).cumsum(0).numpy()
+        return self._by_amounts(rows, np.concatenate([np.zeros_like(done[:1]), done]))
+
+    def superposed(self, rows: Any, labels: tuple[int, ...], steps: int) -> Tensor:
+        """Frames in which the factors of all `labels` move on at every step."""
+        amount = np.zeros((steps + 1, len(self.names)), int)
+        amount[:, list(labels)] = np.arange(steps + 1)[:, None]
+        return self._by_amounts(rows, amount)
+
+    def _by_amounts(self, rows: Any, amount: np.ndarray) -> Tensor:
+        """Frames whose factors stand at places `amount` (T+1, K) of their sweeps; factors that never move are kept."""
+        factors = self.source.factors_of(np.asarray(rows))
+        path = np.repeat(factors[None], len(amount), axis=0)  # (T+1, B, F)
+        for k in np.flatnonzero(amount.any(0)):
+            column = self.columns[k]
+            values = sweep_values(self.source.factor_sizes[column], len(amount) - 1, self.names[k])
+            path[..., column] = values[amount[:, k]][:, None]
+        return self._images(self.source.index_of(path.reshape(-1, path.shape[-1])), path.shape[:2])
+
+    def composed(self, rows: Any, active: Tensor, speed: Tensor | None = None) -> Tensor:
+        """Frames of sprites whose moving factors `moving` advance where `active` (T, B, K'), by `MOVES` times speed.
+
+        The start is drawn from the lower half of each moving factor by the item itself; positions stop at the end of
+        their range, the orientation turns on. Raises UserError for sets without moving factors.
+        """
+        if not self.moving:
+            raise UserError(
+                "moving factors are known for the sprites only; use the frames data set for other sequences"
+            )
+        factors = self.source.factors_of(np.asarray(rows)).astype(np.float64)
+        amount = active.cpu().double() * (1.0 if speed is None else speed.cpu().double())
+        path = np.repeat(factors[None], len(active) + 1, axis=0)  # (T+1, B, F)
+        for number, name in enumerate(self.moving):
+            column = self.source.factor_names.index(name)
+            size = self.source.factor_sizes[column]
+            travel = np.concatenate([np.zeros((1, len(factors))), amount[..., number].numpy().cumsum(0)]) * MOVES[name]
+            place = np.rint(np.floor(factors[:, column] / 2) + travel)
+            # the first and last orientation are the same angle
+            path[..., column] = place % (size - 1) if name == "orientation" else np.minimum(place, size - 1)
+        index = self.source.index_of(path.reshape(-1, path.shape[-1]))
+        return self._images(index, path.shape[:2])
+
+
+def sweep_values(size: int, steps: int, name: str = "") -> np.ndarray:
+    """Values (T+1,) that a swept factor of `size` values takes: 0, 1, ...; sprites' factors spread over their range."""
+    if name in ("posX", "posY", "orientation", "scale", "shape") and (size <= steps or size >= 20):
+        span = size // 2 if name == "orientation" else size - 1  # half a turn: a square cannot tell a whole one
+        return np.rint(np.arange(steps + 1) * span / steps).astype(np.int64)
+    if steps + 1 > size:
+        raise UserError(
+            f"factor {name} has {size} values, too few for {steps + 1} frames: lower --num-timesteps (twice the steps)"
+        )
+    return np.arange(steps + 1)
+
+
+class FrameSequences:
+    """Consecutive frames of clips (CalMS, Cityscapes, any video): sub-folders of pictures sorted by name.
+
+    An item is T+1 frames `stride` pictures apart. No transformation is known: weakly and unsupervised training only.
+    """
+
+    def __init__(self, folder: Path, steps: int, size: int, device: torch.device | str = "cpu", stride: int = 1):
+        if not folder.is_dir():
+            raise UserError(f"no folder of frames at {folder}: put one sub-folder of pictures a clip there")
+        clips = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        suffixes = {".png", ".jpg", ".jpeg", ".bmp"}
+        self.clips = [sorted(p for p in clip.iterdir() if p.suffix.lower() in suffixes) for clip in clips]
+        self.starts = [
+            (number, start) for number, clip in enumerate(self.clips) for start in range(len(clip) - steps * stride)
+        ]
+        if not self.starts:
+            raise UserError(f"no clip in {folder} has the {steps * stride + 1} frames that one sequence needs")
+        self.steps, self.device, self.stride = steps, device, stride
+        self.names, self.channels, self.image_size = (), 3, size
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def sequences(self, rows: Any) -> Tensor:
+        """Frames of the items `rows` (B,)."""
+        items = []
+        for row in np.asarray(rows):
+            number, start = self.starts[int(row)]
+            clip = self.clips[number][start : start + self.steps * self.stride + 1 : self.stride]
+            items.append(np.stack([read_picture(path, self.image_size) for path in clip]))
+        frames = torch.from_numpy(np.stack(items, axis=1)).to(self.device)  # (T+1, B, 3, N, N)
+        return frames.float() / 255
+
+
+def read_picture(path: Path, size: int) -> np.ndarray:
+    """One RGB picture as uint8 (3, size, size); UserError for a file that is no picture."""
+    try:
+        with Image.open(path) as picture:
+            rgb = picture.convert("RGB")
+            if rgb.size != (size, size):
+                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+            return np.asarray(rgb).transpose(2, 0, 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable picture ({error}); delete or replace it") from error
+
+
+class Shapes3D(FactorSet):
+    """The 480,000 Shapes3D images in `3dshapes.h5`, read row by row from the file (never as a whole)."""
+
+    def __init__(self, path: Path):
+        import h5py
+
+        if not path.is_file():
+            raise UserError(f"no Shapes3D file at {path}: download 3dshapes.h5 (deepmind/3d-shapes) to that place")
+        try:
+            self._file = h5py.File(path, "r")
+            self._store = self._file["images"]
+        except (OSError, KeyError) as error:
+            raise UserError(f"{path} is not the Shapes3D file ({error}); download 3dshapes.h5 again") from error
+        expected = (int(np.prod(list(SHAPES3D_FACTORS.values()))), 64, 64, 3)
+        if self._store.shape != expected:
+            raise UserError(f"{path}: images have shape {self._store.shape}, expected {expected}; download it again")
+        super().__init__("shapes3d", "train", SHAPES3D_FACTORS, (3, 64, 64))
+
+    def _fetch(self, rows: np.ndarray) -> Tensor:
+        # h5py wants increasing rows without repeats
+        unique, back = np.unique(rows, return_inverse=True)
+        return torch.from_numpy(self._store[unique][back].transpose(0, 3, 1, 2).copy())
+
+
+class FactorPictures(FactorSet):
+    """One PNG a combination of factors, sorted by name (Falcor3D, Isaac3D): rank = linear factor index."""
+
+    def __init__(self, name: str, folder: Path, factors: dict[str, int], size: int):
+        if not folder.is_dir():
+            raise UserError(f"no {name} pictures at {folder}: unpack the down-sampled images there")
+        self.files = sorted(folder.glob("*.png"))
+        expected = int(np.prod(list(factors.values())))
+        if len(self.files) != expected:
+            raise UserError(f"{folder} holds {len(self.files)} pictures, {name} has {expected}: unpack it again")
+        super().__init__(name, "train", factors, (3, size, size))
+
+    def _fetch(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.stack([read_picture(self.files[row], self.height) for row in rows]))
+
+
+def open_source(
+    name: str,
+    steps: int,
+    *,
+    size: int = 0,
+    root: str | None = None,
+    split: str = "train",
+    device: torch.device | str = "cpu",
+    centre: str = "upstream",
+):
+    """The source of sequences called `name`: one of `DEFAULTS`. `size` 0: the data set's own side.
+
+    Raises UserError for an unknown name and for absent data, naming the path that is expected.
+    """
+    if name not in DEFAULTS:
+        raise UserError(f"unknown data set {name!r}{suggest(name, DEFAULTS)}; known: {', '.join(DEFAULTS)}")
+    size = size or DEFAULTS[name]["image_size"]
+    if name in ("mnist", "fashion_mnist", "digits"):
+        images = datasets.load(name, root=root, split=split).arrays()[0]
+        if images.shape[-1] != size:
+            images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).round().byte()
+        return DigitSequences(images, steps, device, centre)
+    base = Path(root) if root else default_root()
+    if name == "frames":
+        return FrameSequences(base, steps, size, device)
+    if name == "shapes3d":
+        source: FactorSet = Shapes3D(base / "3dshapes.h5")
+    elif name == "falcor3d":
+        source = FactorPictures("Falcor3D", base / "Falcor3D_down128" / "images", FALCOR3D_FACTORS, size)
+    elif name == "isaac3d":
+        source = FactorPictures("Isaac3D", base / "Isaac3D_down128" / "images", ISAAC3D_FACTORS, size)
+    else:
+        source = datasets.load(name, root=root)
+    return FactorSequences(source, SWEPT[name], steps, device, size)
+
+
+def default_root() -> Path:
+    """The data folder: the environment variable DATA_ROOT, else `data`."""
+    import os
+
+    return Path(os.environ.get("DATA_ROOT") or "data")
+
+
+def split_rows(count: int, seed: int, share: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
+    """A seeded split of 0..count-1 into training and validation rows (the published one is unseeded)."""
+    order = np.random.default_rng([seed, 80]).permutation(count)
+    cut = int(share * count)
+    return order[:cut], order[cut:]
