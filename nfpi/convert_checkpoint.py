@@ -1,0 +1,232 @@
+"""Turn a published NFPI checkpoint (PyTorch Lightning, `epoch=E-step=S.ckpt`) into this repository's weights file.
+
+    python nfpi/convert_checkpoint.py "epoch=499-step=49000.ckpt" converted/flow.safetensors
+    python nfpi/main.py --config-path=___configs/cifar10 --config-name=mean train_nf=0 nf_load_path=converted/flow.safetensors
+
+Writes the EMA weights (the online ones when the average was never started, or with --online), the class Gaussians, and
+the architecture, read from the tensors' shapes, in a .json beside it. Nothing in the file is executed: Lightning's
+pickled configuration objects are not loaded.
+"""
+
+import argparse
+import pickle
+import re
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: the repository's root is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from common.checkpoint import load_into, save_weights
+from common.errors import UserError, run_command
+from nfpi.gaussians import ClassGaussians
+from nfpi.model import CONV_TYPES, FULL_RANK_LIMIT, FlowConfig, MultiScaleFlow
+
+GAUSSIANS = ("mu_arr", "cov_lower_arr", "scale_tril_arr")
+CONSTANT = ("level_out_shape_arr", "l_mask", "u_mask", "identity")  # buffers that follow from the architecture
+
+
+class _Inert:
+    """Stands for any object of a foreign package in the file: it takes whatever pickle gives and does nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, item):
+        """Lists of foreign objects are dropped."""
+
+    def extend(self, items):
+        """Lists of foreign objects are dropped."""
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """Rebuilds tensors and plain containers; every other class becomes an inert object."""
+
+    def __init__(self, *args, storages, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, requires_grad, hooks: data
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+            return name
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        return _Inert
+
+    def persistent_load(self, saved):
+        _, storage_type, key, _, count = saved
+        dtypes = {
+            "FloatStorage": torch.float32,
+            "DoubleStorage": torch.float64,
+            "HalfStorage": torch.float16,
+            "BFloat16Storage": torch.bfloat16,
+            "LongStorage": torch.int64,
+            "IntStorage": torch.int32,
+            "ByteStorage": torch.uint8,
+            "BoolStorage": torch.bool,
+        }
+        if storage_type not in dtypes:
+            raise pickle.UnpicklingError(f"unexpected storage {storage_type}")
+        data = self.storages(key)
+        flat = torch.frombuffer(bytearray(data), dtype=dtypes[storage_type]) if count else torch.empty(0)
+        if flat.numel() < count:
+            raise pickle.UnpicklingError(f"storage {key} is truncated")
+        return flat
+
+
+def _rebuild(storage: Tensor, offset: int, size, stride, *_) -> Tensor:
+    return torch.as_strided(storage, tuple(size), tuple(stride), offset)
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors under `state_dict` of a Lightning checkpoint, without running anything that the file names.
+
+    Raises UserError for a missing, damaged or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            root = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
+            with archive.open(f"{root}data.pkl") as file:
+                content = _TensorsOnly(file, storages=lambda key: archive.read(f"{root}data/{key}")).load()
+    except (zipfile.BadZipFile, StopIteration, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged or is no PyTorch checkpoint ({str(error)[:80]})") from error
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} has no 'state_dict': it is no checkpoint of the published NFPI code")
+    return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries below `prefix`, without it (nor the mark that torch.compile leaves in names)."""
+    return {k.removeprefix(prefix).removeprefix("_orig_mod."): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def flow_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The flow's own parameters: without class Gaussians and without buffers that the architecture implies."""
+    return {k: v for k, v in state.items() if k.split(".")[0] not in GAUSSIANS and k.rsplit(".", 1)[-1] not in CONSTANT}
+
+
+def class_gaussians(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Means and variances (K, d) of `mu_arr.<k>`, `cov_lower_arr.<k>`."""
+    classes = sum(key.startswith("mu_arr.") for key in state)
+    if not classes:
+        raise UserError("the checkpoint holds no class Gaussians (mu_arr)")
+    return tuple(torch.stack([state[f"{name}.{k}"] for k in range(classes)]) for name in GAUSSIANS[:2])
+
+
+def infer_config(state: dict[str, Tensor]) -> FlowConfig:
+    """The architecture of a flow's tensors. Raises UserError when they are no flow's."""
+    try:
+        first = state["blocks.0.0.actnorm.scale"].shape
+        levels = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+        flows, blocks, hidden = [], [], []
+        for level in range(levels):
+            steps = {int(m[1]) for key in state if (m := re.match(rf"blocks\.{level}\.(\d+)\.", key))}
+            net = f"blocks.{level}.0.couplinglayer.net.layers."
+            flows.append(1 + max(steps))
+            blocks.append(max(int(key[len(net) :].split(".")[0]) for key in state if key.startswith(net)))
+            hidden.append(len(state[f"{net}0.conv.weight"]))
+        channels = first[0]
+        n, out = channels // 2, len(state["blocks.0.0.couplinglayer.net.out_layer.weight"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the file holds no flow of the NFPI layout (missing {error})") from error
+    conv_type = _conv_type(state)
+    groups = 2 * 3 + 1 if n > FULL_RANK_LIMIT else n + 1
+    flow_type = "matrixexp" if out == groups * n else "affine"
+    if "blocks.0.0.couplinglayer.scale" not in state:
+        flow_type = "additive"
+    elif n == 1 and out == 2 * n:
+        raise UserError("affine and matrixexp couplings of one channel have the same shapes; name the type yourself")
+    splits = len({key.split(".")[1] for key in state if key.startswith("split_coupling_priors.")})
+    config = dict(
+        channels=channels // 4, height=2 * first[1], width=2 * first[2], flows=flows, blocks=blocks, hidden=hidden,
+        conv_type=conv_type, flow_type=flow_type, level_idx=splits + 1,
+        attention=any("attention_block_after" in key for key in state),
+    )  # fmt: skip
+    if splits == 0:
+        return FlowConfig(**config, level_method="all_levels")
+    spcb = FlowConfig(**config, level_method="spcb")
+    shapes = state.get("level_out_shape_arr")
+    if splits == levels - 1 and (shapes is None or tuple(shapes[-1].tolist()) == spcb.latent_shape):
+        return spcb
+    return FlowConfig(**config, level_method="all_levels_idx")
+
+
+def _conv_type(state: dict[str, Tensor]) -> str:
+    """A decomposition has factors. An orthogonal-like W and its logarithm differ: a logarithm of a rotation is nearly
+    skew-symmetric, so the trace is small against the norm and W + W^T vanishes at the start of training.
+    """
+    if "blocks.0.0.conv1x1.l" in state:
+        return CONV_TYPES[2]
+    weights = [v.double() for k, v in state.items() if k.endswith("conv1x1.weight")]
+    skew = sum(float((w + w.T).norm() / w.norm()) for w in weights)
+    rotation = sum(float((w @ w.T - torch.eye(len(w))).norm() / len(w) ** 0.5) for w in weights)
+    return CONV_TYPES[0] if skew <= rotation else CONV_TYPES[1]
+
+
+def convert(source: str | Path, target: str | Path, online: bool = False, conv_type: str | None = None) -> FlowConfig:
+    """Read `source`, check that its tensors fit the architecture they imply, write `target` (.safetensors and .json)."""
+    state = read_state_dict(source)
+    flow = under(state, "flow.")
+    if not flow:
+        raise UserError(f"{source} has no 'flow.*' tensors: it is no checkpoint of the published NFPI code")
+    averaged = bool(state.get("ema.initted", torch.tensor(False)))
+    weights = under(state, "ema.ema_model.") if averaged and not online else flow
+    config = infer_config(weights)
+    if conv_type:
+        config = FlowConfig(**{**config.as_dict(), "conv_type": conv_type})
+    tensors = flow_tensors(weights)
+    load_into(MultiScaleFlow(config), tensors, source)
+    mean, var = class_gaussians(flow)  # the online Gaussians go with the averaged weights
+    load_into(
+        ClassGaussians(torch.empty(len(mean), config.latent_dim), torch.empty_like(mean)),
+        {"mean": mean, "var": var},
+        source,
+    )
+    named = {f"flow.{k}": v.float() for k, v in tensors.items()}
+    save_weights(
+        target,
+        {**named, "gaussians.mean": mean.float(), "gaussians.var": var.float()},
+        {"flow": config.as_dict(), "shared": False, "source": Path(source).name, "averaged": averaged and not online},
+    )
+    return config
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: source, target, --online, --conv-type."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="Lightning checkpoint (.ckpt)")
+    parser.add_argument("target", help="file to write (.safetensors)")
+    parser.add_argument("--online", action="store_true", help="take the online weights, not the moving average")
+    parser.add_argument("--conv-type", choices=CONV_TYPES, help="of the 1x1 convolutions, when it cannot be inferred")
+    args = parser.parse_args(argv)
+    if Path(args.target).suffix != ".safetensors":
+        raise UserError(f"{args.target}: the target's name ends in .safetensors")
+    config = convert(args.source, args.target, args.online, args.conv_type)
+    print(f"wrote {args.target}: {config}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
