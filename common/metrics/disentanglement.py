@@ -354,14 +354,16 @@ def _unit_range(values: np.ndarray) -> np.ndarray:
 
 
 def alignment_linear(
-    points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TRAIN
+    points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST
 ) -> Scores:
     """Alignment, completeness (0..1) and explicitness (<= 1, 0 = guessing) of GlanceNets, App. B.
 
     Least squares (smallest norm) from codes to factors, both moved to [0, 1]; importance = |weight|, explicitness =
-    1 - 6 MSE on held-out points (half of the rows of `Arrays`). Give a categorical factor as its one-hot columns.
+    1 - 6 MSE on held-out points: half of the num_train + num_test points are fitted, half held out, as in the paper.
+    Give a categorical factor as its one-hot columns.
     """
-    data = points.split(num_train, num_test, RandomState(seed))
+    half = (num_train + num_test) // 2
+    data = points.split(half, half, RandomState(seed))
     check_varies(data.factors, " among the training rows")
     train = len(data.codes)
     codes = _unit_range(np.concatenate([data.codes, data.codes_test]))

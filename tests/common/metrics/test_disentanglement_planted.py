@@ -128,6 +128,18 @@ def test_dci_of_random_codes(name):
     assert result["informativeness_test"] == pytest.approx(chance, abs=5 * np.sqrt(0.25 / len(factors) / 3))
 
 
+def test_the_fast_dci_is_another_number():
+    """Half mixed codes: permutations call them far less entangled than gains do, so the two must not share a table."""
+    factors = grid((3, 4, 6), 1)
+    rng = np.random.default_rng(1)
+    mixing = np.eye(3, 5) + 0.6 * rng.normal(size=(3, 5))
+    codes = factors / np.array([3, 4, 6]) @ mixing + 0.03 * rng.normal(size=(len(factors), 5))
+    rows = np.random.default_rng(2).integers(0, len(factors), size=(2, 400))
+    points = Arrays(codes[rows[0]], factors[rows[0]], codes[rows[1]], factors[rows[1]])
+    result = evaluate(points, ["dci", "dci_fast"])
+    assert result["dci_fast"]["disentanglement"] - result["dci"]["disentanglement"] > 0.1
+
+
 def test_factor_vae():
     factors = grid((4, 3, 5), 20)
     result = {
@@ -201,6 +213,19 @@ def test_alignment():
     assert result["collapsed"]["alignment"] == pytest.approx(0, abs=1e-9)
     assert result["collapsed"]["explicitness"] == pytest.approx(mean_only, abs=0.05)
     assert result["random"]["explicitness"] == pytest.approx(mean_only, abs=0.05)
+
+
+def test_alignment_holds_out_half():
+    """The explicitness is that of the held-out half: noise on those rows alone shows in full."""
+    factors = grid((4, 3, 5), 20)
+    half = len(factors) // 2
+    tested = np.random.RandomState(0).permutation(len(factors))[:half]
+    codes = factors.astype(float)
+    codes[tested] = np.roll(codes[tested], 1, axis=0)  # the right values on the wrong rows
+    spoilt = scores("alignment_linear", codes, factors)
+    assert spoilt["alignment"] == pytest.approx(1, abs=1e-6)  # fitted on the others
+    error = np.mean(((codes - factors)[tested] / (np.array([4, 3, 5]) - 1)) ** 2)
+    assert spoilt["explicitness"] == pytest.approx(1 - 6 * error, abs=1e-6)
 
 
 def test_alignment_of_random_codes_is_that_of_random_weights():
