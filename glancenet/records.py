@@ -2,10 +2,13 @@
 
 import csv
 import io
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 
 from common.checkpoint import atomic_write
 from common.errors import UserError
@@ -76,3 +79,27 @@ def load_arrays(path: Path, n: int) -> list[np.ndarray]:
             return [np.load(file, allow_pickle=False) for _ in range(n)]
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is truncated or holds other records ({error})") from error
+
+
+def write_npz(path: Path, arrays: dict[str, tuple[tuple[int, ...], Any, Iterable[np.ndarray]]]) -> None:
+    """An uncompressed npz, written piece by piece: key -> (shape, dtype, consecutive pieces along the first axis).
+
+    Uncompressed members can be memory-mapped. Raises ValueError when the pieces do not add up to the shape.
+    """
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for key, (shape, dtype, pieces) in arrays.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                header = {"descr": npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+                npy.write_array_header_1_0(member, header)
+                rows = 0
+                for piece in pieces:
+                    piece = np.ascontiguousarray(piece, dtype)
+                    member.write(piece.tobytes())
+                    rows += len(piece)
+                if rows != shape[0]:
+                    raise ValueError(f"{key}: {rows} rows written, {shape[0]} announced")
+
+
+def whole(array: np.ndarray) -> tuple[tuple[int, ...], Any, Iterable[np.ndarray]]:
+    """A small array as `write_npz` takes it."""
+    return array.shape, array.dtype, [array]

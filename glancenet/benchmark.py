@@ -1,0 +1,147 @@
+"""Time one GlanceNet training step against a plain transcription of the published loop.
+
+    python -m glancenet.benchmark                                  # batch 64, 64x64, SimpleGaussianConv64 + SimpleConv64
+    python -m glancenet.benchmark --steps 20 --encoder PadlessGaussianConv64 --decoder ShallowLinear --device cpu
+
+The transcription does what the published loop does in every step: each image goes through PIL, a resize and ToTensor on
+its own, labels are collected image by image, the loss is sigmoid + binary cross-entropy, and every term is read back to
+Python. Both sides start from the same data (uint8 sprites), the same weights and the same batches; the benchmark checks that
+they also compute the same loss. Printed: seconds a step of both (median of interleaved steps), their ratio, peak memory.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from common.errors import run_command
+from common.launch import pick_device
+from glancenet.algorithms import Batch, GlanceNet, algorithm_class
+from glancenet.data import ConceptData, load_data
+from glancenet.main import make_optimizers
+from glancenet.options import Parser, make_parser as make_training_parser, resolve
+
+
+def transcribed_batch(data: ConceptData, places: Tensor) -> Batch:
+    """One batch as the published loader makes it: image by image through PIL."""
+    from PIL import Image
+    from torchvision.transforms import Compose, Resize, ToTensor
+
+    transform = Compose([Resize((64, 64)), ToTensor()])
+    images, labels, classes, masks = [], [], [], []
+    part = data.train
+    for place in places.tolist():
+        array = part.images.fetch(part.rows[place : place + 1])[0, 0].numpy()
+        images.append(transform(Image.fromarray(array)))
+        labels.append(part.concepts[place])
+        classes.append(part.y[place])
+        masks.append(part.mask[place])
+    return Batch(torch.stack(images), torch.stack(labels), torch.stack(classes), torch.stack(masks), torch.stack(classes)[:, None])
+
+
+def transcribed_step(model: GlanceNet, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Forward, backward and step as published, every term read back (conditional prior, BCE concepts)."""
+    w, n = model.w, len(batch.x)
+    mu, logvar = model.encoder(batch.x)
+    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+    recon = w.w_recon * F.binary_cross_entropy(torch.sigmoid(model.decoder(z)), batch.x, reduction="sum") / n
+    onehot = torch.zeros(n, model.shape.n_classes, device=batch.x.device)
+    for i in range(n):
+        onehot[i, batch.y[i]] = 1
+    target = model.prior(onehot)
+    kld = w.w_kld * (-0.5 * (1 + logvar - (mu - target) ** 2 - logvar.exp())).sum(1).mean()
+    prediction = w.label_weight * F.cross_entropy(model.classifier(torch.tanh(z / 2)), batch.y)
+    keep = batch.mask == 1
+    probability, anchor = torch.sigmoid(z[keep]), torch.sigmoid(target[keep])
+    n_concepts = batch.labels.shape[1]
+    latent = F.binary_cross_entropy(probability[:, :n_concepts], batch.labels[keep])
+    latent = latent + 100 * F.binary_cross_entropy(anchor[:, :n_concepts], batch.labels[keep])
+    latent = w.latent_weight * latent
+    total = recon + kld + prediction + latent
+    optimizer.zero_grad()
+    total.backward()
+    optimizer.step()
+    values = {"recon": recon, "kld": kld, "prediction": prediction, "latent": latent, "total": total}
+    return {name: value.item() for name, value in values.items()}
+
+
+def make_options(o: argparse.Namespace) -> argparse.Namespace:
+    """Training options for both sides: the paper's dSprites model."""
+    words = ["--alg", "GlanceNet", "--dset_name", "sprites", "--dset_dir", ".", "--encoder", o.encoder, "--decoder", o.decoder]
+    words += ["--z_dim", "7", "--batch_size", str(o.batch_size), "--conditional_prior", "true", "--latent_loss", "BCE"]
+    words += ["--label_weight", "100", "--warmup_epochs", "0", "--device", o.device]
+    return resolve(make_training_parser().parse(words))
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """The command; returns the printed numbers."""
+    p = Parser(prog="python -m glancenet.benchmark", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    p.add_argument("--steps", type=int, default=10, help="timed steps of each side, interleaved")
+    p.add_argument("--batch_size", type=int, default=64, help="images a step")
+    p.add_argument("--encoder", default="SimpleGaussianConv64", help="encoder")
+    p.add_argument("--decoder", default="SimpleConv64", help="decoder")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads")
+    o = p.parse(argv)
+    torch.set_num_threads(o.threads)
+    device = pick_device(o.device)
+    options = make_options(o)
+    data = load_data(options)
+    torch.manual_seed(0)
+    plain = algorithm_class("GlanceNet")(options, data.shape).to(device)
+    ours = algorithm_class("GlanceNet")(options, data.shape).to(device, memory_format=torch.channels_last)
+    ours.load_state_dict(plain.state_dict())
+    plain_optimizer = torch.optim.Adam(plain.parameters(), lr=options.lr_G)
+    optimizers = make_optimizers(ours, options)
+    times: dict[str, list[float]] = {"published": [], "ours": []}
+    totals: dict[str, float] = {}
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    order = data.train.order(0, 0)
+    for step in range(o.steps + 2):  # two steps warm up
+        places = order[step * o.batch_size : (step + 1) * o.batch_size]
+        torch.manual_seed(step)
+        began = time.perf_counter()
+        batch = Batch(*(part.to(device) for part in transcribed_batch(data, places)))
+        values = transcribed_step(plain, batch, plain_optimizer)
+        wait()
+        middle = time.perf_counter()
+        torch.manual_seed(step)
+        terms, _ = ours.train_step(data.train.gather(places, device), step, optimizers)
+        wait()
+        if step >= 2:
+            times["published"].append(middle - began)
+            times["ours"].append(time.perf_counter() - middle)
+        if step == 0:
+            totals = {"published": values["total"], "ours": float(terms.total)}
+    np.testing.assert_allclose(totals["ours"], totals["published"], rtol=1e-4)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    result = {
+        "published_seconds_a_step": medians["published"], "seconds_a_step": medians["ours"],
+        "ratio": medians["ours"] / medians["published"], "first_loss": totals["ours"],
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }  # fmt: skip
+    print(f"batch {o.batch_size}, {o.encoder} + {o.decoder}, {device}, {o.threads} thread(s), {o.steps} steps")
+    for name, value in result.items():
+        print(f"{name:28s} {value:.4f}")
+    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
