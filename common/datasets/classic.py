@@ -1,0 +1,202 @@
+"""Labelled image sets that fit in memory: MNIST, Fashion-MNIST, SVHN, CIFAR-10, CIFAR-100, scikit-learn's digits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.datasets.base import ArraySet
+from common.datasets.files import FolderSet, absent, first_present, fit
+from common.datasets.readers import read_array_pickle, read_idx, read_mat
+from common.errors import UserError
+
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+DIGITS = tuple("0123456789")
+IDX_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+IDX_FOLDERS = {"mnist": ("MNIST/raw", "mnist"), "fashion_mnist": ("FashionMNIST/raw", "fashion_mnist")}
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+Transform = Callable[[Tensor], Tensor]
+
+
+def _finish(
+    name: str,
+    split: str,
+    images: np.ndarray,
+    targets: np.ndarray,
+    classes: tuple[str, ...] | list[str],
+    source: Path | str,
+    *,
+    pad: int = 0,
+    image_size: int | None = None,
+    transform: Transform | None = None,
+) -> ArraySet:
+    """Check (N, C, H, W) images against their targets, pad them with black and resize them."""
+    if len(images) != len(targets) or not len(images):
+        raise UserError(f"{source}: {len(images)} images and {len(targets)} labels do not make {name}; get it again")
+    if targets.min() < 0 or targets.max() >= len(classes):
+        raise UserError(f"{source}: labels {targets.min()}..{targets.max()}, {name} has {len(classes)} classes")
+    if pad < 0 or (image_size is not None and image_size < 1):
+        raise UserError(f"{name}: pad must be at least 0 and image_size at least 1, got {pad} and {image_size}")
+    if pad:
+        images = np.pad(images, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
+    if image_size and images.shape[2:] != (image_size, image_size):
+        small = np.empty((*images.shape[:2], image_size, image_size), np.uint8)
+        for row, image in enumerate(images):
+            picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+            small[row] = fit(picture, image_size)
+        images = small
+    return ArraySet(
+        name,
+        split,
+        torch.from_numpy(np.require(images, requirements=["C", "W"])),
+        torch.from_numpy(targets.astype(np.int64)),
+        classes=classes,
+        options={"pad": pad, "image_size": image_size},
+        transform=transform,
+    )
+
+
+def load_idx(
+    name: str,
+    root: Path,
+    split: str,
+    pad: int = 0,
+    image_size: int | None = None,
+    transform: Transform | None = None,
+) -> ArraySet:
+    """MNIST or Fashion-MNIST: uint8 (1, 28, 28), from `MNIST/raw` or `FashionMNIST/raw`, files plain or .gz."""
+    folders = [root / folder for folder in IDX_FOLDERS[name]]
+    paths = []
+    for stem in IDX_FILES[split]:
+        path = first_present([folder / (stem + end) for folder in folders for end in ("", ".gz")])
+        if path is None:
+            raise absent(name, folders[0] / stem)
+        paths.append(path)
+    images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
+    classes = DIGITS if name == "mnist" else FASHION
+    return _finish(
+        name, split, images[:, None], labels, classes, paths[0], pad=pad, image_size=image_size, transform=transform
+    )
+
+
+def load_svhn(
+    root: Path, split: str, pad: int = 0, image_size: int | None = None, transform: Transform | None = None
+) -> ArraySet:
+    """SVHN's cropped digits: uint8 (3, 32, 32), splits train, test, extra."""
+    places = [root / folder / f"{split}_32x32.mat" for folder in ("SVHN", "svhn", "")]
+    path = first_present(places)
+    if path is None:
+        raise absent("svhn", places[0])
+    arrays = read_mat(path, ("X", "y"))
+    images, labels = arrays["X"], arrays["y"].reshape(-1).astype(np.int64)
+    if images.ndim != 4 or images.shape[:3] != (32, 32, 3) or images.dtype != np.uint8:
+        raise UserError(f"{path}: images {images.dtype} {images.shape} are not SVHN's 32x32x3; get it again")
+    images = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
+    labels = labels % 10  # the file writes the digit 0 as 10
+    return _finish("svhn", split, images, labels, DIGITS, path, pad=pad, image_size=image_size, transform=transform)
+
+
+def load_cifar(
+    name: str,
+    root: Path,
+    split: str,
+    pad: int = 0,
+    image_size: int | None = None,
+    transform: Transform | None = None,
+) -> ArraySet:
+    """CIFAR-10 or CIFAR-100 (fine labels): uint8 (3, 32, 32).
+
+    From the published Python batches (`cifar-10-batches-py`, `cifar-100-python`), else from class folders
+    `<name>/<split>/<class>/*.jpg`, decoded into memory.
+    """
+    ten = name == "cifar10"
+    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    if not folder.is_dir():
+        # also below a folder of the data set's name
+        folder = first_present([root / name / folder.name]) or folder
+    if not folder.is_dir():
+        return _cifar_folders(name, root, split, folder, pad=pad, image_size=image_size, transform=transform)
+    if ten:
+        files = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    else:
+        files = [split]
+    images, labels = [], []
+    for file in files:
+        if not (folder / file).is_file():
+            raise absent(name, folder / file)
+        batch = read_array_pickle(folder / file)
+        data, fine = batch.get("data"), batch.get("labels" if ten else "fine_labels")
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,) or fine is None:
+            raise UserError(f"{folder / file} does not hold {name}'s images and labels; get it again")
+        images.append(data.reshape(-1, 3, 32, 32))
+        labels.append(np.asarray(fine, np.int64))
+    classes = CIFAR_CLASSES if ten else _cifar100_classes(folder)
+    return _finish(
+        name,
+        split,
+        np.concatenate(images),
+        np.concatenate(labels),
+        classes,
+        folder,
+        pad=pad,
+        image_size=image_size,
+        transform=transform,
+    )
+
+
+def _cifar100_classes(folder: Path) -> list[str]:
+    if not (folder / "meta").is_file():
+        return [str(i) for i in range(100)]
+    return [str(name) for name in read_array_pickle(folder / "meta").get("fine_label_names", range(100))]
+
+
+def _cifar_folders(name: str, root: Path, split: str, expected: Path, **options) -> ArraySet:
+    base = first_present([root / place / split for place in (name, f"{name}_jpeg", f"{name}_png")])
+    if base is None:
+        raise absent(name, expected, f"(or class folders {root / name / split}/<class>/*.jpg)")
+    source = FolderSet(name, base, split, image_size=32)
+    if source.classes is None or len(source.classes) > (10 if name == "cifar10" else 100):
+        raise UserError(f"{base} does not hold {name}'s class folders; prepare it again")
+    images, targets = source.arrays()
+    return _finish(name, split, images.numpy(), targets.numpy(), source.classes, base, **options)
+
+
+def load_digits(
+    split: str,
+    image_size: int | None = None,
+    pad: int = 0,
+    seed: int = 0,
+    test_fraction: float = 0.2,
+    transform: Transform | None = None,
+) -> ArraySet:
+    """scikit-learn's 1,797 digits: uint8 (1, 8, 8) by rounding 255/16 of the values, split stratified by `seed`."""
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = sklearn_digits()
+    images = np.floor(bunch.images * (255 / 16) + 0.5).astype(np.uint8)[:, None]
+    rows = np.arange(len(images))
+    if split != "all":
+        if not 0 < test_fraction < 1:
+            raise UserError(f"digits: test_fraction must lie between 0 and 1, got {test_fraction}")
+        parts = train_test_split(rows, test_size=test_fraction, random_state=seed, stratify=bunch.target)
+        rows = np.sort(parts[0 if split == "train" else 1])
+    result = _finish(
+        "digits",
+        split,
+        images[rows],
+        bunch.target[rows],
+        DIGITS,
+        "digits",
+        pad=pad,
+        image_size=image_size,
+        transform=transform,
+    )
+    result.options |= {"seed": seed, "test_fraction": test_fraction}
+    return result

@@ -1,0 +1,150 @@
+"""Images that stay on disk until asked for: folders, CelebA, Tiny ImageNet, downsampled ImageNet."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import functional as TF
+from torchvision.transforms.functional import InterpolationMode
+
+from common.datasets.base import ImageSet
+from common.datasets.readers import read_image
+from common.errors import UserError
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+
+
+def absent(name: str, expected: Path, also: str = "") -> UserError:
+    """The one line for a data set that is not there."""
+    also = f" {also}" if also else ""
+    return UserError(
+        f"{name} is not there: expected {expected}{also}; "
+        f"prepare it by `python -m common.datasets.prepare {name}`, or point DATA_ROOT at it"
+    )
+
+
+def first_present(paths: Sequence[Path]) -> Path | None:
+    """The first of `paths` that exists."""
+    return next((path for path in paths if path.exists()), None)
+
+
+def natural(path: Path | str) -> list:
+    """Sort key that puts frame 10 after frame 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", str(path))]
+
+
+def fit(image: Image.Image, image_size: int | None, crop: int | None = None) -> np.ndarray:
+    """A PIL image as uint8 (C, S, S), PIL's bilinear with antialias.
+
+    Without `crop`: shorter edge to `image_size`, then its centre. With `crop`: the centre `crop` x `crop`, resized to
+    `image_size`. Without either: as it is.
+    """
+    if crop:
+        image = TF.center_crop(image, [crop, crop])
+    if image_size and image.size != (image_size, image_size):
+        image = TF.resize(image, image_size, InterpolationMode.BILINEAR, antialias=True)
+        image = TF.center_crop(image, [image_size, image_size])
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+class FileSet(ImageSet):
+    """Image files decoded when asked for, by a few threads: `paths` in order, uint8 (C, S, S) through `fit`.
+
+    `image_size=None` keeps the files' own size, which must then be one. Batches of many images are decoded by `threads`
+    threads (default: the cores, at most 8).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        paths: Sequence[Path],
+        targets: Tensor,
+        classes: Sequence[str] | None = None,
+        image_size: int | None = None,
+        crop: int | None = None,
+        channels: int = 3,
+        threads: int | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ):
+        if channels not in (1, 3):
+            raise UserError(f"{name}: channels must be 1 or 3, got {channels}")
+        if any(size is not None and size < 1 for size in (image_size, crop)):
+            raise UserError(f"{name}: image_size and crop must be at least 1, got {image_size} and {crop}")
+        self.paths = paths
+        self._fit = (image_size, crop)
+        self._threads = threads or min(8, os.cpu_count() or 1)
+        self._channels = channels
+        shape = fit(read_image(paths[0], channels), *self._fit).shape
+        options = {"image_size": image_size, "crop": crop, "channels": channels}
+        super().__init__(name, split, targets, shape, classes, options, transform)
+        self._shape = shape
+
+    def _read(self, row: int) -> np.ndarray:
+        pixels = fit(read_image(self.paths[row], self._channels), *self._fit)
+        if pixels.shape != self._shape:
+            raise UserError(
+                f"{self.paths[row]} is {pixels.shape[2]}x{pixels.shape[1]}, the first image "
+                f"{self._shape[2]}x{self._shape[1]}: give image_size= to bring them to one size"
+            )
+        return pixels
+
+    def _fetch(self, rows: np.ndarray) -> Tensor:
+        images = np.empty((len(rows), *self._shape), np.uint8)
+        if len(rows) < 16 or self._threads == 1:
+            for i, row in enumerate(rows):
+                images[i] = self._read(row)
+        else:
+            with ThreadPoolExecutor(self._threads) as pool:
+                for i, pixels in enumerate(pool.map(self._read, rows)):
+                    images[i] = pixels
+        return torch.from_numpy(images)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files directly in `folder`, in natural order."""
+    with os.scandir(folder) as entries:
+        names = [
+            e.name for e in entries if os.path.splitext(e.name)[1].lower() in ENDINGS and not e.name.startswith(".")
+        ]
+    return [folder / name for name in sorted(names, key=natural)]
+
+
+def tree(folder: Path) -> list[Path]:
+    """The image files in `folder` and below, folder by folder, in natural order."""
+    found = image_files(folder)
+    for sub in sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural):
+        found += tree(sub)
+    return found
+
+
+class FolderSet(FileSet):
+    """Any folder of images. Images in sub-folders: each first-level sub-folder is a class, in natural order.
+
+    Images directly in the folder: no classes (`classes` is None) and targets 0. `paths` is in natural order, so that
+    numbered frames are consecutive.
+    """
+
+    def __init__(self, name: str, folder: Path, split: str, **options: Any):
+        if not folder.is_dir():
+            raise UserError(f"{name}: {folder} is not a folder of images; give the folder as root")
+        loose = image_files(folder)
+        groups = {p.name: tree(p) for p in sorted(folder.iterdir(), key=natural) if p.is_dir() and p.name[0] != "."}
+        groups = {key: paths for key, paths in groups.items() if paths}
+        if loose and groups:
+            raise UserError(f"{folder} has images beside sub-folders with images ({next(iter(groups))}): keep one kind")
+        if not loose and not groups:
+            raise UserError(f"{folder} holds no images ({', '.join(sorted(ENDINGS))})")
+        paths = loose or [path for members in groups.values() for path in members]
+        counts = [len(members) for members in groups.values()] or [len(loose)]
+        targets = torch.from_numpy(np.repeat(np.arange(len(counts)), counts).astype(np.int64))
+        super().__init__(name, split, paths, targets, list(groups) or None, **options)
+        self.folder = folder
