@@ -107,9 +107,7 @@ class Decoder(_Residual):
     `in_channels` is the depth of the first 4x4 feature map; None takes 4w at 64 pixels and 2w at 32.
     """
 
-    def __init__(
-        self, img_size: int, channels: int, zsize: int, width: int = 64, in_channels: int | None = None
-    ):
+    def __init__(self, img_size: int, channels: int, zsize: int, width: int = 64, in_channels: int | None = None):
         super().__init__()
         w, self.deep = width, img_size == 64
         self.in_channels = in_channels or (4 * w if self.deep else 2 * w)
@@ -151,7 +149,9 @@ class LBAE(nn.Module):
     ):
         super().__init__()
         if img_size not in IMAGE_SIZES:
-            raise UserError(f"img_size={img_size}: the network is built for {' or '.join(map(str, IMAGE_SIZES))} pixels")
+            raise UserError(
+                f"img_size={img_size}: the network is built for {' or '.join(map(str, IMAGE_SIZES))} pixels"
+            )
         self.zsize, self.vae = zsize, vae
         self.enc = Encoder(img_size, channels, zsize, width, vae, zround)
         self.gen = Decoder(img_size, channels, zsize, width, dec_in_channels)

@@ -26,17 +26,29 @@ def nearest_psd_ref(A: np.ndarray, rounds: int = 20) -> tuple[np.ndarray, np.nda
 
 
 def hyperplanes_ref(z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes (N, D) in {-1, +1} -> normals L (D+1, D+1), H = L L^T, and the eigenvalues of H before its repair."""
-    mean = z.mean(0, dtype=np.float64)
+    """Codes (N, D) in {-1, +1} -> normals L (D+1, D+1), H = L L^T, and the eigenvalues of H before its repair.
+
+    Like the published routine it tries to factorize M, G and H in turn and takes a general eigen-decomposition of H for
+    a report.
+    """
+    mean = z.sum(0) / len(z)
     M = z.T.astype(np.float32) @ z.astype(np.float32) / len(z)
+    _cholesky_or_none(M)
     G = np.block([[M.astype(np.float64), mean[:, None]], [mean[None], np.ones((1, 1))]])
+    _cholesky_or_none(G)
     H = np.sin(np.pi / 2 * G)
-    eigenvalues = np.linalg.eigvals(H)
-    try:
-        L = np.linalg.cholesky(H)
-    except np.linalg.LinAlgError:
+    L = _cholesky_or_none(H)
+    eigenvalues, _ = np.linalg.eig(H)
+    if L is None:
         H, L = nearest_psd_ref(H)
     return L, H, eigenvalues
+
+
+def _cholesky_or_none(A: np.ndarray) -> np.ndarray | None:
+    try:
+        return np.linalg.cholesky(A)
+    except np.linalg.LinAlgError:
+        return None
 
 
 def sample_cov_ref(L: np.ndarray, normals: np.ndarray) -> np.ndarray:
@@ -48,13 +60,13 @@ def sample_cov_ref(L: np.ndarray, normals: np.ndarray) -> np.ndarray:
     return np.array(codes)
 
 
-def direction_ref(L: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """The direction (R,) of one code (D,) by the refined means of both groups of normals (`split=mean`)."""
+def direction_ref(L: np.ndarray, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The direction (R,) of one code (D,) by the refined means of both groups of normals, and its own code (D,)."""
     rows = L[:-1]
     p = _refine_ref(rows[code > 0], strict=True, rounds=None)
     n = _refine_ref(rows[code <= 0], strict=False, rounds=10)
-    m = p - n
-    return m / np.linalg.norm(m)
+    m = (p - n) / np.linalg.norm(p - n)
+    return m, np.where(rows @ m >= 0, 1, -1)
 
 
 def _refine_ref(group: np.ndarray, strict: bool, rounds: int | None) -> np.ndarray:
@@ -106,6 +118,6 @@ def slerp_ref(t: float, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def path_ref(L: np.ndarray, begin: np.ndarray, end: np.ndarray, steps: int) -> np.ndarray:
     """The path (steps + 2, D) between two codes (D,), one step at a time (`split=mean`)."""
-    bm, em = direction_ref(L, begin), direction_ref(L, end)
+    (bm, _), (em, _) = direction_ref(L, begin), direction_ref(L, end)
     inner = [np.where(L[:-1] @ slerp_ref(i / (steps - 1), bm, em) >= 0, 1, -1) for i in range(steps)]
     return np.stack([begin, *inner, end])

@@ -1,11 +1,12 @@
 """Random hyperplanes for Bernoulli latents: from the moments of the training codes to new codes, paths and attributes.
 
-Every bit of the code is the side of a hyperplane on which a random direction falls; the normals are the rows of a factor
-of the repaired, arcsine-inverted moment matrix. Everything here is float64 and batched; only signs leave this module.
+Every bit of the code is the side of a hyperplane on which a random direction falls; the normals are the rows of a
+factor of the repaired, arcsine-inverted moment matrix. Everything here is float64 and batched.
 Letters: N rows of codes, D bits, B batch, R columns of the factor (D + 1 or fewer), T steps of a path.
 Plain transcriptions of the published routines are in `lbae.reference`; the tests hold the two against each other.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,15 +37,22 @@ def moments(codes: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     zero_one = bool((codes == 0).any())
     valid = (codes == 0) | (codes == 1) if zero_one else codes.abs() == 1
     if len(codes) == 0 or not bool(valid.all()):
-        raise UserError("these latents are not bits: only a binary model samples by hyperplanes; use sample_method=random")
+        raise UserError(
+            "these latents are not bits: only a binary model samples by hyperplanes; use sample_method=random"
+        )
     n, d = codes.shape
     total = torch.zeros(d, dtype=torch.float64, device=codes.device)
     product = torch.zeros(d, d, dtype=torch.float64, device=codes.device)
     for part in codes.split(chunk):
         z = part.float() * 2 - 1 if zero_one else part.float()
         total += z.sum(0)
-        product += z.T @ z
+        product += _gram(z)
     return total / n, product / n
+
+
+def _gram(z: Tensor) -> Tensor:
+    """z^T z. numpy's BLAS sees the symmetry and does half the work; on a GPU a plain product is fastest."""
+    return torch.from_numpy(z.numpy().T @ z.numpy()) if z.device.type == "cpu" else z.T @ z
 
 
 def moment_matrix(mean: Tensor, second: Tensor) -> Tensor:
@@ -103,7 +111,11 @@ def eigen_factor(A: Tensor) -> tuple[Tensor, Tensor]:
 
     L L^T is the nearest positive semi-definite matrix in the Frobenius norm (Higham 1988).
     """
-    w, V = torch.linalg.eigh((A + A.T) / 2)
+    symmetric = (A + A.T) / 2
+    if A.device.type == "cpu":  # numpy's LAPACK is the faster one here
+        w, V = map(torch.from_numpy, np.linalg.eigh(symmetric.numpy()))
+    else:
+        w, V = torch.linalg.eigh(symmetric)
     keep = w > w.abs().max() * 1e-15
     return V[:, keep] * w[keep].sqrt(), w
 
@@ -131,7 +143,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def slerp(t: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Spherical interpolation (B, T, n) between `low` and `high` (B, n) at `t` (T,); linear for (anti)parallel pairs."""
+    """Spherical interpolation (B, T, n) of `low` and `high` (B, n) at `t` (T,); linear for (anti)parallel pairs."""
     a, b = _slerp_weights(t, (unit(low) * unit(high)).sum(-1))
     return a[..., None] * low[:, None] + b[..., None] * high[:, None]
 
@@ -167,44 +179,45 @@ def directions(planes: Hyperplanes, codes: Tensor, split: str = "margin") -> Ten
 
 
 def _lengths(coefficients: Tensor, products: Tensor) -> Tensor:
-    """Lengths (B, 1) of coefficients @ rows, given products = coefficients @ Gram."""
-    return (coefficients * products).sum(1, keepdim=True).clamp_min(0).sqrt()
+    """Lengths (B, 1) of coefficients @ rows, given products = coefficients @ Gram; 1 where they vanish."""
+    lengths = torch.einsum("bd,bd->b", coefficients, products).clamp_min(0).sqrt()[:, None]
+    return torch.where(lengths > 0, lengths, 1.0)
 
 
 def _mean_split(planes: Hyperplanes, codes: Tensor) -> Tensor:
     """Coefficients (B, D) of unit(mean of the + rows, refined) - unit(mean of the - rows, refined)."""
     gram, positive = planes.H[:-1, :-1], codes > 0
-    groups = torch.cat([positive, ~positive])  # (2B, D): row i and row B + i belong to code i
-    best = _refine(gram, groups, torch.arange(len(groups), device=codes.device) >= len(codes))
-    ends = best / torch.where((length := _lengths(best, best @ gram)) > 0, length, 1.0)
-    p, n = ends.chunk(2)
+    products = positive.to(gram) @ gram
+    products = torch.cat([products, gram.sum(0) - products])  # (2B, D): rows i and B + i belong to code i
+    lenient = torch.arange(2 * len(codes), device=codes.device) >= len(codes)
+    p, n = _refine(gram, torch.cat([positive, ~positive]), products, lenient).chunk(2)
     return p - n  # an empty group has weight 0, which leaves +- the mean of all rows
 
 
-def _refine(gram: Tensor, groups: Tensor, lenient: Tensor) -> Tensor:
-    """Row weights (M, D) of the best direction of each group of rows.
+def _refine(gram: Tensor, groups: Tensor, products: Tensor, lenient: Tensor) -> Tensor:
+    """Coefficients (M, D) of the best unit direction of each group of rows (M, D); products = groups @ gram.
 
     While a mean has rows on its wrong side, these rows are appended once more (their weight doubles) and the mean is
     taken anew; the number of misplaced rows, copies counted, must fall. A `lenient` group may also keep it, for
     `NEGATIVE_ROUNDS` rounds.
     """
     weights = groups.to(gram.dtype)
-    best = weights.clone()
+    best = torch.zeros_like(weights)
     lowest = torch.full((len(groups),), torch.inf, dtype=gram.dtype, device=gram.device)
     active = torch.arange(len(groups), device=gram.device)
-    rounds = 0
-    while len(active):
-        wrong = (weights @ gram < 0) & groups[active]
-        misplaced = torch.where(wrong, weights, 0.0).sum(1)
-        slack = lenient[active]
-        better = torch.where(slack, misplaced <= lowest[active], misplaced < lowest[active])
+    for rounds in itertools.count(1):
+        extra = ((products < 0) & groups[active]) * weights  # the rows to append
+        misplaced, slack = extra.sum(1), lenient[active]
+        better = (misplaced < lowest[active]) | (slack & (misplaced == lowest[active]))
         lowest[active[better]] = misplaced[better]
-        best[active[better]] = weights[better]
-        rounds += 1
-        on = better & (misplaced > 0) & ~(slack & (rounds >= NEGATIVE_ROUNDS))
-        weights = torch.where(wrong, 2 * weights, weights)[on]
-        active = active[on]
-    return best
+        best[active[better]] = weights[better] / _lengths(weights[better], products[better])
+        on = better & (misplaced > 0)
+        if rounds >= NEGATIVE_ROUNDS:
+            on &= ~slack
+        if not on.any():
+            return best
+        active, extra = active[on], extra[on]
+        weights, products = weights[on] + extra, torch.addmm(products[on], extra, gram)
 
 
 def _margin_perceptron(gram: Tensor, codes: Tensor, start: Tensor) -> Tensor:
@@ -214,8 +227,7 @@ def _margin_perceptron(gram: Tensor, codes: Tensor, start: Tensor) -> Tensor:
     iterate with the fewest wrong signs wins. A code leaves as soon as every row has its margin.
     """
     products = start @ gram  # (B, D) projections on the rows
-    length = _lengths(start, products)
-    factor = RADIUS / torch.where(length > 0, length, 1.0)
+    factor = RADIUS / _lengths(start, products)
     c, products = start * factor, products * factor
     best, fewest = c.clone(), torch.full((len(c),), torch.inf, dtype=c.dtype, device=c.device)
     active = torch.arange(len(c), device=c.device)
@@ -232,7 +244,7 @@ def _margin_perceptron(gram: Tensor, codes: Tensor, start: Tensor) -> Tensor:
         active, c, products, short = active[on], c[on], products[on], short[on]
         c = c + RATE * torch.where(short, codes[active], 0.0)
         products = c @ gram
-        shrink = (RADIUS / _lengths(c, products).clamp_min(1e-300)).clamp_max(1.0)
+        shrink = (RADIUS / _lengths(c, products)).clamp_max(1.0)
         c, products = c * shrink, products * shrink
     return best
 
