@@ -1,0 +1,37 @@
+// What the CPU solver is given, and the three builds of it (one an instruction set) that binding.cpp chooses from.
+#pragma once
+
+#include <cstdint>
+
+namespace inv_conv {
+
+// Runs body(context, begin, end) over [0, units), on as many threads as the caller has.
+using Body = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t units, Body body, void* context);
+
+// Solve A x = y, or A^T x = y, for a batch. A is the masked convolution by w; group g has the order codes[g % orders].
+template <typename T>
+struct Problem {
+  const T* y;  // (batch, groups * size, height, width), contiguous
+  const T* w;  // (groups * size, size, kh, kw), contiguous
+  T* x;        // as y
+  int64_t batch;
+  int groups, size, height, width, kh, kw;
+  const int* codes;  // bit 0: mirrored in the width; bit 1: mirrored in the height
+  int orders;
+  bool transposed;
+  int threads;
+  ParallelFor parallel_for;
+};
+
+#define INV_CONV_DECLARE(isa)            \
+  namespace isa {                        \
+  void solve(const Problem<float>& p);   \
+  void solve(const Problem<double>& p);  \
+  }
+
+INV_CONV_DECLARE(avx512)
+INV_CONV_DECLARE(avx2)
+INV_CONV_DECLARE(generic)
+
+}  // namespace inv_conv
