@@ -270,7 +270,7 @@ class Algorithm(nn.Module):
         self, batch: Batch, step: int, optimizers: dict[str, torch.optim.Optimizer], second: Batch | None = None,
         classes_only: bool = False,
     ) -> tuple[Terms, Tensor]:  # fmt: skip
-        """Forward, backward, step. `second` is another batch for FactorVAE; `classes_only` drops all but the class loss.
+        """Forward, backward, step. `second`: another batch, for FactorVAE; `classes_only`: the class loss alone.
 
         Returns the terms (detached) and the latents z (B, D).
         """
@@ -422,7 +422,9 @@ def _check_labels(o: argparse.Namespace, shape: Shape) -> None:
 
 
 class CVAE(Algorithm):
-    """Conditional VAE: every one-hot label becomes an extra image channel for the encoder and an input of the decoder."""
+    """Conditional VAE: every one-hot label becomes an extra image channel for the encoder and an input of the
+    decoder.
+    """
 
     def __init__(self, o: argparse.Namespace, shape: Shape):
         _check_labels(o, shape)

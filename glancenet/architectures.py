@@ -1,8 +1,10 @@
-"""Encoders, decoders and discriminators by their published names (GlanceNets, appendix A, and the library it builds on).
+"""Encoders, decoders and discriminators by their published names (GlanceNets, appendix A, and its parent library).
 
-Images are (B, C, 64, 64) floats in [0, 1]. A Gaussian encoder returns (mu, logvar), each (B, z_dim); a plain one returns
-z (B, z_dim). Decoders return logits (B, C, 64, 64): the pixel probabilities are their sigmoid.
+Images are (B, C, 64, 64) floats in [0, 1]. A Gaussian encoder returns (mu, logvar), each (B, z_dim); a plain one
+returns z (B, z_dim). Decoders return logits (B, C, 64, 64): the pixel probabilities are their sigmoid.
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +42,13 @@ def _convolutions(
 
 def _linears(widths: tuple[int, ...]) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for n_in, n_out in zip(widths[:-1], widths[1:], strict=True):
+    for n_in, n_out in pairwise(widths):
         layers += [nn.Linear(n_in, n_out), nn.ReLU()]
     return layers
 
 
 class ConvEncoder(nn.Module):
-    """A stack of stride-2 convolutions to 1x1 and one linear layer; Gaussian ones split its output into (mu, logvar)."""
+    """Stride-2 convolutions to 1x1 and one linear layer, whose output Gaussian encoders split into (mu, logvar)."""
 
     widths: tuple[int, ...] = (32, 32, 64, 128, 256, 256)
     kernel, padding, norm, gaussian = 4, 1, False, True
@@ -238,10 +240,14 @@ class MultiTo2DChannel(nn.Module):
         self.size = image_size
         self.tilers = nn.ModuleList(
             nn.Sequential(
-                nn.Linear(1, 64), nn.LeakyReLU(0.2), nn.Linear(64, 256), nn.LeakyReLU(0.2), nn.Linear(256, image_size**2)
+                nn.Linear(1, 64),
+                nn.LeakyReLU(0.2),
+                nn.Linear(64, 256),
+                nn.LeakyReLU(0.2),
+                nn.Linear(256, image_size**2),
             )
             for _ in range(n)
-        )  # fmt: skip
+        )
         init_layers(self)
 
     def forward(self, labels: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Time one GlanceNet training step against a plain transcription of the published loop.
 
-    python -m glancenet.benchmark                                  # batch 64, 64x64, SimpleGaussianConv64 + SimpleConv64
+    python -m glancenet.benchmark                  # batch 64, 64x64, SimpleGaussianConv64 + SimpleConv64
     python -m glancenet.benchmark --steps 20 --encoder PadlessGaussianConv64 --decoder ShallowLinear --device cpu
 
 The transcription does what the published loop does in every step: each image goes through PIL, a resize and ToTensor on
 its own, labels are collected image by image, the loss is sigmoid + binary cross-entropy, and every term is read back to
-Python. Both sides start from the same data (uint8 sprites), the same weights and the same batches; the benchmark checks that
-they also compute the same loss. Printed: seconds a step of both (median of interleaved steps), their ratio, peak memory.
+Python. Both sides start from the same data (uint8 sprites), the same weights and the same batches; the benchmark
+checks that they also compute the same loss. Printed: seconds a step of both (median of interleaved steps), their ratio,
+peak memory.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from common.launch import pick_device
 from glancenet.algorithms import Batch, GlanceNet, algorithm_class
 from glancenet.data import ConceptData, load_data
 from glancenet.main import make_optimizers
-from glancenet.options import Parser, make_parser as make_training_parser, resolve
+from glancenet.options import Parser, resolve
+from glancenet.options import make_parser as make_training_parser
 
 
 def transcribed_batch(data: ConceptData, places: Tensor) -> Batch:
@@ -47,7 +49,13 @@ def transcribed_batch(data: ConceptData, places: Tensor) -> Batch:
         labels.append(part.concepts[place])
         classes.append(part.y[place])
         masks.append(part.mask[place])
-    return Batch(torch.stack(images), torch.stack(labels), torch.stack(classes), torch.stack(masks), torch.stack(classes)[:, None])
+    return Batch(
+        torch.stack(images),
+        torch.stack(labels),
+        torch.stack(classes),
+        torch.stack(masks),
+        torch.stack(classes)[:, None],
+    )
 
 
 def transcribed_step(model: GlanceNet, batch: Batch, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -78,7 +86,18 @@ def transcribed_step(model: GlanceNet, batch: Batch, optimizer: torch.optim.Opti
 
 def make_options(o: argparse.Namespace) -> argparse.Namespace:
     """Training options for both sides: the paper's dSprites model."""
-    words = ["--alg", "GlanceNet", "--dset_name", "sprites", "--dset_dir", ".", "--encoder", o.encoder, "--decoder", o.decoder]
+    words = [
+        "--alg",
+        "GlanceNet",
+        "--dset_name",
+        "sprites",
+        "--dset_dir",
+        ".",
+        "--encoder",
+        o.encoder,
+        "--decoder",
+        o.decoder,
+    ]
     words += ["--z_dim", "7", "--batch_size", str(o.batch_size), "--conditional_prior", "true", "--latent_loss", "BCE"]
     words += ["--label_weight", "100", "--warmup_epochs", "0", "--device", o.device]
     return resolve(make_training_parser().parse(words))

@@ -4,8 +4,8 @@
     python glancenet/cluster.py --dset_name celebA --dset_dir data --n_classes 4         # -> celebA/clusters_4.npz
 
 The file holds `centroids` (C, F), `cost` (unequal features over all rows), `shares` (C,) and the seed. The training
-reads it; for MPI3D with ten classes the published prototypes serve when no such file exists. Huang's k-modes: start points
-drawn by feature frequency and moved to a data row, the best of several restarts, ties to the lowest class.
+reads it; for MPI3D with ten classes the published prototypes serve when no such file exists. Huang's k-modes: start
+points drawn by feature frequency and moved to a data row, the best of several restarts, ties to the lowest class.
 """
 
 import argparse
@@ -36,7 +36,8 @@ def fit_and_save(rows: np.ndarray, n_classes: int, path: Path, seed: int, restar
     centroids, cost = fit_kmodes(rows[chosen], n_classes, seed, restarts)
     shares = np.bincount(nearest_mode(rows, centroids), minlength=n_classes) / len(rows)
     write_npz(path, {
-        "centroids": whole(centroids), "cost": whole(np.array([cost])), "shares": whole(shares), "seed": whole(np.array([seed])),
+        "centroids": whole(centroids), "cost": whole(np.array([cost])),
+        "shares": whole(shares), "seed": whole(np.array([seed])),
     })  # fmt: skip
     print(f"{path}: shares {' '.join(f'{share:.4f}' for share in shares)}, cost {cost} on {len(chosen)} rows")
     return centroids
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--n_classes", type=int, default=None, help="clusters; default 10 (mpi3d_toy), 4 (celebA)")
     p.add_argument("--seed", type=int, default=42, help="of rows and start points")
     p.add_argument("--restarts", type=int, default=None, help="default 5 (mpi3d_toy), 10 (celebA)")
-    p.add_argument("--rows", type=int, default=None, help="rows that are clustered; default 30000 (mpi3d_toy), 10000 (celebA)")
+    p.add_argument(
+        "--rows", type=int, default=None, help="rows that are clustered; default 30000 (mpi3d_toy), 10000 (celebA)"
+    )
     o = p.parse(argv)
     file, features, restarts, n_rows = SOURCES[o.dset_name]
     path = data_root(o.dset_dir) / file

@@ -142,7 +142,9 @@ class Images:
 
 
 class Part:
-    """One split: rows of `images` with concepts (n, L) in [0, 1], classes (n,), supervision (n,), label codes (n, k)."""
+    """One split: rows of `images` with concepts (n, L) in [0, 1], classes (n,), supervision (n,), label codes (n,
+    k).
+    """
 
     def __init__(
         self, images: Images, rows: np.ndarray, concepts: np.ndarray, y: np.ndarray, mask: np.ndarray, codes: np.ndarray
@@ -180,8 +182,8 @@ class Part:
         return Batch(x, concepts, y, mask, codes)
 
     def batches(
-        self, batch_size: int, device: torch.device, order: Tensor | None = None, start: int = 0, drop_last: bool = False,
-        pin: bool = False, workers: int = 0,
+        self, batch_size: int, device: torch.device, order: Tensor | None = None, start: int = 0,
+        drop_last: bool = False, pin: bool = False, workers: int = 0,
     ) -> Iterator[Batch]:  # fmt: skip
         """Batches in `order` (default: as stored) from batch `start` on. `workers` > 0 fetches ahead in one thread."""
         order = torch.arange(len(self)) if order is None else order
@@ -250,7 +252,9 @@ class ConceptData:
 
 
 class Labels(NamedTuple):
-    """Labels of a whole image file: concepts (N, L), their names, classes (N,), integer codes (N, k) and their sizes."""
+    """Labels of a whole image file: concepts (N, L), their names, classes (N,), integer codes (N, k) and their
+    sizes.
+    """
 
     concepts: np.ndarray
     names: list[str]
@@ -349,7 +353,9 @@ def load_dsprites_leakage(o: argparse.Namespace) -> ConceptData:
         images = Images(open_npz(path, "X", remedy), scale=255)
         factors, y = np.asarray(open_npz(path, "G", remedy)), np.asarray(open_npz(path, "Y", remedy))
         if len(images) != len(factors) or len(y) != len(factors) or factors.shape[1] < 3:
-            raise UserError(f"{path} holds {len(images)} images and {factors.shape} factors; make it again by: {remedy}")
+            raise UserError(
+                f"{path} holds {len(images)} images and {factors.shape} factors; make it again by: {remedy}"
+            )
         parts.append((images, factors, y.reshape(-1)))
     (images, factors, _), (test_images, test_factors, corner) = parts
     low, high = factors[:, 1:3].min(0), factors[:, 1:3].max(0)
@@ -370,7 +376,9 @@ def load_dsprites_leakage(o: argparse.Namespace) -> ConceptData:
     train, val = (_part(images, labels, everyone, rows) for rows in (order[:cut], order[cut:]))
     # the class of a test image is its shape, as in training; its corner is what may leak
     test_shape, rows = test_factors[:, 0].astype(int) - 1, np.arange(len(test_images))
-    test = Part(test_images, rows, concepts_of(test_factors)[:, kept], test_shape, np.ones(len(rows)), test_shape[:, None])
+    test = Part(
+        test_images, rows, concepts_of(test_factors)[:, kept], test_shape, np.ones(len(rows)), test_shape[:, None]
+    )
     data = ConceptData(o.dset_name, train, val, test, labels.names, _classes(o, 3), labels.sizes)
     data.corner = corner.astype(np.int64)
     return data
@@ -412,7 +420,9 @@ def load_mpi3d(o: argparse.Namespace) -> ConceptData:
     remedy = f"{PREPARE['mpi3d_toy']} --in mpi3d_toy.npz --out {o.dset_dir}"
     images, factors = Images(open_npz(path, "X", remedy)), np.asarray(open_npz(path, "Y", remedy)).astype(np.int64)
     if len(images) != len(factors) or factors.shape[1] != 7 or (factors.max(0) >= rules.MPI3D_SIZES).any():
-        raise UserError(f"{path}: factors {factors.shape} do not belong to {len(images)} MPI3D images; make it by: {remedy}")
+        raise UserError(
+            f"{path}: factors {factors.shape} do not belong to {len(images)} MPI3D images; make it by: {remedy}"
+        )
     n_classes = o.n_classes or len(rules.MPI3D_CENTROIDS)
     clusters = folder / f"clusters_{n_classes}.npz"
     if not clusters.is_file() and n_classes != len(rules.MPI3D_CENTROIDS):
@@ -435,7 +445,9 @@ def load_celeba(o: argparse.Namespace) -> ConceptData:
     path, remedy = folder / "celebA64-full-10.npz", f"{PREPARE['celebA']} --in img_align_celeba --out {o.dset_dir}"
     images, attributes = Images(open_npz(path, "X", remedy)), np.asarray(open_npz(path, "Y", remedy)).astype(np.int64)
     if attributes.shape != (len(images), len(rules.CELEBA_ATTRIBUTES)):
-        raise UserError(f"{path}: attributes {attributes.shape} do not belong to {len(images)} images; make it by: {remedy}")
+        raise UserError(
+            f"{path}: attributes {attributes.shape} do not belong to {len(images)} images; make it by: {remedy}"
+        )
     with zipfile.ZipFile(path) as archive:
         stored = "splits.npy" in archive.namelist()
     if stored:

@@ -1,4 +1,4 @@
-"""Tables and plots of finished runs: accuracy, alignment, explicitness, over one run or many seeds and supervision levels.
+"""Tables and plots of finished runs: accuracy, alignment, explicitness, over seeds and levels of supervision.
 
     python glancenet/evaluate.py logs/dsprites_full__GlanceNet/run1              # one run: a table and four plots
     python glancenet/evaluate.py logs/sprites__GlanceNet logs/sprites__CBNM --out results    # every run found below
@@ -6,14 +6,15 @@
 
 A run is a folder with commandline_args.txt. From its files come
   accuracy      share of right classes in eval_results/downstream_obtained.npy
-  alignment     DCI disentanglement (boosted trees on the factor grid, what the paper's figure shows), if it was measured
+  alignment     DCI disentanglement (boosted trees on the factor grid, as in the paper's figure), if it was measured
   explicitness  DCI informativeness on held-out points
-  alignment_linear, completeness_linear, explicitness_linear   the definition of the paper's appendix B on the saved test
+  alignment_linear, completeness_linear, explicitness_linear: the definition of the paper's appendix B on the saved test
                 latents: least squares, |weights|, 1 - 6 MSE on held-out rows
   CelebA: alignment, completeness and explicitness by the published CelebA recipe on the saved latents
-Written in --out (default: the run's folder, or ./evaluation): table.csv, table.md, runs.csv, supervision.png (the paper's
-figure 3: means and standard deviations over seeds against % of supervision), and per run train.png, validation.png,
-test.png, metrics.png.
+
+Written in --out (default: the run's folder, or ./evaluation): table.csv, table.md, runs.csv, supervision.png (figure
+3: means and standard deviations over seeds against % of supervision), and per run train.png, validation.png, test.png,
+metrics.png.
 """
 
 import argparse
@@ -36,8 +37,9 @@ from glancenet.options import DATASET_ALIASES, Parser
 from glancenet.records import load_arrays, read_table
 
 MEASURES = (
-    "accuracy", "alignment", "completeness", "explicitness", "alignment_linear", "completeness_linear", "explicitness_linear",
-    "concept_error", "reconstruction", "mig", "sap_score", "irs", "factor_vae_metric", "beta_vae_sklearn",
+    "accuracy", "alignment", "completeness", "explicitness",
+    "alignment_linear", "completeness_linear", "explicitness_linear", "concept_error",
+    "reconstruction", "mig", "sap_score", "irs", "factor_vae_metric", "beta_vae_sklearn",
 )  # fmt: skip
 FIGURE = (("accuracy", "accuracy"), ("alignment", "alignment"), ("explicitness", "explicitness"))
 
@@ -147,7 +149,10 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def markdown(table: list[dict[str, Any]]) -> str:
     """The aggregate as a Markdown table: mean +/- standard deviation."""
     names = [name for name in MEASURES if any(name in row for row in table)]
-    lines = ["| data set | model | supervision % | seeds | " + " | ".join(names) + " |", "|" + "---|" * (4 + len(names))]
+    lines = [
+        "| data set | model | supervision % | seeds | " + " | ".join(names) + " |",
+        "|" + "---|" * (4 + len(names)),
+    ]
     for row in table:
         cells = [row["dataset"], row["model"], f"{row['supervision']:g}", str(row["seeds"])]
         for name in names:
@@ -216,9 +221,11 @@ def plot_run(run: Path, out: Path) -> None:
     """The four plots of one run: training, validation, test scores, metrics."""
     out.mkdir(parents=True, exist_ok=True)
     tables = (
-        ("train", run / "train_runs" / "metrics.csv", "iter", 1), ("validation", run / "train_runs" / "val_metrics.csv", "epoch", 1),
-        ("test", run / "eval_results" / "test_metrics.csv", "iter", 2), ("metrics", run / "eval_results" / "dis_metrics.csv", "", 1),
-    )  # fmt: skip
+        ("train", run / "train_runs" / "metrics.csv", "iter", 1),
+        ("validation", run / "train_runs" / "val_metrics.csv", "epoch", 1),
+        ("test", run / "eval_results" / "test_metrics.csv", "iter", 2),
+        ("metrics", run / "eval_results" / "dis_metrics.csv", "", 1),
+    )
     for name, path, x, smooth in tables:
         if path.is_file():
             rows = read_table(path)
@@ -235,7 +242,9 @@ def make_parser() -> Parser:
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     p.add_argument("log", nargs="*", metavar="LOG_FOLDER", help="a run, or a folder above several")
     p.add_argument("--log", dest="more", nargs="+", default=[], metavar="DIR", help="the same, as a flag")
-    p.add_argument("--out", default=None, help="folder of tables and plots; default the run, or ./evaluation for several")
+    p.add_argument(
+        "--out", default=None, help="folder of tables and plots; default the run, or ./evaluation for several"
+    )
     p.add_argument("--dataset", default=None, help="only runs on this data set")
     p.add_argument("--model", default=None, help="only runs of this model (glancenet, cbnm, ...)")
     p.add_argument("--json", action="store_true", help="print the table as JSON")
@@ -266,7 +275,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         file.write(markdown(table).encode())
     plot_supervision(out / "supervision.png", table)
     for i, row in enumerate(rows):
-        plot_run(Path(row["run"]), out if len(rows) == 1 else out / "runs" / f"{i:02d}_{row['model']}_{row['supervision']:g}_{row['seed']}")
+        plot_run(
+            Path(row["run"]),
+            out if len(rows) == 1 else out / "runs" / f"{i:02d}_{row['model']}_{row['supervision']:g}_{row['seed']}",
+        )
     print(json.dumps(table, indent=2) if o.json else markdown(table), end="")
     return table
 

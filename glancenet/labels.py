@@ -79,7 +79,8 @@ def mpi3d_classes(factors: np.ndarray, centroids: np.ndarray = MPI3D_CENTROIDS) 
 # ---- CelebA ---------------------------------------------------------------------------------------------------------
 
 CELEBA_ATTRIBUTES = (
-    "Bald", "Black_Hair", "Blond_Hair", "Brown_Hair", "Eyeglasses", "Gray_Hair", "Male", "No_Beard", "Smiling", "Wearing_Hat"
+    "Bald", "Black_Hair", "Blond_Hair", "Brown_Hair", "Eyeglasses", "Gray_Hair", "Male", "No_Beard", "Smiling",
+    "Wearing_Hat"
 )  # fmt: skip
 CELEBA_HAIR = (0, 1, 2, 3, 5)
 

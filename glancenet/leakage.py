@@ -1,16 +1,17 @@
 """Position leakage on dSprites: do concepts learned at the centre tell two corners apart?
 
-GlanceNets, section 5.2, figure 5. The models see sprites at the centre only, with concepts shape, scale and orientation. A
-logistic regression then reads the latents (their sigmoid) of sprites in two corners and predicts the corner from 80 % of
-them; leakage = 2 |accuracy - 1/2| on the rest. Models with rejection count rejected images as coin tosses.
+GlanceNets, section 5.2, figure 5. The models see sprites at the centre only, with concepts shape, scale and
+orientation.
+A logistic regression then reads the latents (their sigmoid) of sprites in two corners and predicts the corner from 80 %
+of them; leakage = 2 |accuracy - 1/2| on the rest. Models with rejection count rejected images as coin tosses.
 
     python glancenet/leakage.py --dset_dir data                                   # train cbnm, vae, glancenet; compare
     python glancenet/leakage.py --dset_dir data --models glancenet --seeds 0 1 2
     python glancenet/leakage.py --dset_dir data -- --max_epoch 25 --decoder ShallowLinear    # overrides of main.py
     python glancenet/leakage.py --checkpoints checkpoints/NAME/final              # measure trained models only
 
-CG-VAE in the tables is the GlanceNet without rejection; `vae` is trained with --conditional_prior false. Models without a
-prior use the mean latents of each class as prototypes, and a bottleneck is judged by distance alone.
+CG-VAE in the tables is the GlanceNet without rejection; `vae` is trained with --conditional_prior false. Models
+without a prior use the mean latents of each class as prototypes, and a bottleneck is judged by distance alone.
 Written in --out: leakage.json, leakage.csv, leakage.png, pca.png. Data: glancenet/prepare_dsprites_leakage.py.
 """
 
@@ -18,6 +19,7 @@ import argparse
 import csv
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,14 @@ from glancenet.options import Parser
 
 PAPER = {"cbnm": 80.0, "cg-vae": 98.0, "glancenet": 1.0}  # leakage in %, figure 5d
 # the published experiment: MSE concepts, no class loss, KL held near 0 with weight 10, prior means on the shape only
-COMMON = (
-    "--dset_name dsprites_leakage --encoder SimpleGaussianConv64 --z_dim 5 --z_class 5 --lr_G 0.0004 --max_epoch 350 "
-    "--test_iter 300 --show_loss 5000 --latent_loss MSE --label_weight 0 --latent_weight 250 --n_classes 3 --masking_fact 100"
-).split()
-VAE = "--alg GlanceNet --decoder SimpleConv64 --w_recon 1 --controlled_capacity_increase true --max_c 0 --w_kld 10".split()
+COMMON = shlex.split(
+    """--dset_name dsprites_leakage --encoder SimpleGaussianConv64 --z_dim 5 --z_class 5 --lr_G 0.0004 --max_epoch 350
+    --test_iter 300 --show_loss 5000 --latent_loss MSE --label_weight 0 --latent_weight 250 --n_classes 3
+    --masking_fact 100"""
+)
+VAE = shlex.split(
+    """--alg GlanceNet --decoder SimpleConv64 --w_recon 1 --controlled_capacity_increase true --max_c 0 --w_kld 10"""
+)
 MODELS = {
     "cbnm": [*COMMON, "--alg", "CBNM"],
     "vae": [*COMMON, *VAE, "--conditional_prior", "false"],
@@ -51,7 +56,9 @@ MODELS = {
 }
 
 
-def load_model(path: str, device: torch.device, dset_dir: str | None = None) -> tuple[Algorithm, ConceptData, argparse.Namespace]:
+def load_model(
+    path: str, device: torch.device, dset_dir: str | None = None
+) -> tuple[Algorithm, ConceptData, argparse.Namespace]:
     """The model of a checkpoint, the data it was trained on, and its options. `dset_dir` replaces the data folder."""
     state = load_state(path, training.KIND)
     o = argparse.Namespace(**state["options"])
@@ -63,8 +70,12 @@ def load_model(path: str, device: torch.device, dset_dir: str | None = None) -> 
     return model.to(device, memory_format=torch.channels_last), data, o
 
 
-def measure(model: Algorithm, data: ConceptData, device: torch.device, quantile: float, sampled: bool, seed: int) -> dict[str, Any]:
-    """Leakage without rejection, with both checks, with each alone; shares of rejected corner and kept centre images."""
+def measure(
+    model: Algorithm, data: ConceptData, device: torch.device, quantile: float, sampled: bool, seed: int
+) -> dict[str, Any]:
+    """Leakage without rejection, with both checks, with each alone; shares of rejected corner and kept centre
+    images.
+    """
     if data.corner is None:
         raise UserError(f"{data.name} has no corner label; the model must be trained on dsprites_leakage")
     with passes.evaluating(model, seed):
@@ -113,7 +124,10 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"model": key[0], "rejection": key[1], "seeds": len(group)}
         for name in ("accuracy", "leakage_percent", "rejected_percent", "closed_set_kept_percent"):
             values = [row[name] for row in group]
-            entry[name], entry[f"{name}_std"] = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            entry[name], entry[f"{name}_std"] = (
+                float(np.mean(values)),
+                float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+            )
         summary.append(entry)
     return summary
 
@@ -128,7 +142,9 @@ def plot(out: Path, summary: list[dict[str, Any]], latents: dict[str, tuple[np.n
     axes = figure.add_subplot()
     shown = [row for row in summary if row["rejection"] in ("none", "both")]
     names = [f"{row['model']}\n{'no rejection' if row['rejection'] == 'none' else 'with rejection'}" for row in shown]
-    axes.bar(range(len(shown)), [row["leakage_percent"] for row in shown], yerr=[row["leakage_percent_std"] for row in shown])
+    axes.bar(
+        range(len(shown)), [row["leakage_percent"] for row in shown], yerr=[row["leakage_percent_std"] for row in shown]
+    )
     for i, row in enumerate(shown):
         if row["model"] in PAPER and (row["rejection"] == "both") == (row["model"] == "glancenet"):
             axes.plot([i - 0.4, i + 0.4], [PAPER[row["model"]]] * 2, "k--", label="paper" if i == 0 else None)
@@ -211,7 +227,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         details.append({"model": key, "seed": used.seed, "checkpoint": str(path), **found})
     summary = summarise(rows)
     out = Path(o.out)
-    write_json(out / "leakage.json", {"summary": summary, "runs": details, "paper_leakage_percent": PAPER, "overrides": overrides})
+    write_json(
+        out / "leakage.json",
+        {"summary": summary, "runs": details, "paper_leakage_percent": PAPER, "overrides": overrides},
+    )
     text = io.StringIO()
     writer = csv.DictWriter(text, list(summary[0]), lineterminator="\n")
     writer.writeheader()

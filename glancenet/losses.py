@@ -192,7 +192,9 @@ def beta_tc_loss(z: Tensor, mu: Tensor, logvar: Tensor, w_tc: float) -> Tensor:
 
 
 class KLParts(NamedTuple):
-    """Mean over the batch of mutual information, total correlation, dimension-wise KL, their sum; (B,) log densities."""
+    """Mean over the batch of mutual information, total correlation, dimension-wise KL, their sum; (B,) log
+    densities.
+    """
 
     mi: Tensor
     tc: Tensor
@@ -205,7 +207,8 @@ class KLParts(NamedTuple):
 def importance_weights(batch: int, dataset_size: int, estimator: str) -> Tensor:
     """Log weights (B_j, B_i) of the minibatch estimates of q(z) (Chen et al. 2018, appendix C).
 
-    `mws`: 1/(N B) everywhere. `mss`: in row j 1/N on i = j, (N - M)/(N M) on i = j + 1 (mod B), 1/M elsewhere, M = B - 1.
+    `mws`: 1/(N B) everywhere. `mss`: in row j 1/N on i = j, (N - M)/(N M) on i = j + 1 (mod B), 1/M elsewhere, M = B
+    - 1.
     """
     if estimator == "mws":
         return torch.full((batch, batch), -math.log(dataset_size * batch), dtype=torch.float64)
@@ -281,7 +284,9 @@ def mmd(prior: Tensor, z: Tensor) -> Tensor:
 
 
 def permute_latents(z: Tensor, permutations: Tensor | None = None) -> Tensor:
-    """Every column of z (B, D) permuted by itself: out[b, d] = z[permutations[d, b], d]; random permutations if None."""
+    """Every column of z (B, D) permuted by itself: out[b, d] = z[permutations[d, b], d]; random permutations if
+    None.
+    """
     if permutations is None:
         permutations = torch.rand(z.shape[1], z.shape[0], device=z.device).argsort(1)
     return z.gather(0, permutations.T)

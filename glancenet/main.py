@@ -10,8 +10,8 @@ Marconato, Passerini, Teso: GlanceNets: Interpretable, Leak-proof Concept-based 
     python glancenet/main.py ... --test true --ckpt_load checkpoints/NAME/last --evaluation_metric mig dci
 
 Written: logs/<data set>__<alg>/<out_path>/ (train_runs, eval_results, run/tb for TensorBoard, commandline_args.txt),
-<ckpt_dir>/<name>/{last,best,final,model.safetensors} and pictures in <train_output_dir>/<name>. The files are described in
-glancenet/README.md; `python glancenet/evaluate.py LOG_FOLDER` makes tables and plots of them.
+<ckpt_dir>/<name>/{last,best,final,model.safetensors} and pictures in <train_output_dir>/<name>. The files are
+described in glancenet/README.md; `python glancenet/evaluate.py LOG_FOLDER` makes tables and plots of them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -113,8 +113,8 @@ def check_metrics(o: argparse.Namespace, data: ConceptData) -> None:
         raise UserError(f"--evaluation_metric {' '.join(o.evaluation_metric)}: {o.dset_name} is no full grid of known "
                         "factors; leave the metrics out, or use dsprites_full, sprites or mpi3d_toy")  # fmt: skip
     if o.alg == "CVAE":
-        raise UserError("--evaluation_metric: CVAE's encoder needs labels beside the image, so it gives no representation "
-                        "of an image alone; leave the metrics out")  # fmt: skip
+        raise UserError("--evaluation_metric: CVAE's encoder needs labels beside the image, so an image alone has no "
+                        "representation; leave the metrics out")  # fmt: skip
 
 
 def make_optimizers(model: Algorithm, o: argparse.Namespace) -> dict[str, torch.optim.Optimizer]:
@@ -146,7 +146,9 @@ def train_columns(model: Algorithm) -> tuple[list[str], list[str], list[str]]:
 
 
 def metrics_row(model: Algorithm, terms: Terms, batch: Batch, z: Tensor, step: int, epoch: int) -> dict[str, float]:
-    """One row of metrics.csv: weighted losses of the current batch, unweighted concept errors (-1: no supervised row)."""
+    """One row of metrics.csv: weighted losses of the current batch, unweighted concept errors (-1: no supervised
+    row).
+    """
     row: dict[str, float] = {"iter": step, "epoch": epoch}
     if model.decoder is not None:
         row |= {"reconstruction_error": float(terms.recon), "kld": float(terms.kld)}
@@ -251,7 +253,9 @@ class Trainer:
                 stopped = self._train_epoch(signal)
             interrupted = bool(signal)
         if interrupted:
-            self.run.info(f"stopped by a signal at step {self.step}; go on with --ckpt_load {self.files.checkpoints / 'final'}")
+            self.run.info(
+                f"stopped by a signal at step {self.step}; go on with --ckpt_load {self.files.checkpoints / 'final'}"
+            )
         else:
             self._finish()
         self.save("final")
@@ -393,7 +397,9 @@ class Trainer:
         row |= {f"latent{i}": value for i, value in enumerate(scores.columns)}
         table = self.tables["test"]
         table.append({name: row[name] for name in table.columns})
-        self.run.log(self.step, **{f"test_{name}": float(row[name]) for name in table.columns if name not in ("iter", "I")})
+        self.run.log(
+            self.step, **{f"test_{name}": float(row[name]) for name in table.columns if name not in ("iter", "I")}
+        )
         if self.stopping.save:
             n, folder, epoch = passes.SAVED_TEST_ROWS, self.files.evaluation, self.epoch + 1
             z = 1 / (1 + np.exp(-outputs.z[:n].astype(np.float64)))
@@ -530,7 +536,8 @@ class Trainer:
             rate=self.rate.state(), stopping=self.stopping.state(), best_total=self.best_total,
             w_recon=self.model.w.w_recon, recon_steps=self.recon_weight.steps if self.recon_weight else 0,
             metric_values=self.metric_values, thresholds=self._threshold_tensors(), rng=rng_state(),
-            epoch_sum=self.epoch_sum, epoch_steps=self.epoch_steps, epoch_latents=[list(pair) for pair in self.epoch_latents],
+            epoch_sum=self.epoch_sum, epoch_steps=self.epoch_steps, epoch_latents=[list(pair) for pair in
+            self.epoch_latents],
         )  # fmt: skip
 
     def _threshold_tensors(self) -> dict[str, Tensor]:

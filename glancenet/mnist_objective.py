@@ -77,7 +77,9 @@ class Encoder(nn.Module):
 
 
 class ParityVAE(nn.Module):
-    """VAE with two supervised latents ("CG-VAE" and "VAE" of the figure); `classifier` and `leak_classifier` are probes."""
+    """VAE with two supervised latents ("CG-VAE" and "VAE" of the figure); `classifier` and `leak_classifier` are
+    probes.
+    """
 
     name = "VAE"
 

@@ -9,8 +9,8 @@ rejected input counts as a coin toss.
     python glancenet/mnist_parity.py --seeds 0 1 2 --out runs/mnist_parity
     python glancenet/mnist_parity.py --models glancenet --epochs 20 --data_root data
 
-Written in --out: results.json and results.csv (one row a model, representation and rejection), leakage.png, latents.png,
-and for every seed <seed>/{cbm,vae,osr_vae}.safetensors, samples/*.png and tensorboard_runs/.
+Written in --out: results.json and results.csv (one row a model, representation and rejection), leakage.png,
+latents.png, and for every seed <seed>/{cbm,vae,osr_vae}.safetensors, samples/*.png and tensorboard_runs/.
 Needs MNIST: `python -m common.datasets.prepare mnist`.
 """
 
@@ -81,7 +81,9 @@ def load_digits(root: str | None, device: torch.device) -> tuple[Digits, Digits]
     return parts[0], parts[1]
 
 
-def train(model: nn.Module, key: str, digits: Digits, epochs: int, seed: int, board=None, batch_size: int = 100) -> Terms:
+def train(
+    model: nn.Module, key: str, digits: Digits, epochs: int, seed: int, board=None, batch_size: int = 100
+) -> Terms:
     """The published loop: batches of 100 MNIST images of which only the 4s and 5s are used (about 19). Adam.
 
     Returns the last batch's terms. TensorBoard scalars carry the loss names, one point an epoch (means an image).
@@ -166,7 +168,13 @@ class Rejection(NamedTuple):
 
 
 def reject(
-    model: nn.Module, known_train: Seen, others_train: Seen, others_test: Seen, known_test: Seen, quantile: float, grid: bool
+    model: nn.Module,
+    known_train: Seen,
+    others_train: Seen,
+    others_test: Seen,
+    known_test: Seen,
+    quantile: float,
+    grid: bool,
 ) -> Rejection:
     """Fit both checks on training 4s and 5s and apply them. `grid` uses the published threshold search."""
     means, y = prototypes(model, known_train), known_train.y - KNOWN_DIGITS[0]
@@ -187,7 +195,9 @@ def reject(
 
 
 def representation(key: str, seen: Seen, sampled: bool) -> np.ndarray:
-    """What the probe reads: the two concept latents; their sigmoid for CBNM and VAE, raw for GlanceNet (as published)."""
+    """What the probe reads: the two concept latents; their sigmoid for CBNM and VAE, raw for GlanceNet (as
+    published).
+    """
     z = (seen.z if sampled else seen.mu)[:, :CONCEPTS]
     return z if key == "glancenet" else 1 / (1 + np.exp(-z))
 
@@ -205,22 +215,24 @@ def leakage_rows(
     rejection = reject(model, **seen, quantile=options.quantile, grid=options.threshold_search)
     features = [representation(key, seen[name], options.sampled) for name in ("others_train", "others_test")]
     even = [(seen[name].y % 2 == 0).astype(np.int64) for name in ("others_train", "others_test")]
-    cases = [("none", None, None), ("both checks", rejection.train, rejection.test)]
+    everything = np.ones(len(seen["known_test"].y), bool)
+    cases = [("none", None, None, everything), ("both checks", rejection.train, rejection.test, rejection.closed)]
     if hasattr(model, "decoder"):
-        means = rejection.thresholds
-        by_distance = [osr.accept(seen[name].errors, seen[name].mu, means).latent for name in ("others_train", "others_test")]
-        cases.append(("distance only", *by_distance))
+        t = rejection.thresholds
+        names = ("others_train", "others_test", "known_test")
+        cases.append(("distance only", *(osr.accept(seen[name].errors, seen[name].mu, t).latent for name in names)))
         if options.stale:
             stale = seen["others_test"]._replace(errors=stale_errors(model, parts["others_test"], parts["known_train"]))
-            cases.append(("published slip", rejection.train, osr.accept(stale.errors, stale.mu, means).both))
+            test_mask = osr.accept(stale.errors, stale.mu, t).both
+            cases.append(("published slip", rejection.train, test_mask, rejection.closed))
     rows = []
-    for name, train_mask, test_mask in cases:
+    for name, train_mask, test_mask, closed_mask in cases:
         accuracy, leaked = osr.probe_leakage(features[0], even[0], features[1], even[1], train_mask, test_mask)
         rejected = 0.0 if test_mask is None else 1 - test_mask.mean()
         rows.append({
             "model": key, "rejection": name, "accuracy": accuracy, "leakage_percent": 100 * leaked,
             "rejected_percent": 100 * rejected,
-            "closed_set_kept_percent": 100.0 if test_mask is None else 100 * rejection.closed.mean(),
+            "closed_set_kept_percent": float(100 * closed_mask.mean()),
         })  # fmt: skip
     return rows, seen
 
@@ -245,7 +257,9 @@ def plot_leakage(path: Path, summary: list[dict]) -> None:
     series = {"paper": [PAPER[key] for key in models]}
     errors = {"paper": [0.0] * len(models)}
     for rejection, label in (("none", "no rejection"), ("both checks", "with rejection")):
-        found = [next(row for row in summary if row["model"] == key and row["rejection"] == rejection) for key in models]
+        found = [
+            next(row for row in summary if row["model"] == key and row["rejection"] == rejection) for key in models
+        ]
         series[label] = [row["leakage_percent"] for row in found]
         errors[label] = [row["leakage_percent_std"] for row in found]
     for i, (label, values) in enumerate(series.items()):
@@ -300,14 +314,24 @@ def make_parser() -> Parser:
     p.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which models")
     p.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of every model a seed")
     p.add_argument("--epochs", type=int, default=None, help="epochs of every model; default 21 (cbnm), 51 (others)")
-    p.add_argument("--data_root", default=None, help="folder of the data sets; default environment DATA_ROOT, then data")
+    p.add_argument(
+        "--data_root", default=None, help="folder of the data sets; default environment DATA_ROOT, then data"
+    )
     p.add_argument("--out", default="runs/mnist_parity", help="folder of the results")
     p.add_argument("--quantile", type=float, default=0.95, help="share of training 4s and 5s that each check keeps")
-    p.add_argument("--threshold_search", type=boolean, default=False, help="the published threshold search, not quantiles")
-    p.add_argument("--sampled", type=boolean, default=True, help="the probe reads a posterior sample (published), not the mean")
+    p.add_argument(
+        "--threshold_search", type=boolean, default=False, help="the published threshold search, not quantiles"
+    )
+    p.add_argument(
+        "--sampled", type=boolean, default=True, help="the probe reads a posterior sample (published), not the mean"
+    )
     p.add_argument("--sampled_reconstruction", type=boolean, default=False, help="errors of a sample's reconstruction")
-    p.add_argument("--stale", type=boolean, default=True,
-                   help="also measure the published slip: test errors against reconstructions of training images")
+    p.add_argument(
+        "--stale",
+        type=boolean,
+        default=True,
+        help="also measure the published slip: test errors against reconstructions of training images",
+    )
     p.add_argument("--limit", type=int, default=None, help="use only the first images of each split (smoke runs)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<i> or mps")
     return p
@@ -337,19 +361,25 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 train(model, key, train_digits, o.epochs or PUBLISHED_EPOCHS[key], seed, board)
             found, seen = leakage_rows(model, key, train_digits, test_digits, o)
             rows += [{"seed": seed, **row} for row in found]
-            save_weights(folder / f"{model.name.lower()}.safetensors", dict(model.state_dict()), {"model": key, **vars(o)})
+            save_weights(
+                folder / f"{model.name.lower()}.safetensors", dict(model.state_dict()), {"model": key, **vars(o)}
+            )
             if hasattr(model, "decoder"):
                 save_samples(model, test_digits, folder / "samples" / f"{model.name.lower()}.png")
             if key == "glancenet":
                 y = seen["known_train"].y - KNOWN_DIGITS[0]
                 known_seen = seen["known_train"]
-                t = osr.fit_thresholds(known_seen.errors, known_seen.mu, y, prototypes(model, known_seen), CONCEPTS, o.quantile)
+                t = osr.fit_thresholds(
+                    known_seen.errors, known_seen.mu, y, prototypes(model, known_seen), CONCEPTS, o.quantile
+                )
                 plot_latents(out / "latents.png", seen, t)
             seconds = time.perf_counter() - began
-            print(f"seed {seed} {TITLES[key]} ({seconds:.0f} s): "
-                  + "; ".join(f"{r['rejection']}: leakage {r['leakage_percent']:.1f} %" for r in found), flush=True)  # fmt: skip
+            shown = "; ".join(f"{row['rejection']}: leakage {row['leakage_percent']:.1f} %" for row in found)
+            print(f"seed {seed} {TITLES[key]} ({seconds:.0f} s): {shown}", flush=True)
     summary = summarise(rows)
-    write_json(out / "results.json", {"options": vars(o), "runs": rows, "summary": summary, "paper_leakage_percent": PAPER})
+    write_json(
+        out / "results.json", {"options": vars(o), "runs": rows, "summary": summary, "paper_leakage_percent": PAPER}
+    )
     with atomic_write(out / "results.csv") as file:
         import io
 

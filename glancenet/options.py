@@ -1,4 +1,6 @@
-"""The command line of `main.py`: every flag once, typed, with the published default; dead flags are refused with a reason."""
+"""The command line of `main.py`: every flag once, typed, with the published default; dead flags are refused with a
+reason.
+"""
 
 import argparse
 import os
@@ -10,7 +12,15 @@ from glancenet.algorithms import ALGORITHMS, ALIASES, LOSS_TERMS
 from glancenet.architectures import DECODERS, DISCRIMINATORS, ENCODERS, LABEL_TILERS
 
 METRICS = ("dci", "factor_vae_metric", "sap_score", "mig", "irs", "beta_vae_sklearn")
-SCHEDULERS = ("ReduceLROnPlateau", "StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingLR", "CyclicLR", "LambdaLR")
+SCHEDULERS = (
+    "ReduceLROnPlateau",
+    "StepLR",
+    "MultiStepLR",
+    "ExponentialLR",
+    "CosineAnnealingLR",
+    "CyclicLR",
+    "LambdaLR",
+)
 
 DATASETS = ("dsprites_full", "dsprites_leakage", "sprites", "mpi3d_toy", "celebA")
 DATASET_ALIASES = {"dsprites": "dsprites_full", "celeba-64": "celebA", "mpi3d": "mpi3d_toy"}
@@ -53,7 +63,9 @@ def loss_term(text: str) -> str:
     """A plug-in term in any case."""
     known = {name.lower(): name for name in LOSS_TERMS}
     if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"unknown term {text!r}{suggest(text, LOSS_TERMS)}; known: {', '.join(LOSS_TERMS)}")
+        raise argparse.ArgumentTypeError(
+            f"unknown term {text!r}{suggest(text, LOSS_TERMS)}; known: {', '.join(LOSS_TERMS)}"
+        )
     return known[text.lower()]
 
 
@@ -64,7 +76,9 @@ def dataset_name(text: str) -> str:
         return known[text.lower()]
     if text.lower() == "mnist":
         raise UserError("MNIST serves the parity test alone: python glancenet/mnist_parity.py")
-    raise UserError(f"unknown data set {text!r}{suggest(text, [*DATASETS, *DATASET_ALIASES])}; known: {', '.join(DATASETS)}")
+    raise UserError(
+        f"unknown data set {text!r}{suggest(text, [*DATASETS, *DATASET_ALIASES])}; known: {', '.join(DATASETS)}"
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,22 +103,37 @@ class Parser(argparse.ArgumentParser):
 class _SchedulerArgs(argparse.Action):
     """`--lr_scheduler_args a=1 b=2` and `--lr_scheduler_args=a=1`."""
 
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
         setattr(namespace, self.dest, list(values))
 
 
 def make_parser(prog: str = "glancenet/main.py", description: str = "") -> Parser:
     """The parser of main.py."""
-    p = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(
+        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
 
     g = p.add_argument_group("algorithm and networks")
     names = [*ALGORITHMS, *ALIASES]
     g.add_argument("--alg", required=True, metavar="NAME", help=f"one of {', '.join(names)}")
-    g.add_argument("--encoder", nargs="+", required=True, metavar="NAME", help=f"one of {', '.join(ENCODERS)} (IFCVAE: two)")
-    g.add_argument("--decoder", nargs="+", default=[], metavar="NAME", help=f"one of {', '.join(DECODERS)}; CBNM has none")
-    g.add_argument("--discriminator", nargs="+", default=[], metavar="NAME",
-                   help=f"FACTORVAE and IFCVAE: one of {', '.join(DISCRIMINATORS)} (default SimpleDiscriminator)")
-    g.add_argument("--label_tiler", nargs="+", default=[], metavar="NAME", help=f"CVAE: one of {', '.join(LABEL_TILERS)}")
+    g.add_argument(
+        "--encoder", nargs="+", required=True, metavar="NAME", help=f"one of {', '.join(ENCODERS)} (IFCVAE: two)"
+    )
+    g.add_argument(
+        "--decoder", nargs="+", default=[], metavar="NAME", help=f"one of {', '.join(DECODERS)}; CBNM has none"
+    )
+    g.add_argument(
+        "--discriminator",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"FACTORVAE and IFCVAE: one of {', '.join(DISCRIMINATORS)} (default SimpleDiscriminator)",
+    )
+    g.add_argument(
+        "--label_tiler", nargs="+", default=[], metavar="NAME", help=f"CVAE: one of {', '.join(LABEL_TILERS)}"
+    )
     g.add_argument("--z_dim", type=int, default=16, help="number of latents")
     g.add_argument("--z_class", type=int, default=0, help="leading latents that the class head reads; 0: all")
     g.add_argument("--num_layer_disc", type=int, default=6, help="layers of a discriminator")
@@ -112,19 +141,35 @@ def make_parser(prog: str = "glancenet/main.py", description: str = "") -> Parse
     g.add_argument("--image_size", type=int, default=64, help="side of the images; only 64")
 
     g = p.add_argument_group("objective")
-    g.add_argument("--loss_terms", nargs="*", type=loss_term, default=[], metavar="TERM",
-                   help=f"plug-in terms of the VAE family, any case: {', '.join(LOSS_TERMS)}")
+    g.add_argument(
+        "--loss_terms",
+        nargs="*",
+        type=loss_term,
+        default=[],
+        metavar="TERM",
+        help=f"plug-in terms of the VAE family, any case: {', '.join(LOSS_TERMS)}",
+    )
     g.add_argument("--w_recon", type=float, default=1.0, help="weight of the reconstruction")
     g.add_argument("--w_kld", type=float, default=1.0, help="weight of the KL (beta)")
     g.add_argument("--label_weight", type=float, default=5.0, help="weight of the class loss (lambda)")
-    g.add_argument("--latent_weight", type=float, default=None, help="weight of the concept loss (gamma); default label_weight")
+    g.add_argument(
+        "--latent_weight", type=float, default=None, help="weight of the concept loss (gamma); default label_weight"
+    )
     g.add_argument("--latent_loss", default="MSE", metavar="{MSE,BCE}", help="concept loss")
     g.add_argument("--masking_fact", type=float, default=100.0, help="percentage of images with concept labels")
     g.add_argument("--conditional_prior", type=boolean, default=False, help="prior mean per class")
-    g.add_argument("--cluster_dim", type=int, default=0, help="leading latents whose prior mean depends on the class; 0: all")
-    g.add_argument("--classification_epoch", type=float, default=None,
-                   help="after this many epochs only the class loss is trained (the published default, 1, ruins the VAE)")
-    g.add_argument("--controlled_capacity_increase", type=boolean, default=False, help="train w_kld |KL - C| with growing C")
+    g.add_argument(
+        "--cluster_dim", type=int, default=0, help="leading latents whose prior mean depends on the class; 0: all"
+    )
+    g.add_argument(
+        "--classification_epoch",
+        type=float,
+        default=None,
+        help="after this many epochs only the class loss is trained (the published default, 1, ruins the VAE)",
+    )
+    g.add_argument(
+        "--controlled_capacity_increase", type=boolean, default=False, help="train w_kld |KL - C| with growing C"
+    )
     g.add_argument("--max_c", type=float, default=25.0, help="final capacity in nats")
     g.add_argument("--iterations_c", type=positive, default=10000, help="steps until the final capacity")
     g.add_argument("--w_tc", type=float, default=1.0, help="BetaTCVAE, FACTORVAE: total correlation")
@@ -143,35 +188,85 @@ def make_parser(prog: str = "glancenet/main.py", description: str = "") -> Parse
     g.add_argument("--lr_D", type=float, default=1e-4, help="learning rate of the adversaries")
     g.add_argument("--beta1", type=float, default=0.9, help="Adam's first decay")
     g.add_argument("--beta2", type=float, default=0.999, help="Adam's second decay")
-    g.add_argument("--warmup_epochs", type=int, default=None,
-                   help="epochs from 1e-7 to lr_G; default 5, CBNM 10 (as published), 0 for the plain VAE family")
-    g.add_argument("--lr_scheduler", choices=SCHEDULERS, default=None, help="after the warm-up, stepped every schedulers_iter")
-    g.add_argument("--lr_scheduler_args", nargs="+", action=_SchedulerArgs, default=[], metavar="K=V", help="its arguments")
+    g.add_argument(
+        "--warmup_epochs",
+        type=int,
+        default=None,
+        help="epochs from 1e-7 to lr_G; default 5, CBNM 10 (as published), 0 for the plain VAE family",
+    )
+    g.add_argument(
+        "--lr_scheduler", choices=SCHEDULERS, default=None, help="after the warm-up, stepped every schedulers_iter"
+    )
+    g.add_argument(
+        "--lr_scheduler_args", nargs="+", action=_SchedulerArgs, default=[], metavar="K=V", help="its arguments"
+    )
     g.add_argument("--w_recon_scheduler", choices=("LinearScheduler",), default=None, help="schedule of w_recon")
-    g.add_argument("--w_recon_scheduler_args", nargs="+", action=_SchedulerArgs, default=[], metavar="K=V",
-                   help="target_value=... epochs=...")
-    g.add_argument("--early_stopping", type=boolean, default=True,
-                   help="GlanceNet, CBNM: the published stopping and plateau rules, from epoch 10 / 12 on")
+    g.add_argument(
+        "--w_recon_scheduler_args",
+        nargs="+",
+        action=_SchedulerArgs,
+        default=[],
+        metavar="K=V",
+        help="target_value=... epochs=...",
+    )
+    g.add_argument(
+        "--early_stopping",
+        type=boolean,
+        default=True,
+        help="GlanceNet, CBNM: the published stopping and plateau rules, from epoch 10 / 12 on",
+    )
 
     g = p.add_argument_group("data")
-    g.add_argument("--dset_dir", default=None, help="folder of the data sets; default: environment "
-                                                    "DISENTANGLEMENT_LIB_DATA, then DATA_ROOT, then data")
-    g.add_argument("--dset_name", default=None, help=f"one of {', '.join(DATASETS)}; default: environment DATASET_NAME, "
-                                                     "then AICROWD_DATASET_NAME")
-    g.add_argument("--d_version", choices=("full", "smaller"), default="full", help="file variant of dSprites and MPI3D")
-    g.add_argument("--sprites_sizes", nargs=5, type=int, default=None, metavar="N",
-                   help="sprites: numbers of shapes, scales, orientations, x, y (default 3 6 40 32 32)")
-    g.add_argument("--include_labels", nargs="+", type=int, default=None, metavar="I",
-                   help="factors (dSprites: 0 colour, 1 shape, ...) that give concepts and labels; default all")
+    g.add_argument(
+        "--dset_dir",
+        default=None,
+        help="folder of the data sets; default: environment DISENTANGLEMENT_LIB_DATA, then DATA_ROOT, then data",
+    )
+    g.add_argument(
+        "--dset_name",
+        default=None,
+        help=f"one of {', '.join(DATASETS)}; default: environment DATASET_NAME, then AICROWD_DATASET_NAME",
+    )
+    g.add_argument(
+        "--d_version", choices=("full", "smaller"), default="full", help="file variant of dSprites and MPI3D"
+    )
+    g.add_argument(
+        "--sprites_sizes",
+        nargs=5,
+        type=int,
+        default=None,
+        metavar="N",
+        help="sprites: numbers of shapes, scales, orientations, x, y (default 3 6 40 32 32)",
+    )
+    g.add_argument(
+        "--include_labels",
+        nargs="+",
+        type=int,
+        default=None,
+        metavar="I",
+        help="factors (dSprites: 0 colour, 1 shape, ...) that give concepts and labels; default all",
+    )
     g.add_argument("--n_classes", type=int, default=None, help="number of classes; default that of the data set")
-    g.add_argument("--num_workers", type=int, default=1, help="threads that fetch batches ahead of the training (0: none)")
+    g.add_argument(
+        "--num_workers", type=int, default=1, help="threads that fetch batches ahead of the training (0: none)"
+    )
     g.add_argument("--pin_memory", type=boolean, default=True, help="page-locked batches for copies to a GPU")
-    g.add_argument("--hold_data", type=boolean, default=None, help="keep the images on the training device; default: on a GPU")
+    g.add_argument(
+        "--hold_data", type=boolean, default=None, help="keep the images on the training device; default: on a GPU"
+    )
 
     g = p.add_argument_group("evaluation")
-    g.add_argument("--test", type=boolean, default=False, help="only evaluate --ckpt_load: test pass, metrics, pictures")
-    g.add_argument("--evaluation_metric", nargs="+", choices=METRICS, default=[], metavar="NAME",
-                   help=f"disentanglement metrics on the factor grid: {', '.join(METRICS)}")
+    g.add_argument(
+        "--test", type=boolean, default=False, help="only evaluate --ckpt_load: test pass, metrics, pictures"
+    )
+    g.add_argument(
+        "--evaluation_metric",
+        nargs="+",
+        choices=METRICS,
+        default=[],
+        metavar="NAME",
+        help=f"disentanglement metrics on the factor grid: {', '.join(METRICS)}",
+    )
     g.add_argument("--metric_train", type=int, default=10000, help="points (or votes) that fit a metric")
     g.add_argument("--metric_eval", type=int, default=5000, help="held-out points (or votes) of a metric")
     g.add_argument("--metric_jobs", type=int, default=1, help="processes for the metrics; -1: all cores")
@@ -196,7 +291,9 @@ def make_parser(prog: str = "glancenet/main.py", description: str = "") -> Parse
     g.add_argument("--out_path", default=None, help="sub-folder of logs/<data set>__<alg>; default the date")
     g.add_argument("--ckpt_dir", default="checkpoints", help="folder of the checkpoints")
     g.add_argument("--ckpt_load", default=None, help="a checkpoint (<ckpt_dir>/<name>/last) to go on from or to test")
-    g.add_argument("--ckpt_load_iternum", type=boolean, default=True, help="also take its step and epoch (exact resume)")
+    g.add_argument(
+        "--ckpt_load_iternum", type=boolean, default=True, help="also take its step and epoch (exact resume)"
+    )
     g.add_argument("--ckpt_load_optim", type=boolean, default=True, help="also take its optimisers")
     g.add_argument("--overwrite", type=boolean, default=False, help="replace an earlier run in the log folder")
     g.add_argument("--train_output_dir", default="train_outputs", help="pictures of the training")
@@ -256,13 +353,17 @@ def resolve(o: argparse.Namespace) -> argparse.Namespace:
         o.warmup_epochs = {"GlanceNet": 5, "CBNM": 10}.get(canonical, 0)
     if o.conditional_prior and canonical not in ("GlanceNet", "CBNM"):
         raise UserError(f"--conditional_prior belongs to --alg GlanceNet, not {o.alg}; leave it out")
-    if (o.traverse_c and canonical not in ("CVAE", "IFCVAE")) or (o.traverse_l and canonical not in ("GlanceNet", "CBNM")):
+    if (o.traverse_c and canonical not in ("CVAE", "IFCVAE")) or (
+        o.traverse_l and canonical not in ("GlanceNet", "CBNM")
+    ):
         raise UserError(f"--alg {o.alg}: --traverse_c belongs to CVAE and IFCVAE, --traverse_l to GlanceNet")
     return o
 
 
 def data_root(given: str | None) -> Path:
-    """The folder of the data sets: the flag, DISENTANGLEMENT_LIB_DATA, DATA_ROOT, ./data. UserError when it is missing."""
+    """The folder of the data sets: the flag, DISENTANGLEMENT_LIB_DATA, DATA_ROOT, ./data. UserError when it is
+    missing.
+    """
     root = Path(
         given or os.environ.get("DISENTANGLEMENT_LIB_DATA") or os.environ.get("DATA_ROOT") or "data"
     ).expanduser()  # fmt: skip

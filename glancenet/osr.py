@@ -11,7 +11,9 @@ import numpy as np
 
 
 class Thresholds(NamedTuple):
-    """`reconstruction` (scalar) in nats an image, `distance` (C,), `means` (C, D) prototypes, first `z_class` dims used."""
+    """`reconstruction` (scalar) in nats an image, `distance` (C,), `means` (C, D) prototypes, first `z_class` dims
+    used.
+    """
 
     reconstruction: float
     distance: np.ndarray

@@ -46,7 +46,9 @@ class Scores(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Per image: sampled raw latents (n, D), posterior means (n, D), concepts (n, L), classes (n,), predictions (n,)."""
+    """Per image: sampled raw latents (n, D), posterior means (n, D), concepts (n, L), classes (n,), predictions
+    (n,).
+    """
 
     z: np.ndarray
     mu: np.ndarray
@@ -69,7 +71,13 @@ def class_scores(model: Algorithm, mu: Tensor, logvar: Tensor, z: Tensor, mc_sam
 
 
 def evaluate(
-    model: Algorithm, part: Part, step: int, device: torch.device, mc_samples: int = 1, all_rows: bool = False, keep: int = 0
+    model: Algorithm,
+    part: Part,
+    step: int,
+    device: torch.device,
+    mc_samples: int = 1,
+    all_rows: bool = False,
+    keep: int = 0,
 ) -> tuple[Scores, Outputs | None]:
     """One pass over a split, every image once. `all_rows` also counts unsupervised rows in the concept errors; `keep`
     returns the outputs of at most so many images (0: none)."""
@@ -154,7 +162,9 @@ def encode_for_rejection(model: Algorithm, part: Part, device: torch.device, sam
 
 
 def prototypes(model: Algorithm, train: Encoded, n_classes: int) -> np.ndarray:
-    """mu_y (C, D) of the conditional prior; without one the mean latent of each training class (zeros for an empty one)."""
+    """mu_y (C, D) of the conditional prior; without one the mean latent of each training class (zeros for an empty
+    one).
+    """
     means = model.class_means()
     if means is not None:
         return means.detach().double().cpu().numpy()
@@ -179,14 +189,15 @@ def accepted(model: Algorithm, seen: Encoded, thresholds: osr.Thresholds) -> np.
     return checks.both if model.decoder is not None else checks.latent
 
 
-# ---- disentanglement metrics ------------------------------------------------------------------------------------------
+# ---- disentanglement metrics --------------------------------------------------------------------------------------
 
 
 def disentanglement(
     model: Algorithm, data: ConceptData, device: torch.device, names: list[str], train: int, held_out: int, jobs: int
 ) -> dict[str, dict[str, float]]:
     """All results of the named metrics, on posterior means of images drawn from the whole factor grid (seed 0)."""
-    from common.metrics.disentanglement import Grid, evaluate as evaluate_metrics
+    from common.metrics.disentanglement import Grid
+    from common.metrics.disentanglement import evaluate as evaluate_metrics
 
     def represent(images: Tensor) -> Tensor:
         x = torch.as_tensor(images).to(device).to(torch.float32, memory_format=torch.channels_last).div_(255)

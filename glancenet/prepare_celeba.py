@@ -2,7 +2,8 @@
 
     python glancenet/prepare_celeba.py --in data/celeba --out data
 
---in holds img_align_celeba/*.jpg (178 x 218), list_attr_celeba.txt and list_eval_partition.txt. Each image is cropped to the
+--in holds img_align_celeba/*.jpg (178 x 218), list_attr_celeba.txt and list_eval_partition.txt. Each image is cropped
+to the
 central 178 x 178 and resized to 64 x 64 (Lanczos). Kept are images with a hair attribute that are not Bald with a hair
 colour (127,817 images; --unique_hair also drops two colours at once, as the paper's text says). X uint8 (N, 64, 64, 3),
 Y (N, 10) attributes, splits = where validation and test begin.

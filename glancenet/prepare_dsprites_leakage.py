@@ -4,8 +4,8 @@
     python glancenet/prepare_dsprites_leakage.py --source sprites --out data     # from sprites rendered here
 
 Training: both positions strictly between 0.48 and 0.52 (2 x 2 positions, 2880 images); X images of 0 and 1, G = shape
-1..3, scale, orientation, Y = shape. Test: both positions below 0.25 (Y = 0) or above 0.75 (Y = 1), 92,160 images of which
-a seeded choice of 5000 is kept; G also has x and y.
+1..3, scale, orientation, Y = shape. Test: both positions below 0.25 (Y = 0) or above 0.75 (Y = 1), 92,160 images of
+which a seeded choice of 5000 is kept; G also has x and y.
 """
 
 import argparse
@@ -39,7 +39,11 @@ def partitions(grid, test_images: int, seed: int) -> tuple[dict[str, np.ndarray]
     chosen = np.random.default_rng(seed).permutation(len(test))[:test_images]
     return (
         {"X": binary(grid.images_at(train)), "G": values[train][:, 1:4], "Y": values[train][:, 1]},
-        {"X": binary(grid.images_at(test[chosen])), "G": values[test[chosen]][:, 1:], "Y": corner[chosen].astype(float)},
+        {
+            "X": binary(grid.images_at(test[chosen])),
+            "G": values[test[chosen]][:, 1:],
+            "Y": corner[chosen].astype(float),
+        },
     )
 
 
@@ -49,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     p.add_argument("--in", dest="source_dir", default=None, help="folder of the data sets (for the published file)")
     p.add_argument("--out", default=None, help="folder for the two files; default the same folder")
-    p.add_argument("--source", choices=("dsprites", "sprites"), default="dsprites", help="the file, or rendered sprites")
+    p.add_argument(
+        "--source", choices=("dsprites", "sprites"), default="dsprites", help="the file, or rendered sprites"
+    )
     p.add_argument("--sizes", nargs=5, type=int, default=None, help="sprites: shapes, scales, orientations, x, y")
     p.add_argument("--test_images", type=int, default=5000, help="test images to keep")
     p.add_argument("--seed", type=int, default=0, help="of that choice")

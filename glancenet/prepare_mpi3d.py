@@ -3,8 +3,8 @@
     python glancenet/prepare_mpi3d.py --in data/mpi3d_toy.npz --out data
     python glancenet/prepare_mpi3d.py --in data/mpi3d_toy.npz --out data --small 50000     # also mpi3d_toy_small.npz
 
-X: uint8 (1,036,800, 64, 64, 3); Y: factors (1,036,800, 7), row-major over 6 colours, 6 shapes, 2 sizes, 3 camera heights,
-3 backgrounds, 40 x 40 angles. The classes are the published prototypes; `cluster.py` fits others.
+X: uint8 (1,036,800, 64, 64, 3); Y: factors (1,036,800, 7), row-major over 6 colours, 6 shapes, 2 sizes, 3 camera
+heights, 3 backgrounds, 40 x 40 angles. The classes are the published prototypes; `cluster.py` fits others.
 """
 
 import argparse
@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--sizes {sizes}: at most {MPI3D_SIZES}")
     images = open_npz(Path(o.source), "images", DOWNLOAD)
     if images.ndim != 4 or images.shape[1:] != (64, 64, 3) or len(images) != np.prod(sizes):
-        raise UserError(f"{o.source} holds images {images.shape}, expected ({np.prod(sizes)}, 64, 64, 3) for sizes {sizes}")
+        raise UserError(
+            f"{o.source} holds images {images.shape}, expected ({np.prod(sizes)}, 64, 64, 3) for sizes {sizes}"
+        )
     folder = Path(o.out) / "mpi3d_toy"
     write(folder / "mpi3d_toy_full.npz", images, sizes, np.arange(len(images)))
     if o.small:

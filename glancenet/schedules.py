@@ -21,7 +21,8 @@ def warmup_rates(end: float, epochs: int) -> np.ndarray:
 def exponential_rate(epoch: int, lr: float, gamma: float, warmup: np.ndarray, decay_start: int | None = None) -> float:
     """The rate of `epoch` (from 0): the warm-up, then lr gamma^(epoch - decay_start).
 
-    `decay_start` is the number of warm-up epochs unless given. The published loop edits the rate of a running scheduler:
+    `decay_start` is the number of warm-up epochs unless given. The published loop edits the rate of a running
+    scheduler:
     that is decay_start = warm-up - 1 with a chainable scheduler (today's torch) and 0 with the closed form (torch 1.1).
     """
     if epoch < len(warmup):
@@ -163,7 +164,8 @@ class EarlyStopping:
     """The published stopping rule, fed once a validation with (rec + kld, latent, bce); see `update`.
 
     `supervised` False means masking_fact = 0: then the latent loss does not count, and 5 bad validations end the run
-    instead of 10. `count_latent` True keeps the published slip that lets the unsupervised latent loss raise the counter.
+    instead of 10. `count_latent` True keeps the published slip that lets the unsupervised latent loss raise the
+    counter.
     """
 
     def __init__(self, latent_weight: float, label_weight: float, supervised: bool, count_latent: bool = False):

@@ -38,7 +38,8 @@ def _one(batch: Batch, i: int, n: int) -> Batch:
 def traverse(
     model: Algorithm, batch: Batch, i: int, values: np.ndarray, latents: list[int], codes: bool = False
 ) -> Tensor:
-    """Rows of images (rows, values, C, 64, 64) in [0, 1] for image i: its reconstruction repeated; then one row a latent,
+    """Rows of images (rows, values, C, 64, 64) in [0, 1] for image i: its reconstruction repeated; then one row a
+    latent,
     set to each of `values` in raw z while the others stay at the mean; then, with `codes`, one row a label (CVAE,
     IFCVAE), whose values run and repeat."""
     n = len(values)
@@ -67,7 +68,9 @@ def decode_with_codes(model: Algorithm, z: Tensor, batch: Batch) -> Tensor:
 def save_traversal(
     folder: Path, stem: str, gif_stem: str | None, rows: Tensor, columns: int | None = None
 ) -> np.ndarray:
-    """Write `<stem>.jpg` (one row a latent) and, unless None, `<gif_stem>.gif` (one frame a value); returns the picture."""
+    """Write `<stem>.jpg` (one row a latent) and, unless None, `<gif_stem>.gif` (one frame a value); returns the
+    picture.
+    """
     n_rows, n = rows.shape[:2]
     picture = mosaic(rows.flatten(0, 1).cpu(), columns or n)
     save_image(folder / f"{stem}.jpg", picture)

@@ -257,7 +257,8 @@ def test_schedules_rates():
 
 STOP_CASES = [
     ("stop_trace_mask100", "", True, True), ("stop_trace_mask0", "", False, True),
-    ("stop_trace_rising_mask100", "_rising_mask100", True, False), ("stop_trace_rising_mask0", "_rising_mask0", False, False),
+    ("stop_trace_rising_mask100", "_rising_mask100", True, False), ("stop_trace_rising_mask0", "_rising_mask0", False,
+    False),
 ]  # fmt: skip
 
 
@@ -322,7 +323,7 @@ def test_data_rules_on_the_full_dsprites_grid():
     assert labels.dsprites_classes(values).sum() == int(g["dsprites_full_n_y1"])
 
 
-# ---- architectures with hashed weights --------------------------------------------------------------------------------
+# ---- architectures with hashed weights ----------------------------------------------------------------------------
 
 
 def hashed(shape: tuple[int, ...], number: int, amplitude: float) -> torch.Tensor:
@@ -374,7 +375,7 @@ def test_architectures(case):
             close(logits.sum(), g[f"{case}__logits_sum"], rtol=1e-6)
 
 
-# ---- metrics ----------------------------------------------------------------------------------------------------------
+# ---- metrics ------------------------------------------------------------------------------------------------------
 
 
 def metric_split(g: dict[str, np.ndarray]) -> Split:
@@ -499,7 +500,8 @@ def test_metric_dci_linear():
     scores = dm.dci_celeba(g["z"], g["g"], hair)
     for key in ("alignment", "completeness", "explicitness"):
         close(scores[key], g[key], rtol=0, atol=1e-3)
-    # liblinear visits coordinates in random order, so coefficients agree to 1e-3 of the largest, not each of its own size
+    # liblinear visits coordinates in random order, so coefficients agree to 1e-3 of the largest, not each of its own
+    # size
     close(scores["importance"], g["importance"], rtol=0, atol=1e-3 * g["importance"].max())
     close(dm.disentanglement_of(g["importance"])[1], g["alignment_per_latent"], rtol=1e-3, atol=1e-3)
     close(dm.completeness_of(g["importance"])[1], g["completeness_per_factor"], rtol=1e-3, atol=1e-3)
