@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import UserError
+from common.checkpoint import load_into
 
 # One block = its branches, side by side; one branch = its steps in order. A step is a pool, a convolution
-# (name, channels, kernel[, stride]) or a fork: a list of convolutions of the same input. A stride of 2 comes without padding.
+# (name, channels, kernel[, stride]) or a fork: a list of convolutions of one input. Stride 2 comes without padding.
 
 
 def _block_a(pooled: int):
@@ -163,21 +163,5 @@ def fid_inception(state: dict[str, Tensor], source: str) -> FidInception:
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked"):  # a counter that some files leave out and evaluation never reads
             state = {**state, name: torch.zeros_like(buffer)}
-    load_whole(model, state, source)
+    load_into(model, state, source)
     return model.eval().requires_grad_(False)
-
-
-def load_whole(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load `state` into `model`, every key and shape exactly; UserError names the first that does not fit."""
-    own = model.state_dict()
-    wrong = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    foreign = [key for key in state if key not in own]
-    if wrong or foreign:
-        key = (wrong or foreign)[0]
-        found = tuple(state[key].shape) if key in state else "missing"
-        expected = tuple(own[key].shape) if key in own else "absent"
-        raise UserError(
-            f"{source}: weights of another network ({key}: {found}, expected {expected}; "
-            f"{len(wrong)} misfits, {len(foreign)} unknown names)"
-        )
-    model.load_state_dict(state)

@@ -63,7 +63,7 @@ def as_images(values: np.ndarray | Tensor, name: str = "images") -> Tensor:
         if array.shape[3] not in (1, 3):
             raise UserError(f"{name}: shape {array.shape} has no axis of 1 or 3 channels")
         array = array.transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(_levels(array, name)))
+    return torch.from_numpy(np.require(_levels(array, name), requirements=["C", "W"]))
 
 
 def _levels(array: np.ndarray, name: str) -> np.ndarray:

@@ -44,6 +44,7 @@ def precision_recall_distribution(
         )
     if runs < 1 or clusters < 1:
         raise UserError(f"PRD: runs={runs}, clusters={clusters}: both must be at least 1")
+    _check_angles(angles)
     union = np.concatenate([evaluated, reference])
     if len(union) < clusters:
         raise UserError(f"PRD: {len(union)} samples for {clusters} clusters; use more samples or fewer clusters")
@@ -69,8 +70,7 @@ def prd_from_histograms(
     eval_dist, ref_dist = np.asarray(eval_dist, np.float64), np.asarray(ref_dist, np.float64)
     if eval_dist.ndim != 1 or eval_dist.shape != ref_dist.shape:
         raise UserError(f"PRD: histograms of one length expected, got {eval_dist.shape} and {ref_dist.shape}")
-    if not 3 <= angles <= 1_000_000:
-        raise UserError(f"PRD: angles={angles}, allowed are 3 to 1000000")
+    _check_angles(angles)
     if not 0 < epsilon < 0.1:
         raise UserError(f"PRD: epsilon={epsilon}, it must lie between 0 and 0.1")
     slopes = np.tan(np.linspace(epsilon, np.pi / 2 - epsilon, angles))
@@ -79,6 +79,11 @@ def prd_from_histograms(
     if max(precision.max(), recall.max()) > 1.001 or min(eval_dist.min(), ref_dist.min()) < 0:
         raise UserError("PRD: the histograms must be non-negative and sum to 1")
     return np.clip(precision, 0.0, 1.0), np.clip(recall, 0.0, 1.0)
+
+
+def _check_angles(angles: int) -> None:
+    if not 3 <= angles <= 1_000_000:
+        raise UserError(f"PRD: angles={angles}, allowed are 3 to 1000000")
 
 
 def f_beta(precision: np.ndarray, recall: np.ndarray, beta: float = 1.0, epsilon: float = 1e-10) -> np.ndarray:

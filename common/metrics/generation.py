@@ -1,0 +1,171 @@
+"""A generated set against a reference set: features once, then every metric asked for."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from common.errors import UserError, suggest
+from common.metrics.features import Extractor, FeatureCache, make_extractor
+from common.metrics.frechet import Statistics, check_features, read_npz
+from common.metrics.inputs import load_images
+from common.metrics.kernel import kernel_distance
+from common.metrics.precision_recall import f_beta_pair, improved_precision_recall, precision_recall_distribution
+
+METRICS = ("fid", "kid", "prd", "ipr")
+_MOST_FEATURES = 8192  # of the Frechet distance: time grows with the cube, 8192 take minutes
+
+
+@dataclass
+class Sample:
+    """One of the two sets: images, or features, or only their statistics."""
+
+    name: str
+    images: Tensor | None = None
+    features: np.ndarray | None = None
+    statistics: Statistics | None = None
+    fingerprint: str = ""  # of the extractor, empty when unknown
+
+    @property
+    def n(self) -> int:
+        """Number of images or feature rows; 0 when a statistics file does not tell."""
+        if self.images is not None:
+            return len(self.images)
+        return len(self.features) if self.features is not None else self.statistics.n
+
+
+def score(
+    evaluated,
+    reference,
+    metrics=("fid", "kid"),
+    features: str | Extractor = "inception",
+    *,
+    cache: FeatureCache | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    kid_subsets: int = 100,
+    kid_subset_size: int = 1000,
+    kid_seed: int = 12345,
+    kid_legacy: bool = False,
+    prd_clusters: int = 20,
+    prd_angles: int = 1001,
+    prd_runs: int = 10,
+    ipr_k: int = 3,
+    **options,
+) -> dict:
+    """All `metrics` of `evaluated` against `reference` as a flat dict of numbers and strings, ready for JSON.
+
+    Each set: whatever `load_images` takes, a `Statistics`, or an .npz with `features` (n, d) or `mu` and `sigma`
+    (`fid` only, unless it holds `activations`). metrics: fid, kid, prd, ipr. features: a name for `make_extractor`
+    (`options` are its options) or an extractor. `cache`: keeps features on disk. `limit`: the first so many images.
+    PRD needs sets of one size and draws (by `seed`) that many rows from the larger one, with a warning.
+    Raises UserError for unknown metrics, unusable sets and options out of range.
+    """
+    metrics = tuple(dict.fromkeys(metrics))
+    for metric in metrics:
+        if metric not in METRICS:
+            raise UserError(f"unknown metric '{metric}'{suggest(metric, METRICS)}; known: {', '.join(METRICS)}")
+    if not metrics:
+        raise UserError(f"no metric asked for; known: {', '.join(METRICS)}")
+    load = {"size": options.get("size"), "mode": options.get("mode") or "paper"}
+    samples = [_open(source, limit, load) for source in (evaluated, reference)]
+    for sample in samples:
+        if sample.n < 2 and not (sample.n == 0 and sample.statistics is not None):
+            raise UserError(f"{sample.name}: {sample.n} image(s), at least 2 are needed")
+        if sample.images is None and sample.features is None and set(metrics) != {"fid"}:
+            raise UserError(f"{sample.name}: statistics without features serve fid only; leave out the other metrics")
+
+    extractor = None
+    if any(sample.images is not None for sample in samples):
+        extractor = features if isinstance(features, Extractor) else make_extractor(features, **options)
+        _extract(samples, extractor, cache)
+    x, y = (sample.features for sample in samples)
+    device = extractor.device if extractor is not None else "cpu"
+
+    result = {"n_evaluated": samples[0].n, "n_reference": samples[1].n, **_describe(extractor)}
+    if "fid" in metrics:
+        result["fid"] = _frechet(samples)
+    if "kid" in metrics:
+        draw = {"subsets": kid_subsets, "subset_size": kid_subset_size, "seed": kid_seed, "legacy": kid_legacy}
+        result["kid_mean"], result["kid_std"] = kernel_distance(x, y, **draw, device=device)
+    if "prd" in metrics:
+        curve = precision_recall_distribution(*_balance(x, y, seed), prd_clusters, prd_angles, prd_runs, seed)
+        result["prd_f8"], result["prd_f1/8"] = f_beta_pair(*curve)
+    if "ipr" in metrics:
+        result["ipr_precision"], result["ipr_recall"] = improved_precision_recall(x, y, ipr_k, device)
+    return result
+
+
+def _open(source, limit: int | None, load: dict) -> Sample:
+    """A set as images, features or statistics, whichever the source holds."""
+    name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
+    if isinstance(source, Sample):
+        return source
+    if isinstance(source, Statistics):
+        return Sample(name, statistics=source)
+    if isinstance(source, (str, Path)) and Path(source).suffix == ".npz":
+        arrays = read_npz(source)
+        if "mu" in arrays and "sigma" in arrays:
+            rows = arrays.get("activations")
+            rows = check_features(rows, f"{name} activations") if rows is not None else None
+            return Sample(name, features=rows, statistics=Statistics.load(source))
+        if "features" in arrays and arrays["features"].ndim == 2:
+            rows = check_features(arrays["features"][:limit], f"{name} features")
+            identity = str(arrays.get("extractor", ""))
+            return Sample(name, features=rows, statistics=Statistics.from_features(rows, identity))
+    return Sample(name, images=load_images(source, limit, **load))
+
+
+def _extract(samples: list[Sample], extractor: Extractor, cache: FeatureCache | None) -> None:
+    """Fill in the features of the samples that are images; extractors that adapt do so on the reference."""
+    if samples[1].images is not None:
+        extractor.fit(samples[1].images)
+    for sample in samples:
+        if sample.images is not None:
+            sample.fingerprint = extractor.fingerprint
+            sample.features = (
+                extractor.features(sample.images) if cache is None else cache.features(sample.images, extractor)
+            )
+
+
+def _frechet(samples: list[Sample]) -> float:
+    widths = [len(s.statistics.mu) if s.features is None else s.features.shape[1] for s in samples]
+    if max(widths) > _MOST_FEATURES:
+        raise UserError(
+            f"fid of {max(widths)} features would take hours; use features with at most {_MOST_FEATURES}, "
+            "such as pixel-pca64, or raw with a smaller size"
+        )
+    first, second = (s.statistics or Statistics.from_features(s.features, s.fingerprint) for s in samples)
+    return first.distance(second)
+
+
+def _describe(extractor: Extractor | None) -> dict:
+    """Name, fingerprint, resize mode and comparability of the features."""
+    if extractor is None:
+        return {
+            "features": "from file",
+            "fingerprint": "",
+            "resize": "",
+            "comparable": False,
+            "note": "features read from files: their extractor decides what they may be compared to",
+        }
+    return {
+        "features": extractor.name,
+        "fingerprint": extractor.fingerprint,
+        "resize": extractor.mode,
+        "comparable": extractor.comparable,
+        "note": extractor.note,
+    }
+
+
+def _balance(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    size = min(len(x), len(y))
+    if len(x) == len(y):
+        return x, y
+    warnings.warn(f"prd: {size} of {max(len(x), len(y))} samples drawn from the larger set, to compare equal numbers")
+    stream = np.random.default_rng(seed)
+    return tuple(
+        part if len(part) == size else part[np.sort(stream.choice(len(part), size, replace=False))] for part in (x, y)
+    )

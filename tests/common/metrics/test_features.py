@@ -1,0 +1,431 @@
+"""Extractors, resizing, image inputs, weights files and the feature cache."""
+
+import hashlib
+import pathlib
+import pickle
+import shutil
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from common.errors import UserError
+from common.metrics import features as module
+from common.metrics.features import FeatureCache, fetch, file_sha256, find_weights, make_extractor, read_weights
+from common.metrics.inception import FidInception, fid_inception
+from common.metrics.inputs import load_images
+from common.metrics.resize import resize
+
+
+def _uint8(shape, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def _tensorflow():
+    """The reference of the paper's resize and the home of the frozen graph; an optional part."""
+    try:
+        return module.import_tensorflow()
+    except UserError:
+        pytest.skip("TensorFlow is not installed")
+
+
+# ---- resizing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 48), (178, 218), (400, 310)])
+def test_paper_resize_is_tensorflow_1(height, width):
+    tf = _tensorflow()
+    images = _uint8((2, 3, height, width)).float()
+    theirs = tf.compat.v1.image.resize_bilinear(images.permute(0, 2, 3, 1).numpy(), (299, 299)).numpy()
+    np.testing.assert_array_equal(resize(images, 299).permute(0, 2, 3, 1).numpy(), theirs)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 48), (400, 310)])
+def test_clean_resize_is_pillow_bicubic(height, width):
+    images = _uint8((1, 3, height, width)).float()
+    theirs = [np.asarray(Image.fromarray(c.numpy(), "F").resize((299, 299), Image.BICUBIC)) for c in images[0]]
+    np.testing.assert_allclose(resize(images, 299, "clean")[0].numpy(), np.clip(theirs, 0, 255), atol=1e-3)
+
+
+def test_resize_refuses_unknown_modes_and_keeps_the_right_size():
+    images = _uint8((1, 1, 8, 8)).float()
+    assert resize(images, 8, "clean") is images
+    with pytest.raises(UserError, match="did you mean 'clean'"):
+        resize(images, 4, "claen")
+
+
+# ---- Inception -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file of random weights in the published layout, scaled so that activations neither die nor explode."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, value in FidInception().state_dict().items():
+        if name.endswith("conv.weight"):
+            fan_in = value[0].numel()
+            value = torch.randn(value.shape, generator=generator) * (2 / fan_in) ** 0.5
+        elif name.endswith(("bn.bias", "running_mean")):
+            value = 0.1 * torch.randn(value.shape, generator=generator)
+        elif name.endswith("running_var"):
+            value = 0.5 + torch.rand(value.shape, generator=generator)
+        if not name.endswith("num_batches_tracked"):
+            state[name] = value
+    folder = tmp_path_factory.mktemp("weights")
+    path = folder / "pt_inception.pth"
+    torch.save(state, path)
+    yield path
+    shutil.rmtree(folder)
+
+
+def test_the_network_is_torchvisions_with_the_four_differences(weights, monkeypatch):
+    """The reference: torchvision's Inception-v3 with 1008 outputs, average pools without the padding, the last one a
+    maximum."""
+    from torchvision.models import inception
+
+    state = torch.load(weights, weights_only=True)
+    reference = inception.Inception3(
+        num_classes=1008, aux_logits=False, transform_input=False, init_weights=False
+    ).eval()
+    tracked = {key: value for key, value in reference.state_dict().items() if key.endswith("num_batches_tracked")}
+    reference.load_state_dict({**state, **tracked})
+    reference.fc = torch.nn.Identity()
+    pools = []
+
+    def pool(x, kernel_size, stride, padding):
+        pools.append(x.shape)
+        if len(pools) == 9:  # Mixed_7c
+            return F.max_pool2d(x, kernel_size, stride, padding)
+        return F.avg_pool2d(x, kernel_size, stride, padding, count_include_pad=False)
+
+    shim = types.SimpleNamespace(**{name: getattr(F, name) for name in ("relu", "max_pool2d")}, avg_pool2d=pool)
+    monkeypatch.setattr(inception, "F", shim)
+    images = (resize(_uint8((1, 3, 32, 32)).float(), 299) - 128) / 128
+    with torch.no_grad():
+        expected = reference(images)
+        ours = fid_inception(state, "weights")(images)
+    assert len(pools) == 9 and expected.std() > 1e-2
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_inception_from_a_file(weights, tmp_path):
+    with pytest.warns(UserWarning, match="is not that of the FID network"):
+        extractor = make_extractor("inception", "cpu", weights=weights, batch_size=1)
+    images = _uint8((2, 1, 20, 24))
+    features = extractor.features(images)
+    assert (features.dtype, features.shape, extractor.dim) == (np.float64, (2, 2048), 2048)
+    assert np.abs(features[0] - features[1]).max() > 1e-2
+    # grey images are their own three channels, batches do not matter, nor does the layout
+    extractor.batch_size = 2
+    again = extractor.features(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1))
+    np.testing.assert_allclose(again, features, rtol=1e-4, atol=1e-5)
+
+    digest = file_sha256(weights)
+    assert digest == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert extractor.fingerprint == f"inception weights:{digest[:16]} resize:paper size:299"
+    assert not extractor.comparable and "not comparable to published FID" in extractor.note
+
+
+def test_the_published_digest_makes_it_comparable(weights, monkeypatch):
+    monkeypatch.setattr(module, "INCEPTION_SHA256", file_sha256(weights))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extractor = make_extractor("inception", "cpu", weights=weights, mode="clean")
+    assert extractor.comparable and extractor.note == "" and "resize:clean" in extractor.fingerprint
+
+
+def test_safetensors_hold_the_same_weights(weights, tmp_path):
+    from safetensors.torch import save_file
+
+    state, _ = read_weights(weights)
+    save_file(state, tmp_path / "w.safetensors")
+    again, _ = read_weights(tmp_path / "w.safetensors")
+    assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
+
+
+def test_weights_that_are_refused(weights, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "executed",)
+
+    (tmp_path / "code.pth").write_bytes(pickle.dumps(Harmful()))
+    (tmp_path / "cut.pth").write_bytes(weights.read_bytes()[:100_000])
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, message in {
+        "code.pth": "code.pth",
+        "cut.pth": "cut.pth",
+        "cut.safetensors": "safetensors",
+        "other.pth": "does not fit",
+        "list.pth": "not a state dict",
+        "absent.pth": "no such file",
+    }.items():
+        with warnings.catch_warnings(), pytest.raises(UserError, match=message):
+            warnings.simplefilter("ignore", UserWarning)  # of the unknown digest, which comes first
+            make_extractor("inception", "cpu", weights=tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(UserError, match=r"sha256 is .*expected abcd"):
+        make_extractor("inception", "cpu", weights=weights, sha256="abcd")
+
+
+def test_torchvision_inception(tmp_path):
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    network = inception_v3(weights=None, init_weights=False).eval()
+    torch.save(network.state_dict(), tmp_path / "tv.pth")
+    extractor = make_extractor("inception-tv", "cpu", weights=tmp_path / "tv.pth")
+    images = _uint8((1, 3, 32, 32))
+    network.fc = torch.nn.Identity()
+    with torch.no_grad():
+        expected = network(resize(images.float(), 299) / 127.5 - 1)
+    np.testing.assert_allclose(extractor.features(images), expected, rtol=1e-5, atol=1e-6)
+    assert not extractor.comparable
+    (tmp_path / "tv.pth").unlink()
+
+
+def test_frozen_graph(tmp_path):
+    """A small graph with the node names of the FID graph, frozen for a single image as that one is."""
+    tf = _tensorflow()
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 3, 5)).astype(np.float32)
+    with tf.Graph().as_default() as graph:
+        decoded = tf.compat.v1.placeholder(tf.float32, (None, None, 3), name="Cast")
+        one = tf.expand_dims(decoded, 0, name="ExpandDims")
+        small = tf.compat.v1.image.resize_bilinear(one, (12, 12), name="ResizeBilinear")
+        scaled = (small - 128.0) * 0.0078125
+        hidden = tf.nn.relu(tf.nn.conv2d(scaled, tf.constant(kernel), 1, "VALID"))
+        tf.nn.avg_pool2d(hidden, 10, 1, "VALID", name="pool_3")
+    path = tmp_path / "classify_image_graph_def.pb"
+    path.write_bytes(graph.as_graph_def().SerializeToString())
+
+    extractor = make_extractor("inception-tf", "cpu", weights=path, batch_size=3)
+    images = _uint8((5, 3, 20, 16))
+    ours = extractor.features(images)
+    x = (resize(images.float(), 12) - 128) / 128
+    expected = F.relu(F.conv2d(x, torch.from_numpy(kernel).permute(3, 2, 0, 1))).mean((2, 3))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    assert file_sha256(path)[:16] in extractor.fingerprint
+
+    clean = make_extractor("inception-tf", "cpu", weights=path, mode="clean").features(images)
+    assert np.abs(clean - ours).max() > 1e-3
+
+    path.write_bytes(b"no graph")
+    with pytest.raises(UserError, match="not a TensorFlow graph"):
+        make_extractor("inception-tf", "cpu", weights=path)
+    with tf.Graph().as_default() as graph:
+        tf.constant(1.0, name="pool_3")
+    path.write_bytes(graph.as_graph_def().SerializeToString())
+    with pytest.raises(UserError, match="not the Inception graph"):
+        make_extractor("inception-tf", "cpu", weights=path)
+    with pytest.raises(UserError, match="needs the graph"):
+        make_extractor("inception-tf", "cpu")
+
+
+# ---- downloads -----------------------------------------------------------------------------------------------------
+
+
+def test_a_download_appears_only_with_the_right_digest(tmp_path):
+    source, target = tmp_path / "source.pth", tmp_path / "cache" / "w.pth"
+    source.write_bytes(b"weights" * 1000)
+    digest = file_sha256(source)
+    with pytest.raises(UserError, match="damaged"):
+        fetch(source.as_uri(), target, "0" * 64)
+    assert not any(target.parent.iterdir())
+    fetch(source.as_uri(), target, digest)
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_weights_come_from_the_cache_then_the_network(tmp_path):
+    source = tmp_path / "w.pth"
+    source.write_bytes(b"weights")
+    digest, cache = file_sha256(source), tmp_path / "cache"
+    missing = (tmp_path / "nowhere.pth").as_uri()
+    with pytest.raises(UserError, match="--features raw"):
+        find_weights("inception", None, (source.as_uri(),), digest, download=False, cache=cache)
+    with pytest.raises(UserError, match="download failed"):
+        find_weights("inception", None, (missing,), digest, download=True, cache=cache)
+    found = find_weights("inception", None, (missing, source.as_uri()), digest, download=True, cache=cache)
+    assert found == cache / "nowhere.pth" and found.read_bytes() == b"weights"
+    assert find_weights("inception", None, (missing,), digest, download=False, cache=cache) == found
+    found.write_bytes(b"tampered")
+    with pytest.raises(UserError, match="damaged"):
+        find_weights("inception", None, (missing,), digest, download=False, cache=cache)
+
+
+# ---- offline extractors --------------------------------------------------------------------------------------------
+
+
+def test_raw_pixels():
+    images = _uint8((5, 3, 4, 4))
+    extractor = make_extractor("raw", "cpu", batch_size=2)
+    np.testing.assert_array_equal(extractor.features(images), images.reshape(5, -1).double().numpy() / 255)
+    assert extractor.dim == 48
+    with pytest.raises(UserError, match="another size"):
+        extractor.features(_uint8((2, 3, 5, 5)))
+    assert make_extractor("raw", "cpu", size=2).features(_uint8((2, 3, 5, 5))).shape == (2, 12)
+
+
+def test_pixel_pca_is_the_singular_value_decomposition():
+    reference, images = _uint8((60, 1, 5, 5)), _uint8((7, 1, 5, 5), 1)
+    extractor = make_extractor("pixel-pca4", "cpu")
+    with pytest.raises(UserError, match="fit"):
+        extractor.features(images)
+    codes = extractor.fit(reference).features(images)
+    pixels = reference.reshape(60, -1).double().numpy() / 255
+    axes = np.linalg.svd(pixels - pixels.mean(0), full_matrices=False)[2][:4]
+    expected = (images.reshape(7, -1).double().numpy() / 255 - pixels.mean(0)) @ axes.T
+    np.testing.assert_allclose(np.abs(codes), np.abs(expected), atol=1e-10)
+    assert extractor.fingerprint != make_extractor("pixel-pca4", "cpu").fit(images).fingerprint
+    with pytest.raises(UserError, match="fewer components"):
+        make_extractor("pixel-pca30", "cpu").fit(reference)
+
+
+def test_unknown_names_and_options():
+    for name, message in {
+        "inceptoin": "did you mean 'inception'",
+        "pixel-pca": "pixel-pca<k>",
+        "pixel-pca0": "component",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            make_extractor(name, "cpu")
+    with pytest.raises(UserError, match="no option 'weights'"):
+        make_extractor("raw", "cpu", weights="x")
+    with pytest.raises(UserError, match="size of their own"):
+        make_extractor("lenet", "cpu", size=64)
+    with pytest.raises(UserError, match="batch_size"):
+        make_extractor("raw", "cpu", batch_size=0)
+    with pytest.raises(UserError, match="resize mode"):
+        make_extractor("raw", "cpu", mode="cleen")
+
+
+# ---- cache ---------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_computed_once(tmp_path):
+    class Counting(module.Raw):
+        calls = 0
+
+        def features(self, images):
+            self.calls += 1
+            return super().features(images)
+
+    cache, extractor = FeatureCache(tmp_path), Counting(device="cpu")
+    images = _uint8((6, 1, 4, 4))
+    first = cache.features(images, extractor)
+    np.testing.assert_array_equal(cache.features(images, extractor), first)
+    assert extractor.calls == 1
+
+    changed = images.clone()
+    changed[3, 0, 1, 1] ^= 1  # a single grey level
+    assert not np.array_equal(cache.features(changed, extractor), first)
+    cache.features(images[:5], extractor)
+    assert extractor.calls == 3
+    for options in ({"mode": "clean", "size": 2}, {"size": 2}):
+        other = Counting(device="cpu", **options)
+        cache.features(images, other)
+        assert other.calls == 1
+
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.warns(UserWarning, match="computed again"):
+        np.testing.assert_array_equal(cache.features(images, extractor), first)
+    assert extractor.calls == 4
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
+
+
+def _write(folder, images, suffix="png"):
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images.permute(0, 2, 3, 1).squeeze(3).numpy()):
+        Image.fromarray(image).save(folder / f"{i}.{suffix}")
+    return folder
+
+
+def test_every_kind_of_source_gives_the_same_images(tmp_path):
+    images = _uint8((12, 3, 6, 5))
+    floats = images.double() / 255
+    np.savez(tmp_path / "a.npz", images=images.numpy(), labels=np.arange(12))
+    np.savez(tmp_path / "b.npz", anything=floats.permute(0, 2, 3, 1).numpy())
+    np.save(tmp_path / "c.npy", images.numpy().astype(np.int64))
+    data_set = types.SimpleNamespace(arrays=lambda: (images, None))
+    sources = [
+        _write(tmp_path / "folder", images),  # 10.png comes after 9.png
+        *(tmp_path / name for name in ("a.npz", "b.npz", "c.npy")),
+        str(tmp_path / "a.npz"),
+        images,
+        floats.float(),
+        images.numpy(),
+        data_set,
+        (part for part in floats.split(5)),
+        ((part, None) for part in images.split(5)),
+    ]
+    for source in sources:
+        assert torch.equal(load_images(source), images), source
+    assert torch.equal(load_images((part for part in images.split(5)), limit=7), images[:7])
+    assert torch.equal(load_images(tmp_path / "folder", limit=3), images[:3])
+
+
+def test_grey_folders_stay_grey_and_mixed_ones_become_colour(tmp_path):
+    grey = _uint8((3, 1, 6, 6))
+    folder = _write(tmp_path / "g", grey)
+    assert torch.equal(load_images(folder), grey)
+    assert torch.equal(load_images(grey[:, 0].numpy()), grey)
+    Image.fromarray(np.zeros((6, 6, 3), np.uint8)).save(folder / "9.png")
+    assert load_images(folder).shape == (4, 3, 6, 6)
+
+
+def test_folders_of_mixed_sizes_need_a_size(tmp_path):
+    folder = _write(tmp_path / "g", _uint8((3, 1, 6, 6)))
+    Image.fromarray(np.full((8, 4), 7, np.uint8)).save(folder / "z.png")
+    with pytest.raises(UserError, match="4x8 pixels"):
+        load_images(folder)
+    assert load_images(folder, size=5, mode="clean")[3].unique().tolist() == [7]
+
+
+def test_sources_that_are_refused(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("no image")
+    broken = _write(tmp_path / "broken", _uint8((2, 1, 6, 6)))
+    (broken / "2.png").write_bytes((broken / "1.png").read_bytes()[:60])
+    text = _write(tmp_path / "text", _uint8((2, 1, 6, 6)))
+    (text / "2.jpg").write_text("not an image")
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(deep / "0.png")
+    (tmp_path / "a.pdf").write_bytes(b"%PDF")
+    (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY")
+    np.savez(tmp_path / "two.npz", p=np.zeros((2, 4, 4)), q=np.zeros((2, 4, 4)))
+    for source, message in (
+        (empty, "no image in this folder"),
+        (tmp_path, "sub-folders are not searched"),
+        (broken, r"2\.png: not a readable image"),
+        (text, r"2\.jpg: not a readable image"),
+        (deep, "8 bits"),
+        (tmp_path / "a.pdf", "neither a folder"),
+        (tmp_path / "absent", "no such folder"),
+        (tmp_path / "bad.npy", "not a readable .npy"),
+        (tmp_path / "two.npz", "which array"),
+        (np.zeros((0, 1, 4, 4), np.uint8), "empty"),
+        (np.zeros((3, 2, 4, 5), np.uint8), "channels"),
+        (np.zeros(5, np.uint8), "is not one of"),
+        (np.full((2, 1, 4, 4), -0.5), r"\(x \+ 1\) / 2"),
+        (np.full((2, 1, 4, 4), 200.0), "divide by 255"),
+        (np.full((2, 1, 4, 4), np.nan), "NaN"),
+        (np.full((2, 1, 4, 4), 256), r"expected 0\.\.255"),
+        (np.zeros((2, 1, 4, 4), bool), "bool"),
+        (iter(()), "no image"),
+        (iter([np.zeros((2, 1, 4, 4)), np.zeros((2, 1, 5, 5))]), "batch 1"),
+        (7, "int"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_images(source)
+    with pytest.raises(UserError, match="limit"):
+        load_images(np.zeros((2, 1, 4, 4)), limit=0)

@@ -1,0 +1,373 @@
+"""Frechet distance, kernel distance, PRD and k-NN precision/recall against closed forms and plain loops."""
+
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from common.errors import UserError
+from common.metrics import frechet, kernel, precision_recall
+from common.metrics.frechet import Statistics, frechet_distance
+from common.metrics.generation import score
+from common.metrics.kernel import kernel_distance, mmd2
+from common.metrics.precision_recall import (
+    f_beta_pair,
+    improved_precision_recall,
+    prd_from_histograms,
+    precision_recall_distribution,
+)
+
+
+def _spd(rng, d):
+    a = rng.standard_normal((d, d))
+    return a @ a.T / d + 0.05 * np.eye(d)
+
+
+# ---- Frechet distance ----------------------------------------------------------------------------------------------
+
+
+def test_frechet_of_commuting_covariances_has_a_closed_form():
+    rng = np.random.default_rng(1)
+    d = 12
+    rotation = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    a, b = rng.random(d) + 0.1, rng.random(d) + 0.1
+    mu = rng.standard_normal((2, d))
+    expected = ((mu[0] - mu[1]) ** 2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    sigmas = [rotation @ np.diag(part) @ rotation.T for part in (a, b)]
+    assert frechet_distance(mu[0], sigmas[0], mu[1], sigmas[1]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_equals_the_square_root_definition_and_is_symmetric():
+    rng = np.random.default_rng(2)
+    s1, s2, zero = _spd(rng, 24), _spd(rng, 24), np.zeros(24)
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    expected = np.trace(s1) + np.trace(s2) - 2 * np.trace(root)
+    assert frechet_distance(zero, s1, zero, s2) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(zero, s2, zero, s1) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_frechet_of_singular_covariances(rank):
+    """Factors of low rank: tr (F F' G G')^(1/2) is the nuclear norm of F' G."""
+    rng = np.random.default_rng(3)
+    f, g = rng.standard_normal((40, rank)), rng.standard_normal((40, 7))
+    nuclear = np.linalg.svd(f.T @ g, compute_uv=False).sum() if rank else 0.0
+    expected = (f**2).sum() + (g**2).sum() - 2 * nuclear
+    zero = np.zeros(40)
+    assert frechet_distance(zero, f @ f.T, zero, g @ g.T) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(zero, f @ f.T, zero, f @ f.T) == pytest.approx(0, abs=1e-8)
+
+
+def test_frechet_of_an_ill_conditioned_covariance():
+    """Spectra over nine decades, as wide as those of network features: both routes agree with the closed form."""
+    d = 60
+    rotation = np.linalg.qr(np.random.default_rng(4).standard_normal((d, d)))[0]
+    a, b = np.logspace(2, -7, d), np.logspace(1, -8, d)
+    sigma_a, sigma_b = ((rotation * part) @ rotation.T for part in (a, b))
+    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert frechet_distance(np.zeros(d), sigma_a, np.zeros(d), sigma_b) == pytest.approx(expected, rel=1e-7)
+
+
+def test_statistics_are_numpy_cov_and_survive_the_disk(tmp_path):
+    x = np.random.default_rng(5).standard_normal((50, 6))
+    stats = Statistics.from_features(torch.from_numpy(x), "raw")
+    np.testing.assert_allclose(stats.sigma, np.cov(x, rowvar=False), rtol=1e-12)
+    stats.save(tmp_path / "fid_stats.npz")
+    again = Statistics.load(tmp_path / "fid_stats.npz")
+    assert (again.n, again.extractor) == (50, "raw")
+    np.testing.assert_array_equal(again.sigma, stats.sigma)
+    np.savez(tmp_path / "foreign.npz", mu=stats.mu, sigma=stats.sigma)  # as other FID tools store them
+    assert Statistics.load(tmp_path / "foreign.npz").distance(again) == pytest.approx(0, abs=1e-10)
+
+
+def test_statistics_of_two_extractors_never_mix():
+    x = np.random.default_rng(6).standard_normal((50, 6))
+    with pytest.raises(UserError, match=r"raw.*inception"):
+        Statistics.from_features(x, "raw").distance(Statistics.from_features(x, "inception"))
+
+
+def test_few_samples_warn_and_enough_do_not():
+    rng = np.random.default_rng(7)
+    few, many = (Statistics.from_features(rng.standard_normal((n, 10))) for n in (8, 40))
+    with pytest.warns(UserWarning, match="8 samples for 10 features"):
+        few.distance(many)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        many.distance(many)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "not a readable"), (b"PK\x03\x04 truncated", "not a readable"), (None, "no such file")],
+)
+def test_statistics_files_that_cannot_be_read(tmp_path, content, message):
+    path = tmp_path / "stats.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        Statistics.load(path)
+
+
+def test_statistics_files_of_another_kind(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros(3))
+    with pytest.raises(UserError, match="no feature statistics"):
+        Statistics.load(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
+    with pytest.raises(UserError, match="NaN"):
+        Statistics.load(tmp_path / "b.npz")
+    np.savez(tmp_path / "c.npz", mu=np.zeros(3), sigma=np.array([object()]))
+    with pytest.raises(UserError, match="not a readable"):  # would need pickle
+        Statistics.load(tmp_path / "c.npz")
+
+
+@pytest.mark.parametrize("bad", [np.zeros((1, 4)), np.zeros(4), np.full((5, 4), np.inf)])
+def test_features_that_no_metric_takes(bad):
+    good = np.random.default_rng(0).standard_normal((30, 4))
+    for call in (
+        Statistics.from_features,
+        lambda x: kernel_distance(x, good),
+        lambda x: improved_precision_recall(x, good),
+    ):
+        with pytest.raises(UserError):
+            call(bad)
+    with pytest.raises(UserError, match="not symmetric"):
+        frechet_distance(np.zeros(2), np.array([[1.0, 0.5], [0.0, 1.0]]), np.zeros(2), np.eye(2))
+
+
+# ---- kernel distance -----------------------------------------------------------------------------------------------
+
+
+def _mmd2_ref(x, y, estimator="unbiased"):
+    """The definition, pair by pair."""
+    k = lambda a, b: (a @ b / len(a) + 1) ** 3  # noqa: E731
+    n, m = len(x), len(y)
+    same = estimator == "biased"
+    xx = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if same or i != j)
+    yy = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if same or i != j)
+    xy = sum(k(x[i], y[j]) for i in range(n) for j in range(m) if estimator != "u-statistic" or i != j)
+    if estimator == "biased":
+        return xx / n**2 + yy / m**2 - 2 * xy / (n * m)
+    return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m if estimator == "unbiased" else n * (n - 1))
+
+
+@pytest.mark.parametrize("estimator", kernel.ESTIMATORS)
+def test_mmd2_is_the_double_sum(estimator):
+    rng = np.random.default_rng(8)
+    x, y = rng.standard_normal((13, 5)), rng.standard_normal((13 if estimator == "u-statistic" else 9, 5)) + 0.3
+    assert mmd2(x, y, estimator) == pytest.approx(_mmd2_ref(x, y, estimator), rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "m", "size"), [(40, 33, 25), (400, 390, 12)])
+def test_kernel_distance_is_the_mean_over_subsets(n, m, size, monkeypatch):
+    """Few overlapping subsets and many: the two ways to sum the kernel are the loop over subsets."""
+    monkeypatch.setattr(kernel, "_BLOCK", 16)  # several blocks, the last one cut
+    rng = np.random.default_rng(9)
+    x, y = rng.standard_normal((n, 6)), rng.standard_normal((m, 6)) + 0.2
+    values = [_mmd2_ref(x[a], y[b]) for a, b in zip(*kernel.draw_subsets(n, m, 7, size, 3), strict=True)]
+    assert kernel_distance(x, y, 7, size, seed=3) == pytest.approx((np.mean(values), np.std(values)), rel=1e-10)
+
+
+def test_the_two_ways_to_sum_agree():
+    rng = np.random.default_rng(10)
+    x, y = torch.from_numpy(rng.standard_normal((60, 4))), torch.from_numpy(rng.standard_normal((50, 4)))
+    rows, poly = kernel.draw_subsets(60, 50, 5, 20, 0), kernel._Kernel(3, None, 1.0, 4)
+    for a, b in zip(
+        kernel._sums_by_indicator(x, y, *rows, poly), kernel._sums_by_gathering(x, y, *rows, poly), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+def test_every_call_starts_its_own_stream():
+    rng = np.random.default_rng(11)
+    x, y = rng.standard_normal((80, 4)), rng.standard_normal((90, 4))
+    first = kernel_distance(x, y, 5, 20, legacy=True)
+    np.random.rand(17)
+    assert kernel_distance(x, y, 5, 20, legacy=True) == first
+    assert kernel_distance(x, y, 5, 20, seed=1) != kernel_distance(x, y, 5, 20, seed=2)
+
+
+def test_two_halves_of_one_set_are_at_no_distance():
+    x = np.random.default_rng(12).standard_normal((800, 8))
+    mean, std = kernel_distance(x[:400], x[400:], 50, 100)
+    assert abs(mean) < 3 * std
+
+
+def test_small_sets_reduce_the_subsets_with_a_warning():
+    x = np.random.default_rng(13).standard_normal((30, 4))
+    with pytest.warns(UserWarning, match="subsets of 20 instead of 1000"):
+        mean, _ = kernel_distance(x, x[:20] + 1)
+    assert mean > 0
+
+
+def test_kernel_distance_refuses_bad_options():
+    x = np.random.default_rng(14).standard_normal((30, 4))
+    for options in ({"estimator": "best"}, {"subsets": 0}, {"subset_size": 1}):
+        with pytest.raises(UserError):
+            kernel_distance(x, x, **{"subset_size": 10, **options})
+    with pytest.raises(UserError, match="dimensions"):
+        mmd2(x, x[:, :2])
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_same_numbers():
+    rng = np.random.default_rng(15)
+    x, y = rng.standard_normal((500, 64)), rng.standard_normal((450, 64)) + 0.1
+    cpu = kernel_distance(x, y, 10, 100)
+    assert kernel_distance(x, y, 10, 100, device="cuda") == pytest.approx(cpu, rel=1e-9)
+    assert improved_precision_recall(x, y, device="cuda") == improved_precision_recall(x, y)
+
+
+# ---- precision and recall ------------------------------------------------------------------------------------------
+
+
+def _modes(rng, chosen, n=600, d=8):
+    """n points around the first `chosen` of 10 well separated modes."""
+    centres = 30 * np.eye(10, d + 2)[:, :d] + np.arange(10)[:, None]
+    return centres[rng.integers(chosen, size=n)] + rng.standard_normal((n, d))
+
+
+@pytest.fixture(scope="module")
+def collapsed():
+    """(reference with 10 modes, evaluated set that reaches only 2 of them)."""
+    rng = np.random.default_rng(16)
+    return _modes(rng, 10), _modes(rng, 2)
+
+
+def test_mode_collapse_keeps_precision_and_loses_recall(collapsed):
+    """The convention: the evaluated set comes first, its collapse shows in recall and in F8, not in precision."""
+    reference, narrow = collapsed
+    precision, recall = improved_precision_recall(narrow, reference)
+    assert precision > 0.85 and recall < 0.35
+    f8, f18 = f_beta_pair(*precision_recall_distribution(narrow, reference, runs=2))
+    assert f18 > 0.85 and f8 < 0.35
+
+
+def test_inventing_modes_keeps_recall_and_loses_precision(collapsed):
+    """The same two sets with exchanged roles: exactly the exchanged numbers for k-NN."""
+    reference, narrow = collapsed
+    assert improved_precision_recall(reference, narrow) == improved_precision_recall(narrow, reference)[::-1]
+    f8, f18 = f_beta_pair(*precision_recall_distribution(reference, narrow, runs=2))
+    assert f8 > 0.85 and f18 < 0.35
+
+
+def test_prd_known_answers():
+    precision, recall = prd_from_histograms([0.5, 0.5], [1.0, 0.0])
+    assert precision.max() == pytest.approx(0.5) and recall.max() == pytest.approx(1.0)
+    middle = 1001 // 2
+    precision, recall = prd_from_histograms([0.2, 0.8], [0.2, 0.8])
+    assert (precision[middle], recall[middle]) == pytest.approx((1, 1), abs=1e-6)
+    assert f_beta_pair(*prd_from_histograms([1.0, 0.0], [0.0, 1.0])) == (0.0, 0.0)
+
+
+def test_prd_is_the_double_loop():
+    rng = np.random.default_rng(17)
+    e, r = rng.dirichlet(np.ones(6)), rng.dirichlet(np.ones(6))
+    precision, recall = prd_from_histograms(e, r, angles=9)
+    for i, angle in enumerate(np.linspace(1e-10, np.pi / 2 - 1e-10, 9)):
+        total = sum(min(np.tan(angle) * r[c], e[c]) for c in range(6))
+        assert (precision[i], recall[i]) == pytest.approx((total, total / np.tan(angle)), abs=1e-12)
+
+
+def test_prd_runs_are_seeded(collapsed):
+    curves = [precision_recall_distribution(*collapsed, runs=1, angles=11, seed=s) for s in (0, 0, 5)]
+    np.testing.assert_array_equal(curves[0], curves[1])
+    both = precision_recall_distribution(*collapsed, runs=2, angles=11, seed=4)
+    one = precision_recall_distribution(*collapsed, runs=1, angles=11, seed=4)
+    np.testing.assert_allclose(both, (np.array(one) + np.array(curves[2])) / 2)
+
+
+@pytest.mark.parametrize(
+    "options", [{"angles": 2}, {"angles": 2_000_000}, {"clusters": 0}, {"clusters": 5000}, {"runs": 0}]
+)
+def test_prd_refuses_bad_options(collapsed, options):
+    with pytest.raises(UserError):
+        precision_recall_distribution(*collapsed, **{"runs": 1, **options})
+
+
+def test_prd_refuses_bad_input(collapsed):
+    with pytest.raises(UserError, match="one size"):
+        precision_recall_distribution(collapsed[0][:50], collapsed[1], runs=1)
+    precision_recall_distribution(collapsed[0][:50], collapsed[1], runs=1, balance=False)
+    for bad in (([0.5, 0.6], [0.5, 0.5]), ([1.5, -0.5], [0.5, 0.5]), ([1.0], [0.5, 0.5])):
+        with pytest.raises(UserError):
+            prd_from_histograms(*bad)
+    with pytest.raises(UserError, match="epsilon"):
+        prd_from_histograms([1.0], [1.0], epsilon=0.2)
+    with pytest.raises(UserError, match="beta"):
+        f_beta_pair(np.ones(3), np.ones(3), beta=0)
+    with pytest.raises(UserError, match="precision"):
+        f_beta_pair(np.full(3, 1.5), np.ones(3))
+
+
+def _improved_ref(evaluated, reference, k):
+    """The definition with explicit distances."""
+
+    def share(points, manifold):
+        between = np.linalg.norm(manifold[:, None] - manifold[None], axis=2)
+        radius = np.sort(between, axis=1)[:, k]  # column 0 is the point itself
+        return (np.linalg.norm(points[:, None] - manifold[None], axis=2) <= radius).any(1).mean()
+
+    return share(evaluated, reference), share(reference, evaluated)
+
+
+@pytest.mark.parametrize("block", [7, 4096])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_improved_precision_recall_is_the_definition(k, block, monkeypatch):
+    monkeypatch.setattr(precision_recall, "_BLOCK", block)
+    rng = np.random.default_rng(18)
+    x, y = rng.standard_normal((61, 3)) * 0.8, rng.standard_normal((50, 3)) + 1.2
+    expected = _improved_ref(x, y, k)
+    assert 0.1 < expected[0] + expected[1] < 2
+    assert improved_precision_recall(x, y, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_improved_precision_recall_at_the_ends():
+    rng = np.random.default_rng(19)
+    x = rng.standard_normal((40, 300)) + 1000  # far from the origin: the shift must not cost digits
+    assert improved_precision_recall(x, x) == (1.0, 1.0)
+    assert improved_precision_recall(x, x + 500) == (0.0, 0.0)
+    repeated = np.repeat(x[:1], 20, axis=0)  # a generator with a single picture that is in the reference
+    precision, recall = improved_precision_recall(repeated, x)
+    assert (precision, recall) == (1.0, pytest.approx(1 / 40))
+    with pytest.raises(UserError, match="at least 4"):
+        improved_precision_recall(x[:3], x)
+
+
+# ---- all together --------------------------------------------------------------------------------------------------
+
+
+def test_score_runs_each_metric_on_the_same_features(collapsed):
+    rng = np.random.default_rng(20)
+    a, b = (rng.integers(0, 256, (60, 1, 4, 4), dtype=np.uint8) for _ in range(2))
+    with pytest.warns(UserWarning, match="subsets"):
+        result = score(a, b, ("fid", "kid", "prd", "ipr"), "raw", device="cpu", prd_runs=2)
+    x, y = a.reshape(60, -1) / 255, b.reshape(60, -1) / 255
+    assert result["fid"] == pytest.approx(Statistics.from_features(x).distance(Statistics.from_features(y)))
+    assert result["kid_mean"] == pytest.approx(mmd2(x, y))
+    assert (result["ipr_precision"], result["ipr_recall"]) == improved_precision_recall(x, y)
+    pair = f_beta_pair(*precision_recall_distribution(x, y, runs=2))
+    assert (result["prd_f8"], result["prd_f1/8"]) == pytest.approx(pair)
+    assert (result["n_evaluated"], result["comparable"], result["resize"]) == (60, False, "paper")
+    assert "not comparable to published FID" in result["note"]
+
+
+def test_score_balances_prd_and_serves_statistics():
+    rng = np.random.default_rng(21)
+    a, b = (rng.integers(0, 256, (n, 1, 3, 3), dtype=np.uint8) for n in (50, 40))
+    with pytest.warns(UserWarning, match="40 of 50 samples"):
+        score(a, b, ("prd",), "raw", device="cpu", prd_runs=1)
+    stats = Statistics.from_features(b.reshape(40, -1) / 255)
+    assert score(a, stats, ("fid",), "raw", device="cpu")["fid"] == pytest.approx(
+        score(a, b, ("fid",), "raw", device="cpu")["fid"]
+    )
+    with pytest.raises(UserError, match="fid only"):
+        score(a, stats, ("fid", "kid"), "raw", device="cpu")
+
+
+def test_score_refuses_what_would_take_hours():
+    a = np.zeros((3, 3, 64, 64), np.uint8)
+    with pytest.raises(UserError, match="hours"):
+        score(a, a, ("fid",), "raw", device="cpu")
+    assert frechet.check_features(np.zeros((3, 2))).dtype == np.float64
