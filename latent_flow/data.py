@@ -319,7 +319,7 @@ def open_source(
         if images.shape[-1] != size:
             images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).round().byte()
         return DigitSequences(images, steps, device, centre)
-    base = Path(root) if root else default_root()
+    base = datasets.data_root(root)
     if name == "frames":
         return FrameSequences(base, steps, size, device)
     if name == "shapes3d":
@@ -331,13 +331,6 @@ def open_source(
     else:
         source = datasets.load(name, root=root)
     return FactorSequences(source, SWEPT[name], steps, device, size)
-
-
-def default_root() -> Path:
-    """The data folder: the environment variable DATA_ROOT, else `data`."""
-    import os
-
-    return Path(os.environ.get("DATA_ROOT") or "data")
 
 
 def split_rows(count: int, seed: int, share: float = 0.8) -> tuple[np.ndarray, np.ndarray]:

@@ -104,6 +104,11 @@ def train(args: argparse.Namespace, config: Config) -> None:
         device=device,
         centre=args.warp_centre,
     )
+    if config.variant == "supervised" and config.flows > len(source.names):
+        known = ", ".join(source.names)
+        raise UserError(
+            f"-K {config.flows}: {config.dataset} has {len(source.names)} transformations ({known}); lower it"
+        )
     rows, held_out = split_rows(len(source), args.seed)
     if args.batch_size > len(rows):
         raise UserError(f"--batch-size {args.batch_size} exceeds the {len(rows)} training items; lower it")

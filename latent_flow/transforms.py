@@ -83,11 +83,11 @@ def composed_sequence(grey: Tensor, active: Tensor, speed: Tensor | None = None,
     frames = [colour(grey_t, hue)]
     for t in range(len(active)):
         zoom, turn, shift = increments(active[t].to(grey), 1.0 if speed is None else speed[t].to(grey))
-        still = torch.zeros_like(turn)
-        if (zoom != 1).any():
-            grey_t = warp(grey_t, zoom, still, centre)
-        if (turn != 0).any():
-            grey_t = warp(grey_t, torch.ones_like(zoom), turn, centre)
+        # a digit that stands still is not interpolated, whatever the others in its batch do
+        moved = warp(grey_t, zoom, torch.zeros_like(turn), centre)
+        grey_t = torch.where((zoom != 1)[:, None, None, None], moved, grey_t)
+        moved = warp(grey_t, torch.ones_like(zoom), turn, centre)
+        grey_t = torch.where((turn != 0)[:, None, None, None], moved, grey_t)
         hue = hue + shift
         frames.append(colour(grey_t, hue))
     return torch.stack(frames)
@@ -101,7 +101,9 @@ def shift_hue_ref(image: Tensor, radians: Tensor | float) -> Tensor:
     safe = torch.where(delta == 0, torch.ones_like(delta), delta)
     sixth = torch.stack([(green - blue) / safe, 2 + (blue - red) / safe, 4 + (red - green) / safe], -3)
     hue = torch.gather(sixth, -3, index.unsqueeze(-3)).squeeze(-3) / 6
-    hue = torch.where(delta == 0, torch.zeros_like(hue), hue) + torch.as_tensor(radians).to(image) / (2 * math.pi)
+    hue = torch.where(delta == 0, torch.zeros_like(hue), hue) + torch.as_tensor(
+        radians, dtype=image.dtype, device=image.device
+    ) / (2 * math.pi)
     saturation = delta / (top + 1e-8)
     m = torch.remainder(hue, 1) * 6
     channels = []

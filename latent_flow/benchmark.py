@@ -1,0 +1,141 @@
+"""Seconds of one training step of each variant at the paper's size: the plain transcription against this code.
+
+    python -m latent_flow.benchmark                               # batch 128, all variants (minutes on a CPU)
+    python -m latent_flow.benchmark --batch-size 16 --variants supervised weakly
+    python -m latent_flow.benchmark --logdet                      # cost of the log-determinants instead
+
+A step is forward, backward and Adam. `ref` is `reference.training_step_ref` with one Adam a part and, as published,
+anomaly detection for the supervised variant. `same` is the fast step with `--objective upstream`, `paper` the default
+objective, `amp` the default objective with bfloat16 convolutions. CPU seconds of this process, so that other load
+does not count.
+"""
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+
+from common.errors import run_command
+from latent_flow.fields import Flows
+from latent_flow.model import VARIANTS, Config, LatentFlow, Noise, training_step
+from latent_flow.options import Parser, positive
+from latent_flow.reference import training_step_ref
+from latent_flow.rollout import log_abs_det
+from latent_flow.train import make_optimizer
+
+
+def seconds(step: Callable[[], None], repeat: int, warm: bool = True) -> float:
+    """The fastest of `repeat` runs after one warm-up, in CPU seconds of this process."""
+    if warm:
+        step()
+    best = float("inf")
+    for _ in range(repeat):
+        start = time.process_time()
+        step()
+        best = min(best, time.process_time() - start)
+    return best
+
+
+def noise_for(model: LatentFlow, steps: int, batch: int) -> Noise:
+    """Complete random numbers of one step."""
+    config = model.config
+    heads = 1 if config.single_control else 2
+    shape = (batch, config.flows) if config.variant == "weakly" else (steps, heads, batch, config.flows)
+    return Noise(torch.randn(batch, config.latent_size), torch.rand(shape), 0.5)
+
+
+def reference_step(model: LatentFlow, frames: torch.Tensor, noise: Noise) -> Callable[[], None]:
+    """One published step: three optimizers, anomaly detection for the supervised variant."""
+    parts = [[*model.support_sets.parameters(), *model.prior.parameters()], list(model.vae.parameters())]
+    if model.reconstructor is not None:
+        parts.append(list(model.reconstructor.parameters()))
+    optimizers = [torch.optim.Adam(part, lr=1e-4) for part in parts]
+
+    def step() -> None:
+        with torch.autograd.set_detect_anomaly(model.config.variant == "supervised"):
+            loss = training_step_ref(model, frames, 0, noise)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    return step
+
+
+def fast_step(model: LatentFlow, frames: torch.Tensor, noise: Noise, amp: bool) -> Callable[[], None]:
+    """One step of the training loop."""
+    optimizer = make_optimizer(model, Namespace(support_set_lr=1e-4, lr_vae=1e-4, lr_index=1e-4))
+    labels = 0 if model.config.objective == "upstream" else torch.randint(model.config.flows, (frames.shape[1],))
+
+    def step() -> None:
+        losses = training_step(model, frames, labels, 1, noise, amp=amp)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss_total"].backward()
+        optimizer.step()
+
+    return step
+
+
+def benchmark_steps(variants: list[str], batch: int, latent: int, repeat: int) -> list[str]:
+    """One line a variant: seconds of the reference, of the fast step, and their ratios."""
+    lines = [
+        f"{'variant':>13} {'batch':>5} {'ref':>8} {'same':>8} {'paper':>8} {'amp':>8}   ref/same ref/paper ref/amp"
+    ]
+    print(lines[0], flush=True)
+    for variant in variants:
+        torch.manual_seed(0)
+        times = []
+        for objective, amp in (("ref", False), ("upstream", False), ("paper", False), ("paper", True)):
+            config = Config(
+                variant=variant, latent_size=latent, objective="paper" if objective == "paper" else "upstream"
+            )
+            model = LatentFlow(config)
+            frames = torch.rand(config.steps + 1, batch, config.channels, config.image_size, config.image_size)
+            noise = noise_for(model, config.steps, batch)
+            if objective == "ref":
+                times.append(seconds(reference_step(model, frames, noise), repeat, warm=repeat > 1))
+            else:
+                times.append(seconds(fast_step(model, frames, noise, amp), repeat, warm=repeat > 1))
+        ratios = "   ".join(f"{times[0] / value:.2f}" for value in times[1:])
+        lines.append(f"{variant:>13} {batch:>5} " + " ".join(f"{value:>8.2f}" for value in times) + f"   {ratios}")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def benchmark_log_det(batch: int, latent: int, repeat: int) -> list[str]:
+    """Forward and backward seconds of one log-determinant of three mixed flows, per mode."""
+    flows = Flows(3, latent, "soft")
+    z = torch.randn(batch, latent)
+    c = torch.rand(batch, 3)
+    lines = []
+    for mode in ("rowsum", "hutchinson", "trace", "exact"):
+
+        def step(mode: str = mode) -> None:
+            start = z.clone().requires_grad_()
+            log_abs_det(flows(torch.arange(2)).at(start, 1), c, c, mode).sum().backward()
+
+        lines.append(f"{mode:>11} B={batch} D={latent}: {seconds(step, repeat):.3f} s")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the benchmark."""
+    parser = Parser(description=__doc__)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--batch-size", type=positive, default=128)
+    parser.add_argument("--latent-size", type=positive, default=324)
+    parser.add_argument("--repeat", type=positive, default=1, help="above 1: a warm-up, then the fastest of so many")
+    parser.add_switch("--logdet", default=False, help="time the log-determinants")
+    args = parser.parse(argv)
+    if args.logdet:
+        benchmark_log_det(args.batch_size, args.latent_size, args.repeat)
+    else:
+        benchmark_steps(args.variants, args.batch_size, args.latent_size, args.repeat)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
