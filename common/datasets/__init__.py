@@ -9,15 +9,14 @@ Files are looked for below `root`: the argument, else the environment variable D
 not there raises UserError with the expected path and the command that prepares it; `load` never downloads.
 """
 
-import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.datasets import classic
+from common.datasets import classic, faces, files, grids, imagenet
 from common.datasets.base import ArraySet, FactorSet, ImageSet, Subset, split, subset
-from common.datasets.sprites import Sprites
+from common.datasets.sprites import BITS_FILE, Sprites
 from common.errors import UserError, suggest
 
 __all__ = ["ArraySet", "FactorSet", "ImageSet", "Subset", "data_root", "load", "names", "split", "subset"]
@@ -28,7 +27,9 @@ ANY = ("train", "valid", "test", "all")  # sets without splits of their own: eac
 
 
 def _sprites(root: Path, split: str, **options: Any) -> Sprites:
-    return Sprites(**options)
+    sprites = Sprites(**options)
+    sprites.use_bits(root / "sprites" / BITS_FILE)
+    return sprites
 
 
 def _digits(root: Path, split: str, **options: Any) -> ArraySet:
@@ -43,15 +44,62 @@ def _cifar(name: str) -> Callable[..., ArraySet]:
     return lambda root, split, **options: classic.load_cifar(name, root, split, **options)
 
 
-# name: (reader, the function whose keywords are its options, splits)
-SETS: dict[str, tuple[Callable[..., ImageSet], Callable[..., Any], tuple[str, ...]]] = {
-    "mnist": (_idx("mnist"), classic.load_idx, LABELLED),
-    "fashion_mnist": (_idx("fashion_mnist"), classic.load_idx, LABELLED),
-    "svhn": (classic.load_svhn, classic.load_svhn, ("train", "test", "extra")),
-    "cifar10": (_cifar("cifar10"), classic.load_cifar, LABELLED),
-    "cifar100": (_cifar("cifar100"), classic.load_cifar, LABELLED),
-    "digits": (_digits, classic.load_digits, ("train", "test", "all")),
-    "sprites": (_sprites, Sprites, ANY),
+def _folder(root: Path, split: str, cache: bool = False, **options: Any) -> ImageSet:
+    part = root / split if split != "all" else root
+    if not part.is_dir() and split == "valid" and (root / "val").is_dir():
+        part = root / "val"
+    if not part.is_dir():
+        if split in ("valid", "test"):
+            raise UserError(
+                f"folder: {root} has no sub-folder {split!r}; give split='all' for the images of {root} itself"
+            )
+        part = root
+    return _kept(files.FolderSet("folder", part, split, **options), root, cache)
+
+
+def _celeba(root: Path, split: str, cache: bool = False, **options: Any) -> ImageSet:
+    return _kept(faces.load_celeba(root, split, **options), root, cache)
+
+
+def _tiny_imagenet(root: Path, split: str, cache: bool = False, **options: Any) -> ImageSet:
+    return _kept(imagenet.load_tiny_imagenet(root, split, **options), root, cache)
+
+
+def _imagenet(name: str) -> Callable[..., ImageSet]:
+    def read(root: Path, split: str, cache: bool = False, **options: Any) -> ImageSet:
+        return _kept(imagenet.load_imagenet(name, root, split, **options), root, cache)
+
+    return read
+
+
+def _kept(images: ImageSet, root: Path, cache: bool) -> ImageSet:
+    """With `cache`, decode image files once into one array file below `root` and read that."""
+    return files.cached(images, root / ".cache") if cache and isinstance(images, files.FileSet) else images
+
+
+def _grid(kind: type) -> Callable[..., FactorSet]:
+    return lambda root, split, **options: kind(root, **options)
+
+
+ARRAY = ("pad", "image_size", "transform")
+FILES = ("cache", "threads", "transform")
+# name: (reader, options, splits)
+SETS: dict[str, tuple[Callable[..., ImageSet], tuple[str, ...], tuple[str, ...]]] = {
+    "mnist": (_idx("mnist"), ARRAY, LABELLED),
+    "fashion_mnist": (_idx("fashion_mnist"), ARRAY, LABELLED),
+    "svhn": (classic.load_svhn, ARRAY, ("train", "test", "extra")),
+    "cifar10": (_cifar("cifar10"), ARRAY, LABELLED),
+    "cifar100": (_cifar("cifar100"), ARRAY, LABELLED),
+    "digits": (_digits, (*ARRAY, "seed", "test_fraction"), ("train", "test", "all")),
+    "celeba": (_celeba, ("image_size", "crop", "channels", *FILES), (*WITH_VALID, "all")),
+    "imagenet32": (_imagenet("imagenet32"), ("image_size", *FILES), WITH_VALID),
+    "imagenet64": (_imagenet("imagenet64"), ("image_size", *FILES), WITH_VALID),
+    "tiny_imagenet": (_tiny_imagenet, ("image_size", *FILES), WITH_VALID),
+    "folder": (_folder, ("image_size", "crop", "channels", *FILES), ANY),
+    "sprites": (_sprites, ("sizes", "image_size", "transform"), ANY),
+    "dsprites": (_grid(grids.DSprites), ("sizes", "transform"), ANY),
+    "shapes3d": (_grid(grids.Shapes3D), ("sizes", "transform"), ANY),
+    "mpi3d_toy": (_grid(grids.MPI3D), ("sizes", "transform"), ANY),
 }
 
 
@@ -73,13 +121,10 @@ def load(name: str, root: str | Path | None = None, split: str = "train", **opti
     """
     if name not in SETS:
         raise UserError(f"unknown data set {name!r}{suggest(name, SETS)}; known: {', '.join(names())}")
-    reader, described, splits = SETS[name]
+    reader, known, splits = SETS[name]
     split = "valid" if split == "val" else split
     if split not in splits:
         raise UserError(f"{name} has no split {split!r}{suggest(split, splits)}; it has {', '.join(splits)}")
-    known = [
-        p for p in inspect.signature(described).parameters if p not in ("name", "root", "split", "paths", "folder")
-    ]
     for option in options:
         if option not in known:
             raise UserError(f"{name} has no option {option!r}{suggest(option, known)}; it has {', '.join(known)}")

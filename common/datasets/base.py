@@ -183,7 +183,7 @@ class FactorSet(ImageSet):
 
 
 class Subset(ImageSet):
-    """Rows of another set, in the given order; of a factor set it keeps `factor_names`, `factor_sizes`, `factors_of`."""
+    """Rows of another set, in the given order (of a factor set with `factor_names`, `factor_sizes`, `factors_of`)."""
 
     def __init__(self, parent: ImageSet, indices: Any, label: str = "subset"):
         self.parent, self.indices = parent, parent.rows(indices)

@@ -1,5 +1,7 @@
 """Images that stay on disk until asked for: folders, CelebA, Tiny ImageNet, downsampled ImageNet."""
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,8 +16,9 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 from torchvision.transforms.functional import InterpolationMode
 
-from common.datasets.base import ImageSet
-from common.datasets.readers import read_image
+from common.checkpoint import atomic_write
+from common.datasets.base import ArraySet, ImageSet
+from common.datasets.readers import read_image, reading
 from common.errors import UserError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
@@ -148,3 +151,27 @@ class FolderSet(FileSet):
         targets = torch.from_numpy(np.repeat(np.arange(len(counts)), counts).astype(np.int64))
         super().__init__(name, split, paths, targets, list(groups) or None, **options)
         self.folder = folder
+
+
+def cached(source: FileSet, folder: Path) -> ArraySet:
+    """`source` decoded once into an npy file in `folder`, memory-mapped from then on.
+
+    The file's name holds a digest of the options and of every file's path, size and time, so a changed folder is
+    decoded anew. Images are stored without the transform, which stays with the returned set.
+    """
+    digest = hashlib.sha256(json.dumps([source.name, source.split, source.options], sort_keys=True).encode())
+    for path in source.paths:
+        with reading(path, "an image"):
+            facts = path.stat()
+        digest.update(f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+    target = folder / f"{source.name}-{source.split}-{digest.hexdigest()[:16]}.npy"
+    shape = (len(source), source.channels, source.height, source.width)
+    if not target.is_file():
+        with atomic_write(target) as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for start in range(0, len(source), 1024):
+                file.write(source._fetch(np.arange(start, min(start + 1024, len(source)))).numpy().tobytes())
+    with reading(target, "cached images"):
+        images = np.load(target, mmap_mode="r", allow_pickle=False)
+    facts = {"classes": source.classes, "options": source.options, "transform": source.transform}
+    return ArraySet(source.name, source.split, images, source.targets, **facts)

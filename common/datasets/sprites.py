@@ -5,14 +5,17 @@ The default grid (3, 6, 40, 32, 32) has dSprites' 737,280 images, order and late
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.checkpoint import atomic_write
 from common.datasets.base import FactorSet
+from common.datasets.readers import reading
 from common.errors import UserError
 
 SHAPES = ("square", "ellipse", "heart")
@@ -20,6 +23,7 @@ FACTORS = {"shape": 3, "scale": 6, "orientation": 40, "posX": 32, "posY": 32}
 UNIT = 0.16  # radius of a sprite of scale 1, in image sides
 SQUARE_HALF_SIDE, ELLIPSE_RATIO, HEART_STRETCH, HEART_LEVEL = 0.85, 0.55, 1.15, 0.7
 REACH = (SQUARE_HALF_SIDE * math.sqrt(2), 1.0, 1.07)  # the farthest point of each shape from its centre, in radii
+BITS_FILE = "sprites_bits.npy"
 CHUNK = 64  # images rendered at a time: their temporaries stay in the cache
 
 
@@ -139,15 +143,13 @@ class LatentGrid(FactorSet):
 class Sprites(LatentGrid):
     """Rendered sprites: uint8 {0, 255} (1, S, S), target (shape, scale, orientation, posX, posY) codes.
 
-    `sizes` gives the grid (default dSprites'); `image_size` >= 16. Images are rendered when asked for; `cache` names a
-    bit-packed file of the whole grid to read instead.
+    `sizes` gives the grid (default dSprites'); `image_size` >= 16. Images are rendered when asked for.
     """
 
     def __init__(
         self,
         sizes: Sequence[int] = tuple(FACTORS.values()),
         image_size: int = 64,
-        cache: np.ndarray | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
     ):
         sizes = tuple(int(size) for size in sizes)
@@ -162,17 +164,53 @@ class Sprites(LatentGrid):
             "sprites", "all", factors, shape, classes=SHAPES[: sizes[0]], options=options, transform=transform
         )
         self.values = factor_values(sizes)
-        self._cache = cache
+        self._bits: np.ndarray | None = None
+
+    def use_bits(self, path: Path) -> None:
+        """Read the images from `path`, which `prepare sprites` wrote, when it is there and holds these sprites."""
+        bits = open_bits(path, len(self), self.height) if self.height % 4 == 0 else None
+        if bits is not None:
+            probe = np.linspace(0, len(self) - 1, 16).astype(np.int64)
+            if torch.equal(unpack(bits[probe]), self._fetch(probe)):
+                self._bits = bits
 
     def _fetch(self, rows: np.ndarray) -> Tensor:
-        if self._cache is not None:
-            return unpack(self._cache[rows], self.height)
+        if self._bits is not None:
+            return unpack(self._bits[rows])
         factors = self.factors_of(rows)
         values = [value[codes] for value, codes in zip(self.values, factors.T, strict=True)]
         return torch.from_numpy(render(*values, side=self.height))[:, None]
 
 
-def unpack(packed: np.ndarray, side: int) -> Tensor:
-    """Bit-packed binary images (n, side * side / 8) as uint8 {0, 255} (n, 1, side, side)."""
-    images = np.unpackbits(packed, axis=1) * np.uint8(255)
+# ---------------------------------------------------------------- bit-packed images
+
+
+def pack(images: np.ndarray) -> np.ndarray:
+    """Binary images (n, side, side), white where positive, as bits: uint8 (n, side * side / 8)."""
+    return np.packbits(images.reshape(len(images), -1) > 0, axis=1)
+
+
+def unpack(bits: np.ndarray) -> Tensor:
+    """Bit-packed images as uint8 {0, 255} (n, 1, side, side)."""
+    side = math.isqrt(bits.shape[1] * 8)
+    images = np.unpackbits(bits, axis=1)
+    images *= 255
     return torch.from_numpy(images.reshape(-1, 1, side, side))
+
+
+def write_bits(blocks: Iterable[np.ndarray], n: int, side: int, path: Path) -> None:
+    """Write `n` binary images, given as blocks (m, side, side), as an npy file of bits, atomically."""
+    with atomic_write(path) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, side * side // 8)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(pack(block).tobytes())
+
+
+def open_bits(path: Path, n: int, side: int) -> np.ndarray | None:
+    """The bits in `path`, memory-mapped; None when the file is not there or is not of `n` images of that side."""
+    if not path.is_file():
+        return None
+    with reading(path, "bit-packed images"):
+        bits = np.load(path, mmap_mode="r", allow_pickle=False)
+    return bits if bits.dtype == np.uint8 and bits.shape == (n, side * side // 8) else None
