@@ -159,6 +159,14 @@ class Part:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def part(self, n: int, seed: int) -> "Part":
+        """A seeded choice of at most `n` examples, in the stored order."""
+        if n >= len(self):
+            return self
+        kept = np.sort(np.random.default_rng(seed % 2**32).permutation(len(self))[:n])
+        arrays = (self.rows, self.concepts, self.y, self.mask, self.codes)
+        return Part(self.images, *(array.numpy()[kept] for array in arrays))
+
     def n_batches(self, batch_size: int, drop_last: bool) -> int:
         """Batches an epoch."""
         return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
@@ -241,6 +249,7 @@ class ConceptData:
     n_classes: int
     code_sizes: tuple[int, ...]
     grid: Any = None
+    rejection: Part | None = None  # training images that fit the rejection; default all
     corner: np.ndarray | None = None  # dsprites_leakage: the absent factor of the test images (n,)
     fixed: dict[str, int] | None = None  # rows of `train.images` drawn in every traversal
 
@@ -487,6 +496,12 @@ def load_data(o: argparse.Namespace) -> ConceptData:
     for name, part in (("train", data.train), ("val", data.val), ("test", data.test)):
         if len(part) == 0:
             raise UserError(f"{o.dset_name}: the {name} split is empty")
+    data.rejection = data.train
+    if o.max_eval_images is not None:
+        if data.corner is not None:
+            raise UserError("--max_eval_images: the corners of dsprites_leakage are few; leave it out")
+        data.val, data.test = (part.part(o.max_eval_images, o.seed) for part in (data.val, data.test))
+        data.rejection = data.train.part(o.max_eval_images, o.seed)
     if len(data.train) < o.batch_size:
         raise UserError(f"--batch_size {o.batch_size} exceeds the {len(data.train)} training images; lower it")
     return data

@@ -260,6 +260,12 @@ def make_parser(prog: str = "glancenet/main.py", description: str = "") -> Parse
         "--test", type=boolean, default=False, help="only evaluate --ckpt_load: test pass, metrics, pictures"
     )
     g.add_argument(
+        "--max_eval_images",
+        type=int,
+        default=None,
+        help="a seeded choice of so many images for each pass (validation, test, rejection); default all",
+    )
+    g.add_argument(
         "--evaluation_metric",
         nargs="+",
         choices=METRICS,
@@ -334,6 +340,8 @@ def resolve(o: argparse.Namespace) -> argparse.Namespace:
     for flag in ("z_dim", "batch_size", "metric_train", "metric_eval"):
         if getattr(o, flag) < 1:
             raise UserError(f"--{flag} {getattr(o, flag)}: must be at least 1")
+    if o.max_eval_images is not None and o.max_eval_images < 1:
+        raise UserError(f"--max_eval_images {o.max_eval_images}: must be at least 1")
     for flag in ("z_class", "mc_samples", "num_workers"):
         if getattr(o, flag) < 0:
             raise UserError(f"--{flag} {getattr(o, flag)}: must not be negative")

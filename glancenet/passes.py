@@ -178,7 +178,7 @@ def fit_rejection(
     model: Algorithm, data: ConceptData, device: torch.device, quantile: float, sampled: bool
 ) -> tuple[osr.Thresholds, Encoded]:
     """Thresholds from the training images, and those images as the rejection sees them."""
-    train = encode_for_rejection(model, data.train, device, sampled)
+    train = encode_for_rejection(model, data.rejection, device, sampled)
     means = prototypes(model, train, data.n_classes)
     return osr.fit_thresholds(train.errors, train.z, train.y, means, model.z_class, quantile), train
 
