@@ -1,0 +1,36 @@
+"""3x3 inverse convolutions and splines on MNIST, no coupling, batch 1000.
+
+python inv_flow/experiments/exact_cnn_mnist.py [--key value ...]
+"""
+
+import sys
+
+from common.errors import run_command
+from inv_flow.train import launch
+
+PRESET = {
+    "name": "exact_cnn_mnist",
+    "dataset": "mnist",
+    "num_blocks": 2,
+    "block_size": 3,
+    "order": "TL",
+    "actnorm": False,
+    "coupling_width": 0,
+    "batch_size": 1000,
+    "lr": 0.0001,
+    "scheduler_name": "none",
+    "epochs": 10000,
+    "activation": "Spline",
+    "n_bins": 10,
+    "tail_bound": 100.0,
+    "individual_weights": True,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv`."""
+    launch.main(argv, __doc__, PRESET)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,27 @@
+"""Inverse-Flow on MNIST (paper, Table 3: L = 2, K = 16).
+
+    python inv_flow/inv_flow_mnist.py                                  the paper's flow, 100 epochs
+    python inv_flow/inv_flow_mnist.py --layer none|glow|finc|emerging|convexp|snf       a comparison model at equal
+    depth python inv_flow/inv_flow_mnist.py --num_blocks 3 --block_size 32 --padding 2        three levels on 32x32
+    python inv_flow/inv_flow_mnist.py --resume                         go on from checkpoints/last.pt python
+    inv_flow/inv_flow_mnist.py --evaluate                       test likelihood and pictures of checkpoints/best
+    torchrun --nproc_per_node=2 inv_flow/inv_flow_mnist.py             several processes; the batch size stays the total
+
+Writes runs/inv_flow/mnist (see inv_flow/train/experiment.py).
+"""
+
+import sys
+
+from common.errors import run_command
+from inv_flow.train import launch
+
+PRESET = {"name": "mnist", "dataset": "mnist", "num_blocks": 2, "block_size": 16}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv`."""
+    launch.main(argv, __doc__, PRESET)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,121 @@
+"""The flow of the papers: L levels of (squeeze, K steps, split prior) between the pixels and a standard normal.
+
+A step is [ActNorm] [self-normalising 1x1] [FInC unit] [Emerging] [ConvExp] [inverse convolution] [activation] [Conv1x1]
+Coupling; the configuration says which of the bracketed layers are there. The comparison models of the papers differ in
+that choice alone.
+"""
+
+from torch import Tensor, nn
+
+from common.errors import UserError
+from inv_flow.layers.activations import make_activation
+from inv_flow.layers.actnorm import ActNorm
+from inv_flow.layers.conv1x1 import Conv1x1
+from inv_flow.layers.convexp import ConvExp
+from inv_flow.layers.coupling import Coupling, SplitPrior
+from inv_flow.layers.emerging import Emerging
+from inv_flow.layers.flow import FlowSequential, ModifiedGradFlowLayer
+from inv_flow.layers.inv_conv import InverseConv2d, InverseConvUnit, MaskedConv2d
+from inv_flow.layers.preprocess import Pad2d, Squeeze, preprocessing
+from inv_flow.layers.selfnorm import SelfNormConv
+from inv_flow.train.config import Config
+from inv_flow.utils.inv_conv_cuda import ORDERS
+
+
+class FlowModel(FlowSequential):
+    """A `FlowSequential` on integer images (B, C, H, W) in 0..levels-1 that knows its latent shapes."""
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        image_size: tuple[int, int, int],
+        latent_sizes: list[tuple[int, ...]],
+        levels: int,
+    ):
+        super().__init__(layers)
+        self.image_size, self.latent_sizes, self.levels = image_size, latent_sizes, levels
+
+    def sample_images(self, n: int, temperature: float = 1.0) -> Tensor:
+        """n images (n, C, H, W) of integers in 0..levels-1; every latent is temperature * N(0, I)."""
+        return self.sample(n, self.latent_sizes, temperature).clamp(0, self.levels - 1)
+
+    def set_exact(self, exact: bool) -> None:
+        """Let self-normalising layers use the exact log-determinant and inverse (True) or the learned ones (False)."""
+        for module in self.modules():
+            if isinstance(module, ModifiedGradFlowLayer):
+                module.exact = exact
+
+    def self_norm_layers(self) -> list[SelfNormConv]:
+        """The layers that have a reconstruction loss."""
+        return [module for module in self.modules() if isinstance(module, SelfNormConv)]
+
+
+def step_order(config: Config, index: int) -> str:
+    """The scan order of the inverse convolution of step `index`, counted over the whole flow."""
+    if config.order == "alternate":
+        return ("TL", "BR")[index % 2]
+    if config.order == "cycle":
+        return ORDERS[index % 4]
+    return config.order
+
+
+def flow_step(config: Config, size: tuple[int, int, int], index: int, last: bool) -> list[nn.Module]:
+    """The layers of one step on images of `size` (C, H, W)."""
+    channels, kernel = size[0], config.if_kernel_size
+    stability = {"init_std": config.init_std, "max_row_sum": config.max_row_sum}
+    layers: list[nn.Module] = []
+    if config.actnorm:
+        layers.append(ActNorm(channels))
+    if config.snf:
+        layers.append(SelfNormConv(channels, config.snf_kernel_size))
+    if config.ff:
+        if channels % 4:
+            raise UserError(f"ff: a FInC unit needs a multiple of 4 channels, this level has {channels}")
+        layers.append(
+            MaskedConv2d(channels, kernel, ORDERS, groups=4, init_std=config.init_std, max_row_sum=config.max_row_sum)
+        )
+    if config.emerging:
+        layers.append(Emerging(channels, kernel))
+    if config.convexp:
+        layers.append(ConvExp(size))
+    if config.inv_conv or config.inv_conv_no_pad:
+        layers.append(InverseConv2d(channels, kernel, step_order(config, index), config.groups, **stability))
+    if config.inv_flow:
+        layers.append(InverseConvUnit(channels, kernel, split=config.groups == 4, **stability))
+    if config.activation != "Identity" and not (last and not config.last_activation):
+        layers.append(
+            make_activation(config.activation, size, config.n_bins, config.tail_bound, config.individual_weights)
+        )
+    if config.conv1x1:
+        layers.append(Conv1x1(channels))
+    if config.coupling_width:
+        layers.append(Coupling(channels, config.coupling_width, config.coupling, config.autocast))
+    if not layers:
+        raise UserError("a step without any layer: switch on a convolution, an activation or the coupling")
+    return layers
+
+
+def create_model(config: Config) -> FlowModel:
+    """The flow of `config`. Raises UserError for a size that does not squeeze and for steps without layers."""
+    channels, height, width = config.image_size
+    layers: list[nn.Module] = [Pad2d(config.padding)] if config.padding else []
+    layers += preprocessing(config.alpha, config.levels)
+    height, width = height + 2 * config.padding, width + 2 * config.padding
+    latents, index, total = [], 0, config.num_blocks * config.block_size
+    for block in range(config.num_blocks):
+        if height % 2 or width % 2:
+            raise UserError(
+                f"num_blocks={config.num_blocks}: level {block} is {height}x{width}, which does not squeeze; "
+                "take fewer blocks, or padding=2 to make 28x28 images 32x32"
+            )
+        layers.append(Squeeze())
+        channels, height, width = 4 * channels, height // 2, width // 2
+        for _ in range(config.block_size):
+            layers += flow_step(config, (channels, height, width), index, last=index == total - 1)
+            index += 1
+        if config.split_prior and block < config.num_blocks - 1:
+            layers.append(SplitPrior(channels, config.split_width, config.coupling, config.autocast))
+            channels //= 2
+            latents.append((channels, height, width))
+    latents.append((channels, height, width))
+    return FlowModel(layers, config.image_size, latents, config.levels)
