@@ -125,7 +125,8 @@ def color_jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def rotate_and_crop(x: Tensor, radians: Tensor, offset: Tensor, edge_pad: int, margin: int) -> Tensor:
-    """Pad by repeated edges, rotate about the centre (nearest pixel), centre crop to H + margin, crop H x W at `offset`.
+    """Pad by repeated edges, rotate about the centre (nearest pixel), centre crop to H + margin, crop H x W at
+    `offset`.
 
     One gather: every output pixel asks which input pixel it comes from.
     """

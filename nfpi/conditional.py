@@ -82,8 +82,8 @@ class ConditionalFlow:
     ) -> tuple[Tensor, Tensor]:
         """(images in [0, 1], their labels) for the wanted classes y (B,).
 
-        z ~ N(mu_y, T^2 diag v_y), inverted, cut to whole grey levels; split-off halves are drawn at T as well. Where the
-        class is told in the image, the label is read from the sampled band and the band is taken off.
+        z ~ N(mu_y, T^2 diag v_y), inverted, cut to whole grey levels; split-off halves are drawn at T as well. Where
+        the class is told in the image, the label is read from the sampled band and the band is taken off.
         """
         y = y.to(self.device)
         z = self.gaussians.sample(y, temperature, generator)

@@ -1,7 +1,7 @@
 """The configuration: one base file, small differences, hydra's override grammar; unknown keys name the nearest one.
 
-`base.yaml` holds every option. An experiment's file names it in its defaults list and holds only what differs; a file of
-the user's own in any folder may do the same, because the folder of `base.yaml` is always on the search path.
+`base.yaml` holds every option. An experiment's file names it in its defaults list and holds only what differs; a file
+of the user's own in any folder may do the same, because the folder of `base.yaml` is always on the search path.
 """
 
 import difflib
@@ -34,6 +34,7 @@ CHOICES = {
     "classifier_nf_strategy": STRATEGIES,
     "classification.optimizer_name": ("sgd", "adam"),
     "classification.resnet_version": (18, 34, 50, 101, 152),
+    "classification.stem": ("small", "imagenet"),
 }
 # groups to which a user may add an entry of his own, shaped like the named one
 OPEN_GROUPS = {"dataset_info": "cifar10", "classification": "cifar10"}
@@ -161,8 +162,8 @@ def check(cfg: DictConfig) -> None:
     info = cfg.val.gmm.fpi_info
     if info.lambda_fpi_mu != info.lambda_fpi_sigma:
         raise UserError(
-            f"lambda_fpi_mu={info.lambda_fpi_mu} and lambda_fpi_sigma={info.lambda_fpi_sigma} must be equal: both weigh "
-            "the same objective"
+            f"lambda_fpi_mu={info.lambda_fpi_mu} and lambda_fpi_sigma={info.lambda_fpi_sigma} must be equal: "
+            "both weigh the same objective"
         )
     if cfg.dataset_name not in cfg.dataset_info or not OmegaConf.is_dict(cfg.dataset_info[cfg.dataset_name]):
         known = [k for k, v in cfg.dataset_info.items() if OmegaConf.is_dict(v)]
@@ -182,9 +183,18 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"bits={cfg.bits}: expected 1 to 8")
     if cfg.num_test_alone < 1:
         raise UserError(f"num_test_alone={cfg.num_test_alone}: expected 1 or more (test_nf_alone=0 skips the test)")
-    for key in ("train.epochs", "train.batch_size", "train.init_batch_size", "test.batch_size", "val.batch_size",
-                "save_every_n_epochs", "test_every_n_epochs", "save_model_ckpt_every_n_epochs", "val.gmm.every_n_epochs",
-                "val.gmm.n_loops"):  # fmt: skip
+    for key in (
+        "train.epochs",
+        "train.batch_size",
+        "train.init_batch_size",
+        "test.batch_size",
+        "val.batch_size",
+        "save_every_n_epochs",
+        "test_every_n_epochs",
+        "save_model_ckpt_every_n_epochs",
+        "val.gmm.every_n_epochs",
+        "val.gmm.n_loops",
+    ):
         if OmegaConf.select(cfg, key) < 1:
             raise UserError(f"{key}={OmegaConf.select(cfg, key)}: expected 1 or more")
     _check_stages(cfg)

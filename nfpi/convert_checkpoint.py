@@ -1,7 +1,8 @@
-"""Turn a published NFPI checkpoint (PyTorch Lightning, `epoch=E-step=S.ckpt`) into this repository's weights file.
+r"""Turn a published NFPI checkpoint (PyTorch Lightning, `epoch=E-step=S.ckpt`) into this repository's weights file.
 
     python nfpi/convert_checkpoint.py "epoch=499-step=49000.ckpt" converted/flow.safetensors
-    python nfpi/main.py --config-path=___configs/cifar10 --config-name=mean train_nf=0 nf_load_path=converted/flow.safetensors
+    python nfpi/main.py --config-path=___configs/cifar10 --config-name=mean train_nf=0 \
+        nf_load_path=converted/flow.safetensors
 
 Writes the EMA weights (the online ones when the average was never started, or with --online), the class Gaussians, and
 the architecture, read from the tensors' shapes, in a .json beside it. Nothing in the file is executed: Lightning's
@@ -160,11 +161,18 @@ def infer_config(state: dict[str, Tensor]) -> FlowConfig:
     elif n == 1 and out == 2 * n:
         raise UserError("affine and matrixexp couplings of one channel have the same shapes; name the type yourself")
     splits = len({key.split(".")[1] for key in state if key.startswith("split_coupling_priors.")})
-    config = dict(
-        channels=channels // 4, height=2 * first[1], width=2 * first[2], flows=flows, blocks=blocks, hidden=hidden,
-        conv_type=conv_type, flow_type=flow_type, level_idx=splits + 1,
-        attention=any("attention_block_after" in key for key in state),
-    )  # fmt: skip
+    config = {
+        "channels": channels // 4,
+        "height": 2 * first[1],
+        "width": 2 * first[2],
+        "flows": flows,
+        "blocks": blocks,
+        "hidden": hidden,
+        "conv_type": conv_type,
+        "flow_type": flow_type,
+        "level_idx": splits + 1,
+        "attention": any("attention_block_after" in key for key in state),
+    }
     if splits == 0:
         return FlowConfig(**config, level_method="all_levels")
     spcb = FlowConfig(**config, level_method="spcb")
@@ -187,7 +195,7 @@ def _conv_type(state: dict[str, Tensor]) -> str:
 
 
 def convert(source: str | Path, target: str | Path, online: bool = False, conv_type: str | None = None) -> FlowConfig:
-    """Read `source`, check that its tensors fit the architecture they imply, write `target` (.safetensors and .json)."""
+    """Read `source`, check that its tensors fit the architecture they imply, write `target` (.safetensors, .json)."""
     state = read_state_dict(source)
     flow = under(state, "flow.")
     if not flow:

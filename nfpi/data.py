@@ -174,7 +174,8 @@ def flow_sets(
     """(images that train the flow, images on which the Gaussians are estimated).
 
     The second is the training set itself with `use_train` (all shipped configurations), else a stratified part
-    1 - `ratio`. `items_per_class_train` / `_val` in `info` cut both down, 0 keeps all; equal numbers give equal subsets.
+    1 - `ratio`. `items_per_class_train` / `_val` in `info` cut both down, 0 keeps all; equal numbers give equal
+    subsets.
     """
     fit = train
     if not use_train:

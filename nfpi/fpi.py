@@ -142,15 +142,15 @@ def step_ref(
     u = var.mean(1, keepdim=True).expand_as(var) if settings.isotropic else var
     w = (1 / var).mean(1, keepdim=True).expand_as(var) if settings.isotropic else 1 / var
     force, outflow, inflow = torch.zeros_like(mean), torch.zeros_like(mean), torch.zeros_like(mean)
+    summed = [((mean[j] - mean) ** 2).sum(0) for j in range(classes)]  # for the sum trick
     for i in range(classes):
         for j in range(classes):
-            force[i] += u[i] * (weight[i, j] * w[j] + weight[j, i] * w[i]) * (mean[i] - mean[j])
-            outflow[i] += weight[i, j] / var[j]
-            if settings.sum_trick:
-                square = sum((mean[j] - mean[other]) ** 2 for other in range(classes))
-            else:
-                square = (mean[i] - mean[j]) ** 2
-            inflow[i] += weight[j, i] * (square + var[j])
+            if settings.means:
+                force[i] += u[i] * (weight[i, j] * w[j] + weight[j, i] * w[i]) * (mean[i] - mean[j])
+            if settings.variances:
+                outflow[i] += weight[i, j] / var[j]
+                square = summed[j] if settings.sum_trick else (mean[i] - mean[j]) ** 2
+                inflow[i] += weight[j, i] * (square + var[j])
     new_mean = data_mean + pull * force if settings.means else mean
     new_var = var
     if settings.variances:

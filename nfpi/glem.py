@@ -1,8 +1,8 @@
 """The gradient baseline `glem`: class Gaussians moved by scaled gradients instead of the fixed point iteration.
 
-Per pass over the latents: the gradients of the negative log-likelihood and of minus the summed pairwise KL, each divided
-by a (max - min) range, are weighted, preconditioned like Adam, and applied to the mean and to the (re-parametrised)
-variance of every class.
+Per pass over the latents: the gradients of the negative log-likelihood and of minus the summed pairwise KL, each
+divided by a (max - min) range, are weighted, preconditioned like Adam, and applied to the mean and to the
+(re-parametrised) variance of every class.
 """
 
 from collections.abc import Sequence
@@ -118,7 +118,7 @@ def at(values: np.ndarray, index: int) -> float:
 
 
 def nll_gradients(z: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of -sum_n log N(z_n; mean, diag var) for one class's z (N, d): with respect to mean (d,) and var (d,)."""
+    """Gradients of -sum_n log N(z_n; mean, diag var) for one class's z (N, d), for mean (d,) and var (d,)."""
     scaled = (z - mean) / var
     return -scaled.sum(0), -0.5 * (scaled**2 - 1 / var).sum(0)
 

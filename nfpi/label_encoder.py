@@ -9,8 +9,8 @@ from common.errors import UserError
 class DistancedPixels:
     """K codes (C, rows, W) in [0, 1], pushed apart from a random start.
 
-    `iterations` synchronous updates a_k <- -a_k + sum_{j != k} (a_k - a_j)/|a_k - a_j|, then one affine map of all codes
-    to [0, 1]. Raises UserError for fewer than two classes.
+    `iterations` synchronous updates a_k <- -a_k + sum_{j != k} (a_k - a_j)/|a_k - a_j|, then one affine map of all
+    codes to [0, 1]. Raises UserError for fewer than two classes.
     """
 
     def __init__(self, codes: Tensor):

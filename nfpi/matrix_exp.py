@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 @functools.lru_cache(maxsize=4096)
 def taylor_plan(bound: float, eps: float) -> tuple[int, int]:
-    """(steps, terms): split the unit interval in `steps` so that each piece has norm <= 2, and take so many Taylor terms
-    that the remainder theta^(m+1)/(m+1)! is below a quarter of the float type's `eps`.
+    """(steps, terms): split the unit interval in `steps` so that each piece has norm <= 2, and take so many Taylor
+    terms that the remainder theta^(m+1)/(m+1)! is below a quarter of the float type's `eps`.
     """
     steps = max(1, math.ceil(bound / 2))
     theta = max(bound / steps, 2.0**-10)

@@ -112,11 +112,30 @@ def latent_tsne(gaussians: ClassGaussians, rng: torch.Generator) -> np.ndarray:
     return scatter(points, y.cpu().numpy(), "class samples in the latent space")
 
 
-def scatter(points: np.ndarray, labels: np.ndarray, title: str = "", size: float = 4) -> np.ndarray:
-    """Points (N, 2) coloured by class, equal aspect, without axes."""
+def scatter(
+    points: np.ndarray,
+    labels: np.ndarray,
+    title: str = "",
+    size: float = 4,
+    limits: tuple[Sequence[float], Sequence[float]] | None = None,
+    classes: int | None = None,
+) -> np.ndarray:
+    """Points (N, 2) coloured by class, equal aspect, without axes. `limits`: lower and upper corner of the view."""
+    last = (classes or int(labels.max()) + 1) - 1
     figure = Figure(figsize=(5, 5), dpi=100, layout="constrained")
     axes = figure.subplots()
-    axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="tab10" if labels.max() < 10 else "nipy_spectral", s=size)
+    axes.scatter(
+        points[:, 0],
+        points[:, 1],
+        c=labels,
+        s=size,
+        vmin=0,
+        vmax=max(last, 9),
+        cmap="tab10" if last < 10 else "nipy_spectral",
+    )
+    if limits:
+        axes.set_xlim(limits[0][0], limits[1][0])
+        axes.set_ylim(limits[0][1], limits[1][1])
     axes.set_aspect("equal")
     axes.set_axis_off()
     axes.set_title(title)

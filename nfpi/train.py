@@ -1,7 +1,7 @@
 """Training of the conditional flow (Enescu & Sahbi, BMVC 2024): maximum likelihood with one fixed Gaussian a class.
 
-Called by main.py. `train_flow` is the whole procedure, top to bottom: data-dependent initialisation, class Gaussians from
-the latents of the untrained flow, epochs of Adamax, the fixed point iteration at the end of epoch 0, then frozen
+Called by main.py. `train_flow` is the whole procedure, top to bottom: data-dependent initialisation, class Gaussians
+from the latents of the untrained flow, epochs of Adamax, the fixed point iteration at the end of epoch 0, then frozen
 Gaussians and a moving average of the weights.
 
 Written below the run's folder: config.json, metrics.csv, tb/, log.txt, fpi_epoch<e>.csv (one row an iteration),
@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from common.batches import Batches
-from common.checkpoint import atomic_write, load_into, load_state, load_weights, prune, save_state
+from common.checkpoint import atomic_write, load_into, load_weights, prune, save_state
 from common.errors import UserError
 from common.launch import Distributed, StopSignal, check_finite
 from common.run import Run
@@ -188,17 +188,34 @@ def dequantised(
 
 
 def training_batches(
-    model: ConditionalFlow, images: Images, cfg: DictConfig, dist: Distributed, *, use: int, epoch: int, batch_size: int,
-    shuffle: bool, begin: int = 0, recipe: augment.Recipe, noise: float,
-) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:  # fmt: skip
+    model: ConditionalFlow,
+    images: Images,
+    cfg: DictConfig,
+    dist: Distributed,
+    *,
+    use: int,
+    epoch: int,
+    batch_size: int,
+    shuffle: bool,
+    begin: int = 0,
+    recipe: augment.Recipe,
+    noise: float,
+) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
     """(batch index, images of all processes in the batch, x, y, dequantisation noise) with the training transforms.
 
     A last batch with fewer images than processes is left out.
     """
     batches = Batches(
-        images, batch_size, seed=cfg.seed, shuffle=shuffle, drop_last=False, rank=dist.rank, world=dist.world,
-        device=dist.device, hold=True,
-    )  # fmt: skip
+        images,
+        batch_size,
+        seed=cfg.seed,
+        shuffle=shuffle,
+        drop_last=False,
+        rank=dist.rank,
+        world=dist.world,
+        device=dist.device,
+        hold=True,
+    )
     sizes = batch_sizes(len(images), batch_size)
     for index, (pixels, y) in enumerate(batches.epoch(epoch, begin), start=begin):
         count = sizes[index]
@@ -230,9 +247,17 @@ def latents(
     """(z, y, negative log-likelihood) of the images on which the Gaussians are estimated, with training transforms."""
     recipe = augment.recipe(cfg.dataset_info[cfg.dataset_name].augmentation)
     stream = training_batches(
-        model, images, cfg, dist, use=Use.LATENTS, epoch=epoch, batch_size=dist.world * max(1, cfg.val.batch_size // dist.world),
-        shuffle=False, recipe=recipe, noise=noise_of(cfg),
-    )  # fmt: skip
+        model,
+        images,
+        cfg,
+        dist,
+        use=Use.LATENTS,
+        epoch=epoch,
+        batch_size=dist.world * max(1, cfg.val.batch_size // dist.world),
+        shuffle=False,
+        recipe=recipe,
+        noise=noise_of(cfg),
+    )
     for _, _, x, y, noise in stream:
         for part in torch.arange(len(x), device=x.device).split(1000):  # bounds the memory, changes no number
             nll, z = model.nll(x[part], y[part], noise[part])
@@ -329,9 +354,15 @@ def glem_state(cfg: DictConfig) -> tuple[glem.GaussianAdam, glem.GaussianAdam]:
 
 
 def run_glem(
-    model: ConditionalFlow, images: Images, cfg: DictConfig, dist: Distributed, run: Run, epoch: int, step: int,
+    model: ConditionalFlow,
+    images: Images,
+    cfg: DictConfig,
+    dist: Distributed,
+    run: Run,
+    epoch: int,
+    step: int,
     adam: tuple[glem.GaussianAdam, glem.GaussianAdam],
-) -> None:  # fmt: skip
+) -> None:
     """The gradient baseline at the end of `epoch`: `n_loops` updates of all Gaussians from the latents' likelihood."""
     gmm, gaussians, reparam = cfg.val.gmm, model.gaussians, reparametrisation(cfg)
 
@@ -376,10 +407,15 @@ def run_glem(
             for moments in adam:
                 moments.reset()
     run.log(
-        step, epoch=epoch, glem_lr_mean=settings.lr_mean, glem_lr_var=settings.lr_var,
-        glem_lambda_kl=settings.weight_kl_mean, glem_nll_range=settings.nll_range, glem_kl_range=settings.kl_range,
+        step,
+        epoch=epoch,
+        glem_lr_mean=settings.lr_mean,
+        glem_lr_var=settings.lr_var,
+        glem_lambda_kl=settings.weight_kl_mean,
+        glem_nll_range=settings.nll_range,
+        glem_kl_range=settings.kl_range,
         **kl_statistics(gaussians),
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------- evaluation
@@ -442,7 +478,7 @@ def evaluate(
 
 
 def load_pretrained(flow: MultiScaleFlow, path: str, run: Run) -> None:
-    """Put pre-trained weights into `flow`. Only attention blocks may be absent from the file; that is said in the log."""
+    """Put pre-trained weights into `flow`. Only attention blocks may be absent from the file; the log says so."""
     tensors, _ = load_weights(path)
     own = {k.removeprefix("flow."): v for k, v in tensors.items() if k.startswith("flow.")}
     absent = {k: v for k, v in flow.state_dict().items() if k not in own and "attention_block_after" in k}
@@ -451,10 +487,19 @@ def load_pretrained(flow: MultiScaleFlow, path: str, run: Run) -> None:
     load_into(flow, {**own, **absent}, path)
 
 
-def train_flow(cfg: DictConfig, train: Images, fit: Images, test: Images, dist: Distributed, run: Run) -> Path | None:
+def train_flow(
+    cfg: DictConfig,
+    train: Images,
+    fit: Images,
+    test: Images,
+    dist: Distributed,
+    run: Run,
+    state: dict[str, Any] | None = None,
+) -> Path | None:
     """Train the flow on `train`, its Gaussians on `fit`; figures on `test`. Returns the weights file.
 
-    None when the run was stopped by a signal; its state is saved and `nf_ckpt_path` resumes it.
+    `state`: a saved training state to go on from. None when the run was stopped by a signal; its state is saved and
+    `nf_ckpt_path` resumes it.
     """
     device, checkpoints = dist.device, run.folder / "checkpoints"
     recipe = augment.recipe(cfg.dataset_info[cfg.dataset_name].augmentation)
@@ -463,8 +508,7 @@ def train_flow(cfg: DictConfig, train: Images, fit: Images, test: Images, dist: 
     optimizer = adamax(flow.parameters(), cfg.train.lr, cfg.train.optimizer)
     adam = glem_state(cfg)
     epoch, begin, step, sums = 0, 0, 0, [0.0] * 3  # sums: images, nats, correct ones of this epoch
-    if cfg.nf_ckpt_path:
-        state = load_state(cfg.nf_ckpt_path, kind=STATE_KIND)
+    if state is not None:
         load_into(flow, state["flow"], cfg.nf_ckpt_path)
         gaussians.load_state_dict(state["gaussians"])
         optimizer.load_state_dict(state["optimizer"])
@@ -476,9 +520,17 @@ def train_flow(cfg: DictConfig, train: Images, fit: Images, test: Images, dist: 
     else:
         init = train.subset(torch.arange(min(cfg.train.init_batch_size, len(train))))
         for _, _, x, y, noise in training_batches(
-            model, init, cfg, Distributed(device), use=Use.INIT, epoch=0, batch_size=len(init), shuffle=False,
-            recipe=recipe, noise=noise_of(cfg),
-        ):  # fmt: skip
+            model,
+            init,
+            cfg,
+            Distributed(device),
+            use=Use.INIT,
+            epoch=0,
+            batch_size=len(init),
+            shuffle=False,
+            recipe=recipe,
+            noise=noise_of(cfg),
+        ):
             flow.initialise(model.input(x, y, noise))
         if cfg.nf_weights_load_path:
             load_pretrained(flow, cfg.nf_weights_load_path, run)
@@ -486,7 +538,7 @@ def train_flow(cfg: DictConfig, train: Images, fit: Images, test: Images, dist: 
     ema = None
     if cfg.train.ema_name:
         ema = PowerEma(flow, **cfg.train.ema).to(device)
-        if cfg.nf_ckpt_path and state["ema"] is not None:
+        if state is not None and state["ema"] is not None:
             load_into(ema, state["ema"], cfg.nf_ckpt_path)
     if cfg.torch_compile:
         flow.compile(mode=cfg.torch_compile_mode)  # in place: names in the checkpoints stay
@@ -501,13 +553,21 @@ def train_flow(cfg: DictConfig, train: Images, fit: Images, test: Images, dist: 
         path = checkpoints / f"state_epoch{epoch:04d}.pt"
         if dist.is_main:
             save_state(
-                path, STATE_KIND, flow=flow.state_dict(), gaussians=gaussians.state_dict(),
-                optimizer=optimizer.state_dict(), ema=None if ema is None else ema.state_dict(),
-                glem=[moments.state() for moments in adam], epoch=epoch, batch=batch, step=step, sums=sums,
+                path,
+                STATE_KIND,
+                flow=flow.state_dict(),
+                gaussians=gaussians.state_dict(),
+                optimizer=optimizer.state_dict(),
+                ema=None if ema is None else ema.state_dict(),
+                glem=[moments.state() for moments in adam],
+                epoch=epoch,
+                batch=batch,
+                step=step,
+                sums=sums,
                 codes=None if model.codes is None else model.codes.codes,
                 model_config={"flow": flow.config.as_dict(), "shared": gaussians.shared, "bits": model.bits},
                 config=OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False),
-            )  # fmt: skip
+            )
             prune(checkpoints, "state_epoch*.pt", keep=1)
         dist.barrier()
         return path
@@ -517,9 +577,18 @@ def train_flow(cfg: DictConfig, train: Images, fit: Images, test: Images, dist: 
             flow.train()
             count_correct = (epoch + 1) % cfg.save_every_n_epochs == 0 and not gaussians.shared
             stream = training_batches(
-                model, train, cfg, dist, use=Use.TRAIN, epoch=epoch, batch_size=cfg.train.batch_size, shuffle=True,
-                begin=begin, recipe=recipe, noise=noise_of(cfg),
-            )  # fmt: skip
+                model,
+                train,
+                cfg,
+                dist,
+                use=Use.TRAIN,
+                epoch=epoch,
+                batch_size=cfg.train.batch_size,
+                shuffle=True,
+                begin=begin,
+                recipe=recipe,
+                noise=noise_of(cfg),
+            )
             total = len(batch_sizes(len(train), cfg.train.batch_size))
             for index, count, x, y, noise in run.progress(stream, total=total, desc=f"epoch {epoch}", initial=begin):
                 for group in optimizer.param_groups:
@@ -537,11 +606,14 @@ def train_flow(cfg: DictConfig, train: Images, fit: Images, test: Images, dist: 
                     ema.update(flow)
                 correct = (gaussians.logits(latent.z.detach()).argmax(1).to(y) == y).sum() if count_correct else 0
                 sums = [sums[0] + count, sums[1] + value * count, sums[2] + float(dist.sum(float(correct)))]
-                run.log(
-                    step, epoch=epoch, loss=value, bpd=float(bits_per_dim(torch.tensor(value), model.dim)),
-                    lr=optimizer.param_groups[0]["lr"],
-                )  # fmt: skip
                 step += 1
+                run.log(
+                    step,
+                    epoch=epoch,
+                    loss=value,
+                    bpd=float(bits_per_dim(torch.tensor(value), model.dim)),
+                    lr=optimizer.param_groups[0]["lr"],
+                )
                 if dist.any(bool(stop)):
                     path = save(epoch, index + 1)
                     run.info(f"stopped by a signal; go on with train_nf=1 nf_ckpt_path={path}")

@@ -1,0 +1,164 @@
+r"""The 2-D experiment: class Gaussians of a labelled planar cloud before and after the fixed point iteration.
+
+    python nfpi/synthetic_2d.py --data cifar10_tsne.npz --out runs/synthetic_2d          # t-SNE of CIFAR-10
+    python nfpi/synthetic_2d.py --data rings --strength 100 1000 5000                    # a generated cloud
+    python nfpi/synthetic_2d.py --data cloud.npz --force-isotropic 4 --no-variances
+
+--data: a .npz with `x` (N, 2) and `y` (N,), a pickle with the same keys (only arrays are read), or `blobs`, `rings`.
+Start values are the class statistics; no sum trick; as in section "2-D data" of Enescu & Sahbi (BMVC 2024).
+Writes to --out: tsne.png (the cloud), tsne_class<k>.png (classes added one after the other), tsne_gaussians.png (1000
+samples a class of the estimated Gaussians), fpi_<lambda>.png (the same after the iteration), steps_<lambda>.png, and
+results.json (iterations, means, standard deviations, smallest KL).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a file: the repository's root is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.checkpoint import write_json
+from common.errors import UserError, run_command
+from common.images import save_image
+from nfpi import pictures
+from nfpi.data import read_pickle
+from nfpi.fpi import FixedPoint, FixedPointResult, solve
+from nfpi.gaussians import ClassMoments, kl_matrix, off_diagonal
+
+STRENGTHS = (100.0, 1000.0, 5000.0, 10000.0, 50000.0, 100000.0)
+SAMPLES = 1000  # a class, in the pictures of Gaussians
+
+
+def load_cloud(source: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Points (N, 2) float64 and labels (N,). Raises UserError for other contents."""
+    if source in ("blobs", "rings"):
+        return generated_cloud(source, seed)
+    path = Path(source)
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                content = {key: archive[key] for key in archive.files}
+        except FileNotFoundError:
+            raise UserError(f"no file {path}; --data takes a .npz, a pickle, blobs or rings") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} is damaged or is no .npz file") from error
+    else:
+        content = read_pickle(path)
+    try:
+        x, y = torch.as_tensor(content["x"]).double(), torch.as_tensor(content["y"]).long()
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} has no points 'x' and labels 'y'") from error
+    if x.ndim != 2 or x.shape[1] != 2 or y.shape != x.shape[:1] or len(x) == 0:
+        raise UserError(f"{path}: expected x (N, 2) and y (N,), got {tuple(x.shape)} and {tuple(y.shape)}")
+    return x, y
+
+
+def generated_cloud(kind: str, seed: int, classes: int = 10, count: int = 500) -> tuple[Tensor, Tensor]:
+    """Overlapping `blobs`, or `rings` of different radius, (classes x count, 2)."""
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.arange(classes).repeat_interleave(count)
+    noise = torch.randn(len(y), 2, generator=rng, dtype=torch.float64)
+    if kind == "blobs":
+        centres = 15 * torch.randn(classes, 2, generator=rng, dtype=torch.float64)
+        return centres[y] + 25 * noise, y
+    angle = 2 * np.pi * torch.rand(len(y), generator=rng, dtype=torch.float64)
+    radius = 5.0 * (1 + y)
+    shift = 10 * torch.randn(classes, 2, generator=rng, dtype=torch.float64)
+    return shift[y] + radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1) + 2 * noise, y
+
+
+def class_statistics(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Class means and unbiased variances (K, 2)."""
+    return ClassMoments.of(x, y, int(y.max()) + 1).statistics()
+
+
+def run(mean: Tensor, var: Tensor, strength: float, args: argparse.Namespace) -> FixedPointResult:
+    """The iteration from the class statistics, or from variances fixed at `--force-isotropic`; float32 iterates."""
+    start = var
+    if args.force_isotropic:
+        start = torch.full_like(var, args.force_isotropic)
+    settings = FixedPoint(
+        strength=strength,
+        means=args.means,
+        variances=args.variances and not args.force_isotropic,
+        isotropic=args.isotropic,
+        sum_trick=args.sum_trick,
+        alpha=args.alpha,
+        variance_update=args.variance_update,
+        damping=args.damping,
+        epsilon=args.epsilon,
+        max_iters=args.max_iters,
+    )
+    return solve(mean, var, mean.float(), start.float(), settings)
+
+
+def gaussian_samples(mean: Tensor, var: Tensor, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """1000 points of every Gaussian, and their labels."""
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.arange(len(mean)).repeat_interleave(SAMPLES)
+    z = mean[y].double() + var[y].double().sqrt() * torch.randn(len(y), 2, generator=rng, dtype=torch.float64)
+    return z.numpy(), y.numpy()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the command line, iterate for every lambda, write pictures and results.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--data", required=True, help=".npz or pickle with x and y, or blobs, rings")
+    parser.add_argument("--out", default="runs/synthetic_2d", help="folder for pictures and results.json")
+    parser.add_argument("--strength", type=float, nargs="+", default=list(STRENGTHS), help="values of lambda")
+    parser.add_argument("--means", action=flag, default=True, help="let the means move")
+    parser.add_argument("--variances", action=flag, default=True, help="let the variances move")
+    parser.add_argument("--isotropic", action=flag, default=True, help="mean update with averaged variances")
+    parser.add_argument("--sum-trick", action=flag, default=False, help="summed squares in the variance update")
+    parser.add_argument("--force-isotropic", type=float, default=0.0, help="fix all variances at this value (0 = off)")
+    parser.add_argument("--variance-update", choices=("upstream", "exact"), default="upstream")
+    parser.add_argument("--damping", type=float, default=0.0, help="weight of the previous iterate, 0 to 1")
+    parser.add_argument("--alpha", type=float, default=10.0)
+    parser.add_argument("--epsilon", type=float, default=0.1, help="stop when no mean or variance moves further")
+    parser.add_argument("--max-iters", type=int, default=10000)
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    x, y = load_cloud(args.data)
+    mean, var = class_statistics(x, y)
+    save_image(out / "tsne.png", pictures.scatter(x.numpy(), y.numpy(), size=1))
+    limits = (x.min(0).values.tolist(), x.max(0).values.tolist())
+    for k in range(len(mean)):
+        shown = y <= k
+        picture = pictures.scatter(x[shown].numpy(), y[shown].numpy(), size=1, limits=limits, classes=len(mean))
+        save_image(out / f"tsne_class{k}.png", picture)
+    save_image(out / "tsne_gaussians.png", pictures.scatter(*gaussian_samples(mean, var), size=1))
+    results = {}
+    for strength in args.strength:
+        result = run(mean, var, strength, args)
+        smallest = float(off_diagonal(kl_matrix(result.mean, result.var)).min())
+        std = result.var.double().sqrt()
+        results[f"{strength:g}"] = {
+            "iterations": result.iterations,
+            "converged": result.converged,
+            "non_finite": result.non_finite,
+            "mean": result.mean.tolist(),
+            "std": std.tolist(),
+            "smallest_kl": smallest,
+            "last_step": result.history[-1] if result.history else {},
+        }
+        ending = "converged" if result.converged else "non-finite" if result.non_finite else "max_iters"
+        print(
+            f"lambda {strength:g}: {result.iterations} iterations ({ending}), mean std {std.mean():.4f}, "
+            f"closest centres {torch.pdist(result.mean.double()).min():.4f}, smallest KL {smallest:.4f}"
+        )
+        for m, s in zip(result.mean.tolist(), std.tolist(), strict=True):
+            print(f"  mean {m[0]:9.4f} {m[1]:9.4f}   std {s[0]:7.4f} {s[1]:7.4f}")
+        save_image(out / f"fpi_{strength:g}.png", pictures.scatter(*gaussian_samples(result.mean, result.var), size=1))
+        if result.history:
+            save_image(out / f"steps_{strength:g}.png", pictures.fpi_curves(result.history))
+    write_json(out / "results.json", results)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
