@@ -1,5 +1,8 @@
 """The data sets as the network sees them: uint8 (C, S, S), in a fixed order, without augmentation."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,36 +16,18 @@ from lbae.parameters import Params
 FACTOR_IMAGES = {"train": 8000, "test": 2000}  # drawn from a set of factor combinations, which has no splits of its own
 
 
-class Resized:
-    """A transform of one uint8 image (C, h, w) to (C, S, S).
-
-    A black frame when at most 4 pixels a side are missing (28x28 digits, as published), else bilinear with antialias.
-    """
-
-    is_random = False
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __call__(self, image: Tensor) -> Tensor:
-        h, w = image.shape[1:]
-        if (h, w) == (self.size, self.size):
-            return image
-        missing = self.size - h
-        if h == w and 0 < missing <= 8 and missing % 2 == 0:
-            return F.pad(image, [missing // 2] * 4)
-        x = F.interpolate(image[None].float(), (self.size, self.size), mode="bilinear", antialias=True)[0]
-        return (x + 0.5).floor().clamp(0, 255).to(torch.uint8)
-
-
 def load_split(params: Params, split: str) -> ImageSet:
     """The `train` or `test` images of `params.dataset`, of `params.img_size`, limited to train_images / test_images.
 
     Raises UserError when the data are absent, or do not have the model's number of channels.
     """
     name = params.dataset
-    options = {"size": params.img_size, "crop": params.img_crop_size or None} if name == "celeba" else {}
-    full = datasets.load(name, params.data_root or None, split, **options)
+    options = {"image_size": params.img_size}
+    if name in ("mnist", "fashion_mnist"):
+        options["pad"] = 2  # 28x28 becomes 32x32 with a black frame, as published
+    elif name == "celeba" and params.img_crop_size:
+        options["crop"] = params.img_crop_size
+    full = datasets.load(name, data_folder(params), split, **options)
     limit = params.train_images if split == "train" else params.test_images
     rows = np.arange(len(full))
     if hasattr(full, "factor_sizes"):
@@ -50,11 +35,19 @@ def load_split(params: Params, split: str) -> ImageSet:
         drawn = np.random.default_rng(0).permutation(len(full))[: n["train"] + n["test"]]
         rows = drawn[: n["train"]] if split == "train" else drawn[n["train"] :]
     data = Subset(full, rows[:limit] if limit else rows)
-    data.transform = Resized(params.img_size)
-    if data.channels != params.channels:
-        raise UserError(f"{name} has {data.channels} channel(s): add channels={data.channels}")
-    data.height = data.width = params.img_size
+    if (data.channels, data.height, data.width) != (params.channels, params.img_size, params.img_size):
+        raise UserError(
+            f"{name} gives {data.channels} channel(s) of {data.height}x{data.width} pixels, the model takes "
+            f"{params.channels} of {params.img_size}x{params.img_size}; set channels= and img_size="
+        )
     return data
+
+
+def data_folder(params: Params) -> Path | None:
+    """`data_root=`, else DATA_ROOT, else data/ here or, as commands run inside experiments, in the repository."""
+    if params.data_root or os.environ.get("DATA_ROOT"):
+        return Path(params.data_root) if params.data_root else None
+    return Path("data") if Path("data").is_dir() else Path(__file__).resolve().parents[1] / "data"
 
 
 def attributes(data: ImageSet, targets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -94,16 +95,14 @@ def _receive(answer, item: Item, part: Path, have: int) -> None:
     continues = answer.status == 206
     left = answer.headers.get("Content-Length")
     received = 0
+    bar = tqdm(total=int(left) if left else None, unit="B", unit_scale=True, desc=item.name, disable=None)
     try:
-        with answer, open(part, "ab" if continues else "wb") as file:
-            with tqdm(
-                total=int(left) if left else None, unit="B", unit_scale=True, desc=item.name, disable=None
-            ) as bar:
-                while block := answer.read(BLOCK):
-                    file.write(block)
-                    received += len(block)
-                    bar.update(len(block))
-    except OSError as error:
+        with answer, bar, open(part, "ab" if continues else "wb") as file:
+            while block := answer.read(BLOCK):
+                file.write(block)
+                received += len(block)
+                bar.update(len(block))
+    except (OSError, HTTPException) as error:
         raise UserError(f"{item.name}: the connection broke ({error}); call again to continue") from error
     if left and received < int(left):
         kept = received + (have if continues else 0)
