@@ -127,7 +127,7 @@ class Shapes3D(FactorSet):
 
     def __init__(self, root: Path, sizes: Sequence[int] | None = None, transform: Transform | None = None):
         factors = _grid_of(SHAPES3D_FACTORS, sizes)
-        self.path = find_file("shapes3d", root, ("shapes3d", "3dshapes"), "3dshapes.h5")
+        self.path = find_file("shapes3d", root, ("", "shapes3d", "3dshapes"), "3dshapes.h5")
         options = {} if sizes is None else {"sizes": tuple(sizes)}
         super().__init__("shapes3d", "all", factors, (3, 64, 64), options=options, transform=transform)
         self._images = None
