@@ -319,15 +319,15 @@ class LenetNetwork(nn.Module):
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, 16, 5, padding=2)
-        self.conv2 = nn.Conv2d(16, 32, 5, padding=2)
+        self.conv1 = nn.Conv2d(channels, 16, 5, stride=2, padding=2)
+        self.conv2 = nn.Conv2d(16, 32, 5, stride=2, padding=2)
         self.hidden = nn.Linear(32 * 8 * 8, 84)
         self.output = nn.Linear(84, classes)
 
     def features(self, x: Tensor) -> Tensor:
         """Images (N, C, 32, 32) in [-1, 1] -> (N, 84)."""
-        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
-        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.conv1(x))  # (N, 16, 16, 16)
+        x = F.relu(self.conv2(x))  # (N, 32, 8, 8)
         return F.relu(self.hidden(x.flatten(1)))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Extractors, resizing, image inputs, weights files and the feature cache."""
 
 import hashlib
+import json
 import pathlib
 import pickle
 import shutil
@@ -284,6 +285,35 @@ def test_pixel_pca_is_the_singular_value_decomposition():
     assert extractor.fingerprint != make_extractor("pixel-pca4", "cpu").fit(images).fingerprint
     with pytest.raises(UserError, match="fewer components"):
         make_extractor("pixel-pca30", "cpu").fit(reference)
+
+
+def test_lenet_is_trained_once_and_tells_classes_apart(tmp_path):
+    from common.datasets import load as load_set
+
+    def options(**more):
+        return {"dataset": "digits", "epochs": 8, "cache": tmp_path, **more}
+
+    extractor = make_extractor("lenet", "cpu", **options())
+    config = json.loads((tmp_path / "lenet-digits-paper-e8.json").read_text())
+    assert config["training_accuracy"] > 0.8 and config["classes"] == 10 and config["channels"] == 1
+    images, targets = load_set("digits", split="test").arrays()
+    codes = extractor.features(images)
+    assert codes.shape == (len(images), extractor.dim) and codes.min() == 0
+    # held-out images of one digit lie together: the nearest other image is of the same digit
+    distance = ((codes[:, None] - codes[None]) ** 2).sum(2) + np.diag(np.full(len(codes), np.inf))
+    assert (targets[distance.argmin(1)] == targets).double().mean() > 0.85
+
+    written = (tmp_path / "lenet-digits-paper-e8.safetensors").stat().st_mtime_ns
+    again = make_extractor("lenet", "cpu", **options())
+    np.testing.assert_array_equal(again.features(images), codes)
+    assert again.fingerprint == extractor.fingerprint and not again.comparable
+    assert (tmp_path / "lenet-digits-paper-e8.safetensors").stat().st_mtime_ns == written
+    fresh = make_extractor("lenet", "cpu", **options(cache=tmp_path / "other"))
+    assert fresh.fingerprint == extractor.fingerprint  # one seed, one result
+    # colour images are converted, so a grey picture stored in colour has the same features
+    np.testing.assert_allclose(again.features(images.expand(-1, 3, -1, -1)), codes, atol=1e-5)
+    with pytest.raises(UserError, match="no single class"):
+        make_extractor("lenet", "cpu", **options(dataset="sprites"))
 
 
 def test_unknown_names_and_options():
