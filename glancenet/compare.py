@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
         for supervision in o.supervision:
             for setting in o.settings:
                 for model in o.models:
-                    log = run_one(setting, model, supervision, seed, o, _for(model, overrides))
+                    log = run_one(setting, model, supervision, seed, o, overrides)
                     row = run_scores(log)
                     rows[setting].append(row)
                     shown = ", ".join(
@@ -172,14 +172,6 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     plot(out / "compare.png", tables)
     print(text, end="")
     return tables
-
-
-def _for(model: str, overrides: list[str]) -> list[str]:
-    """Overrides without --decoder for the bottleneck, which has none."""
-    if model != "CBNM" or "--decoder" not in overrides:
-        return overrides
-    i = overrides.index("--decoder")
-    return overrides[:i] + overrides[i + 2 :]
 
 
 if __name__ == "__main__":

@@ -323,15 +323,11 @@ def _dsprites_labels(values: np.ndarray, codes: np.ndarray) -> Labels:
 def load_dsprites(o: argparse.Namespace) -> ConceptData:
     """dSprites (the file), its `smaller` variant, or rendered sprites."""
     grid = None
-    if o.dset_name == "sprites":
-        from common.datasets.sprites import Sprites
-
-        grid = Sprites(**({} if o.sprites_sizes is None else {"sizes": o.sprites_sizes}))
-    elif o.d_version == "full":
+    if o.dset_name == "sprites" or o.d_version == "full":
         from common.datasets import load
 
-        grid = load("dsprites", root=o.dset_dir)
-    if grid is not None:
+        sizes = {} if o.sprites_sizes is None else {"sizes": o.sprites_sizes}
+        grid = load("sprites" if o.dset_name == "sprites" else "dsprites", root=o.dset_dir, **sizes)
         rows = np.arange(len(grid))
         images, values, codes = Images(grid), grid.latents_values(rows), grid.latents_classes(rows)
     else:

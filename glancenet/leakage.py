@@ -189,17 +189,8 @@ def train_one(key: str, seed: int, o: argparse.Namespace, overrides: list[str]) 
     place += ["--out_path", f"{key}_{seed}", "--train_output_dir", str(out / "pictures"), "--overwrite", "true"]
     data = ["--dset_dir", o.dset_dir] if o.dset_dir else []
     words = [*MODELS[key], *place, *data, "--seed", str(seed), "--device", o.device, *overrides]
-    if key == "cbnm":
-        words = _without(words, "--decoder")
     training.main(words)
     return out / "checkpoints" / f"{key}_{seed}" / "final"
-
-
-def _without(words: list[str], flag: str) -> list[str]:
-    while flag in words:
-        i = words.index(flag)
-        words = words[:i] + words[i + 2 :]
-    return words
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:

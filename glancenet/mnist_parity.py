@@ -38,7 +38,7 @@ from glancenet import osr
 from glancenet.mnist_objective import CONCEPTS, KNOWN_DIGITS, MODELS, Terms
 from glancenet.options import Parser, boolean
 
-LR = 1e-3
+LR, BATCH = 1e-3, 100
 PUBLISHED_EPOCHS = {"cbnm": 21, "vae": 51, "glancenet": 51}
 GRID_SPAN = (0.0, 2.0)  # the published search for distance thresholds
 PAPER = {"cbnm": 28.0, "vae": 30.0, "glancenet": 2.0}  # leakage in %, figure 4c ("vae" is CG-VAE there)
@@ -82,7 +82,7 @@ def load_digits(root: str | None, device: torch.device) -> tuple[Digits, Digits]
 
 
 def train(
-    model: nn.Module, key: str, digits: Digits, epochs: int, seed: int, board=None, batch_size: int = 100
+    model: nn.Module, key: str, digits: Digits, epochs: int, seed: int, board=None, max_steps: int | None = None
 ) -> Terms:
     """The published loop: batches of 100 MNIST images of which only the 4s and 5s are used (about 19). Adam.
 
@@ -97,9 +97,9 @@ def train(
         order = torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(digits.y))).to(device)
         sums = torch.zeros(len(Terms._fields), device=device)
         seen = 0
-        for rows in order.split(batch_size):
+        for rows in order.split(BATCH):
             rows = rows[use[rows]]
-            if not len(rows):
+            if not len(rows) or step == max_steps:
                 continue
             terms = model.terms(digits.x[rows], digits.y[rows])
             optimizer.zero_grad(set_to_none=True)
@@ -107,6 +107,8 @@ def train(
             optimizer.step()
             sums += torch.stack([part.detach() for part in terms])
             step, seen = step + 1, seen + len(rows)
+        if not seen:
+            break
         check_finite(sums[0], step, model)
         if board is not None:
             for name, value in zip(Terms._fields, (sums / seen).tolist(), strict=True):
@@ -314,6 +316,7 @@ def make_parser() -> Parser:
     p.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which models")
     p.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of every model a seed")
     p.add_argument("--epochs", type=int, default=None, help="epochs of every model; default 21 (cbnm), 51 (others)")
+    p.add_argument("--max_iter", type=int, default=None, help="stop every model after so many steps")
     p.add_argument(
         "--data_root", default=None, help="folder of the data sets; default environment DATA_ROOT, then data"
     )
@@ -358,7 +361,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             model = MODELS[key]().to(device)
             folder = out / str(seed)
             with SummaryWriter(str(folder / "tensorboard_runs" / model.name)) as board:
-                train(model, key, train_digits, o.epochs or PUBLISHED_EPOCHS[key], seed, board)
+                train(model, key, train_digits, o.epochs or PUBLISHED_EPOCHS[key], seed, board, o.max_iter)
             found, seen = leakage_rows(model, key, train_digits, test_digits, o)
             rows += [{"seed": seed, **row} for row in found]
             save_weights(

@@ -350,8 +350,8 @@ def resolve(o: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"name a data set: --dset_name (or environment DATASET_NAME), one of {', '.join(DATASETS)}")
     o.dset_name = dataset_name(named)
     o.dset_dir = str(data_root(o.dset_dir))
-    if o.sprites_sizes is not None and o.dset_name != "sprites":
-        raise UserError("--sprites_sizes belongs to --dset_name sprites")
+    if o.sprites_sizes is not None and o.dset_name not in ("sprites", "dsprites_full"):
+        raise UserError("--sprites_sizes belongs to --dset_name sprites or dsprites_full")
     if o.test and not o.ckpt_load:
         raise UserError("--test needs a checkpoint: --ckpt_load <ckpt_dir>/<name>/last")
     if o.traverse_max <= o.traverse_min:

@@ -1,0 +1,202 @@
+"""Tables, plots, pictures, the comparison and the benchmark."""
+
+import json
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from glancenet import benchmark, compare, evaluate, leakage, visual
+from glancenet.records import Table, load_arrays, read_table, save_arrays, write_npz
+
+
+def test_one_run(glancenet_run, capsys):
+    table = evaluate.main([str(glancenet_run.log)])
+    assert len(table) == 1 and table[0]["model"] == "GlanceNet" and table[0]["supervision"] == 50
+    _, y, prediction = load_arrays(glancenet_run.log / "eval_results" / "downstream_obtained.npy", 3)
+    assert table[0]["accuracy"] == pytest.approx((y == prediction).mean())
+    assert 0 <= table[0]["mig"] <= 1
+    for name in ("train.png", "validation.png", "test.png", "metrics.png", "supervision.png", "table.md"):
+        assert (glancenet_run.log / "evaluation" / name).stat().st_size > 100, name
+    assert "| sprites | GlanceNet | 50 | 1 |" in capsys.readouterr().out
+
+
+def fake_run(folder, model, supervision, seed, accuracy, alignment):
+    """A log folder as main.py leaves it, with 200 test images."""
+    rng, evaluation = np.random.default_rng(seed), folder / "eval_results"
+    evaluation.mkdir(parents=True)
+    (folder / "train_runs").mkdir()
+    options = {"dset_name": "sprites", "alg": model, "masking_fact": supervision, "seed": seed}
+    (folder / "commandline_args.txt").write_text(json.dumps(options))
+    table = Table(evaluation / "test_metrics.csv", ["iter", "rec", "kld", "latent", "BCE", "Acc", "I", "acc_hard"])
+    table.append(
+        {"iter": 10, "rec": 5.0, "kld": 1.0, "latent": 0.1, "BCE": 0.2, "Acc": 0.9, "I": 0, "acc_hard": accuracy}
+    )
+    g = rng.random((200, 3))
+    save_arrays(evaluation / "latents_obtained.npy", 1, g[:, [2, 0, 1]], g)
+    y = np.zeros(200, int)
+    prediction = np.where(np.arange(200) < 200 * accuracy, 0, 1)
+    save_arrays(evaluation / "downstream_obtained.npy", 1, y, prediction)
+    path = evaluation / "dci" / "results" / "json"
+    path.mkdir(parents=True)
+    scores = {
+        "disentanglement": alignment,
+        "completeness": 0.5,
+        "informativeness_test": 0.7,
+        "informativeness_train": 1.0,
+    }
+    (path / "evaluation_results.json").write_text(json.dumps(scores))
+
+
+def test_seeds_and_supervision_levels(tmp_path):
+    """Means and standard deviations over seeds, by hand; permuted latents are perfectly aligned."""
+    for k, (model, supervision, seed, accuracy, alignment) in enumerate([
+        ("GlanceNet", 1.0, 0, 0.8, 0.6), ("GrayVAE_Join", 1.0, 1, 0.9, 0.8), ("CBM_Join", 1.0, 0, 0.5, 0.3),
+        ("GlanceNet", 100.0, 0, 1.0, 0.9),
+    ]):  # fmt: skip
+        fake_run(tmp_path / "logs" / str(k), model, supervision, seed, accuracy, alignment)
+    table = evaluate.main([str(tmp_path / "logs"), "--out", str(tmp_path / "out")])
+    rows = {(row["model"], row["supervision"]): row for row in table}
+    assert set(rows) == {("GlanceNet", 1.0), ("CBNM", 1.0), ("GlanceNet", 100.0)}
+    pair = rows["GlanceNet", 1.0]
+    assert pair["seeds"] == 2 and pair["accuracy"] == pytest.approx(0.85)
+    assert pair["alignment"] == pytest.approx(0.7) and pair["alignment_std"] == pytest.approx(
+        np.std([0.6, 0.8], ddof=1)
+    )
+    assert pair["explicitness"] == pytest.approx(0.7)
+    assert pair["alignment_linear"] == pytest.approx(1, abs=1e-6) and pair["explicitness_linear"] == pytest.approx(
+        1, abs=1e-6
+    )
+    assert (tmp_path / "out" / "supervision.png").stat().st_size > 1000
+    assert len(read_table(tmp_path / "out" / "runs.csv")) == 4
+    only = evaluate.main(["--log", str(tmp_path / "logs"), "--model", "cbnm", "--out", str(tmp_path / "cbnm")])
+    assert [row["model"] for row in only] == ["CBNM"]
+
+
+def test_evaluation_mistakes(tmp_path, glancenet_run):
+    with pytest.raises(UserError, match="not a folder"):
+        evaluate.main([str(tmp_path / "nothing")])
+    with pytest.raises(UserError, match="holds no run"):
+        evaluate.main([str(tmp_path)])
+    with pytest.raises(UserError, match="name a log folder"):
+        evaluate.main([])
+    with pytest.raises(UserError, match="none of the"):
+        evaluate.main([str(glancenet_run.log), "--dataset", "celeba"])
+    fake_run(tmp_path / "broken", "GlanceNet", 1.0, 0, 0.5, 0.5)
+    path = tmp_path / "broken" / "eval_results" / "downstream_obtained.npy"
+    path.write_bytes(path.read_bytes()[:150])
+    with pytest.raises(UserError, match="truncated"):
+        evaluate.main([str(tmp_path / "broken")])
+
+
+def test_comparison_of_settings(tmp_path):
+    """Both models under two settings, tiny; the second call repeats nothing and gives the same table."""
+    words = ["--dset_dir", str(tmp_path), "--out", str(tmp_path / "out"), "--settings", "published", "fair_7"]
+    words += [
+        "--supervision",
+        "100",
+        "--seeds",
+        "1",
+        "--device",
+        "cpu",
+        "--",
+        "--sprites_sizes",
+        "3",
+        "2",
+        "2",
+        "4",
+        "4",
+    ]
+    words += [
+        "--encoder",
+        "PadlessGaussianConv64",
+        "--decoder",
+        "ShallowLinear",
+        "--max_iter",
+        "8",
+        "--warmup_epochs",
+        "0",
+    ]
+    words += [
+        "--metric_train",
+        "120",
+        "--metric_eval",
+        "100",
+        "--file_save",
+        "false",
+        "--evaluation_metric",
+        "sap_score",
+    ]
+    tables = compare.main(words)
+    assert set(tables) == {"published", "fair_7"}
+    for table in tables.values():
+        assert {row["model"] for row in table} == {"GlanceNet", "CBNM"}
+    options = json.loads((tmp_path / "out/logs/sprites__CBNM/fair_7_CBNM_100_1/commandline_args.txt").read_text())
+    assert (options["label_weight"], options["latent_weight"]) == (100, 700)
+    assert compare.main(words) == tables
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "fair_7, 100 %: GlanceNet - CBNM: accuracy" in text
+    with pytest.raises(UserError, match="fair_<ratio>"):
+        compare.main(["--settings", "unfair"])
+
+
+def test_benchmark_compares_the_same_computation():
+    result = benchmark.main(
+        ["--steps", "2", "--batch_size", "16", "--encoder", "PadlessGaussianConv64", "--decoder", "ShallowLinear"]
+    )
+    assert result["ratio"] == pytest.approx(result["seconds_a_step"] / result["published_seconds_a_step"])
+    assert result["first_loss"] > 0
+
+
+def test_traversals_change_one_latent(glancenet_run):
+    model, data, _ = leakage.load_model(str(glancenet_run.folder / "ckpt" / "one" / "final"), torch.device("cpu"))
+    model.eval()
+    batch = data.train.gather(torch.arange(3), torch.device("cpu"))
+    with torch.no_grad():
+        values = visual.traversal_values(-3, 3, 0.5)
+        rows = visual.traverse(model, batch, 1, values, [0, 4])
+        mu = model.encode(batch)[0][1:2]
+        z = mu.clone()
+        z[0, 4] = -2.0
+        expected = torch.sigmoid(model.decode(z, batch))
+        plain = visual.reconstructions(model, batch)[1]
+    assert rows.shape == (3, 12, 1, 64, 64) and values[0] == -3 and values[-1] == 2.5
+    torch.testing.assert_close(rows[2, 2], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows[0, 7], plain, rtol=1e-4, atol=1e-5)
+
+
+def test_traversal_files_hold_all_frames(glancenet_run):
+    pictures = glancenet_run.folder / "pictures" / "one"
+    frames = iio.imread(pictures / "gif_rand0.gif", index=None)
+    assert len(frames) == 12
+    with Image.open(pictures / "traverse_rand0.jpg") as picture:
+        assert picture.width > 12 * 64 and picture.height > 8 * 64, "a reconstruction row and seven latents"
+    with Image.open(pictures / "recon.jpg") as picture:
+        pixels = np.asarray(picture)
+    middle = pixels.shape[1] // 2
+    assert (pixels[:, middle - 2 : middle + 2] > 240).all(), "a white column between inputs and reconstructions"
+
+
+def test_latent_factor_matrix():
+    g = np.random.default_rng(0).random((500, 3))
+    z = np.column_stack([-g[:, 1], g[:, 0] + 0.01, np.ones(500)])
+    matrix = visual.latent_factor_matrix(z, g)
+    assert matrix[0, 1] == pytest.approx(1) and matrix[1, 0] == pytest.approx(1) and (matrix[2] == 0).all()
+
+
+def test_npz_written_in_pieces_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="rows written"):
+        write_npz(tmp_path / "a.npz", {"X": ((3, 2), np.uint8, [np.zeros((2, 2))])})
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_tables_continue_where_a_resumed_run_stands(tmp_path):
+    table = Table(tmp_path / "t.csv", ["iter", "x"])
+    for k in (1, 2, 3):
+        table.append({"iter": k, "x": k * k})
+    again = Table(tmp_path / "t.csv", ["iter", "x"], keep_until=("iter", 2))
+    again.append({"iter": 3, "x": -1})
+    assert [row["x"] for row in read_table(tmp_path / "t.csv")] == ["1", "4", "-1"]

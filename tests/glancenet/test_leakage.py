@@ -1,0 +1,178 @@
+"""Rejection, the leakage score, the position leakage command and the MNIST parity command."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from common.checkpoint import load_weights
+from common.errors import UserError
+from glancenet import leakage, mnist_parity, osr
+from glancenet.mnist_objective import MODELS, ParityGlanceNet
+
+TINY = [
+    "--encoder",
+    "PadlessGaussianConv64",
+    "--decoder",
+    "ShallowLinear",
+    "--warmup_epochs",
+    "0",
+    "--batch_size",
+    "16",
+]
+
+
+def test_leakage_of_chance_and_of_certainty():
+    assert osr.leakage(0.5) == 0 and osr.leakage(1.0) == osr.leakage(0.0) == 1
+
+
+def test_rejected_inputs_count_as_half():
+    right, label = np.array([1, 1, 0, 0]), np.array([1, 1, 1, 1])
+    assert osr.expected_accuracy(right, label) == 0.5
+    assert osr.expected_accuracy(right, label, np.array([True, False, False, True])) == (1 + 0.5 + 0.5 + 0) / 4
+    assert osr.expected_accuracy(right, label, np.zeros(4, bool)) == 0.5
+
+
+def test_thresholds_keep_their_quantile_of_the_training_images():
+    rng = np.random.default_rng(0)
+    means = np.array([[0.0, 0, 9], [4, 0, 9]])
+    y = rng.integers(0, 2, 4000)
+    z = means[y] + rng.normal(size=(4000, 3))
+    errors = rng.gamma(2, 10, 4000)
+    fitted = osr.fit_thresholds(errors, z, y, means, z_class=2, quantile=0.9)
+    assert np.mean(errors < fitted.reconstruction) == pytest.approx(0.9, abs=0.002)
+    checks = osr.accept(errors, z, fitted)
+    assert 0.88 < checks.latent.mean() < 0.95 and checks.both.mean() == pytest.approx(
+        0.9 * checks.latent.mean(), abs=0.01
+    )
+    # Rayleigh distribution: the 0.9 quantile of the distance in two dimensions
+    np.testing.assert_allclose(fitted.distance, np.sqrt(-2 * np.log(0.1)), rtol=0.06)
+    far = osr.accept(np.full(2, 0.0), np.array([[2.0, 9, 0], [0, 0, -50]]), fitted)
+    assert far.latent.tolist() == [False, True], "dimensions beyond z_class do not count"
+
+
+def test_threshold_search_agrees_with_the_quantile():
+    values = np.random.default_rng(0).gamma(2, 1, 20_000)
+    assert osr.grid_threshold(values) == pytest.approx(np.quantile(values, 0.95), rel=0.01)
+    assert np.isnan(osr.grid_threshold(np.r_[np.zeros(100), 1e9]))
+
+
+def test_probe_reads_what_is_there_and_nothing_else():
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 2000)
+    informative, noise = label[:, None] + 0.1 * rng.normal(size=(2000, 3)), rng.normal(size=(2000, 3))
+    half = slice(0, 1000), slice(1000, None)
+    leaked = osr.probe_leakage(informative[half[0]], label[half[0]], informative[half[1]], label[half[1]])
+    assert leaked[1] > 0.98
+    assert osr.probe_leakage(noise[half[0]], label[half[0]], noise[half[1]], label[half[1]])[1] < 0.1
+    nobody = np.zeros(1000, bool)
+    rejected = osr.probe_leakage(
+        informative[half[0]], label[half[0]], informative[half[1]], label[half[1]], np.ones(1000, bool), nobody
+    )
+    assert rejected == (0.5, 0.0)
+
+
+def test_position_leakage_command(tmp_path, leakage_data):
+    """All three models, few steps: rejected corner images cannot leak, and a second call measures the checkpoints."""
+    out = tmp_path / "out"
+    words = ["--dset_dir", str(leakage_data), "--out", str(out), "--seeds", "1", "--device", "cpu", "--", *TINY]
+    summary = leakage.main(
+        [*words, "--max_epoch", "12", "--lr_G", "0.002", "--test_iter", "100", "--file_save", "false"]
+    )
+    rows = {(row["model"], row["rejection"]): row for row in summary}
+    assert {key[0] for key in rows} == {"cbnm", "vae", "cg-vae", "glancenet"}
+    assert ("cbnm", "reconstruction") not in rows, "a bottleneck has no reconstruction error"
+    both = rows["glancenet", "both"]
+    assert both["rejected_percent"] > 90 and both["leakage_percent"] < 10
+    assert rows["cg-vae", "none"]["leakage_percent"] > both["leakage_percent"] + 10
+    assert rows["cbnm", "none"]["leakage_percent"] > 20
+    details = json.loads((out / "leakage.json").read_text())["runs"]
+    glance = next(run for run in details if run["model"] == "glancenet")
+    assert glance["median_error_corners"] > 2 * glance["median_error_train"], "corners reconstruct badly"
+    for name in ("leakage.png", "pca.png", "leakage.csv"):
+        assert (out / name).stat().st_size > 100
+    again = leakage.main(
+        ["--checkpoints", str(out / "checkpoints" / "glancenet_1" / "final"), "--out", str(tmp_path / "again")]
+    )
+    repeated = {(row["model"], row["rejection"]): row["accuracy"] for row in again}
+    for key, value in repeated.items():
+        assert value == pytest.approx(rows[key]["accuracy"], abs=1e-6)
+
+
+def test_leakage_needs_the_leakage_data(glancenet_run):
+    with pytest.raises(UserError, match="no corner label"):
+        leakage.main(
+            ["--checkpoints", str(glancenet_run.folder / "ckpt" / "one" / "final"), "--out", str(glancenet_run.folder)]
+        )
+
+
+# ---- MNIST parity -------------------------------------------------------------------------------------------------
+
+
+def test_parity_parameters():
+    count = {key: sum(p.numel() for p in model().parameters()) for key, model in MODELS.items()}
+    # vae and glancenet have two heads of 10 latents, a decoder, and the unused probes of the published models
+    assert count == {"cbnm": 117_256, "vae": 238_656, "glancenet": 238_660}
+
+
+def test_parity_rates():
+    rates = [mnist_parity.learning_rate("glancenet", epoch) for epoch in range(10)]
+    np.testing.assert_allclose(rates[:8], 1e-3 * 0.8 ** np.arange(8))
+    np.testing.assert_allclose(rates[8:], [rates[7] / 2, rates[7] / 4])
+    assert mnist_parity.learning_rate("cbnm", 2) == pytest.approx(1e-3 * 0.75**2)
+
+
+def test_parity_command(tmp_path, mnist_root):
+    out = tmp_path / "parity"
+    words = ["--data_root", str(mnist_root), "--out", str(out), "--device", "cpu"]
+    summary = mnist_parity.main([*words, "--seeds", "0", "1", "--epochs", "12"])
+    rows = {(row["model"], row["rejection"]): row for row in summary}
+    assert {key[0] for key in rows} == {"cbnm", "vae", "glancenet"} and all(row["seeds"] == 2 for row in summary)
+    for (_, rejection), row in rows.items():
+        assert 0 <= row["leakage_percent"] <= 100
+        assert (row["rejected_percent"] == 0) == (rejection == "none")
+    # bars at other places than those of 4 and 5 reconstruct badly: nearly all are rejected, so nothing leaks
+    both = rows["glancenet", "both checks"]
+    assert both["rejected_percent"] > 90 and both["leakage_percent"] < 10
+    assert both["closed_set_kept_percent"] > 60
+    assert rows["glancenet", "none"]["leakage_percent"] >= both["leakage_percent"]
+    record = json.loads((out / "results.json").read_text())
+    assert len(record["runs"]) == 2 * (2 + 4 + 4)
+    for name in ("leakage.png", "latents.png", "results.csv", "0/samples/osr_vae.png"):
+        assert (out / name).stat().st_size > 100
+    tensors, config = load_weights(out / "1" / "osr_vae.safetensors")
+    model = ParityGlanceNet()
+    model.load_state_dict(tensors)
+    assert config["model"] == "glancenet" and list((out / "0" / "tensorboard_runs" / "CBM").iterdir())
+
+
+def test_parity_trains_on_four_and_five_only(mnist_root):
+    """The model is the same whatever the other digits look like."""
+    digits, _ = mnist_parity.load_digits(str(mnist_root), torch.device("cpu"))
+    noise = digits.x.clone()
+    others = ~mnist_parity.known(digits.y)
+    noise[others] = torch.rand(int(others.sum()), 784)
+    weights = []
+    for x in (digits.x, noise):
+        torch.manual_seed(0)
+        model = MODELS["cbnm"]()
+        mnist_parity.train(model, "cbnm", mnist_parity.Digits(x, digits.y), epochs=1, seed=0)
+        weights.append(model.encoder.mu.weight.detach())
+    assert torch.equal(*weights)
+    torch.manual_seed(0)
+    start = MODELS["cbnm"]().encoder.mu.weight
+    assert not torch.equal(start, weights[0])
+
+
+def test_parity_without_data_names_the_command(tmp_path):
+    with pytest.raises(UserError, match="prepare"):
+        mnist_parity.main(["--data_root", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.data
+def test_parity_on_real_digits(tmp_path):
+    """Two epochs on real MNIST: the GlanceNet rejects most other digits and keeps most unseen 4s and 5s."""
+    summary = mnist_parity.main(["--models", "glancenet", "--epochs", "2", "--out", str(tmp_path), "--device", "cpu"])
+    both = next(row for row in summary if row["rejection"] == "both checks")
+    assert both["closed_set_kept_percent"] > 80 and both["rejected_percent"] > 10
