@@ -132,14 +132,22 @@ class Shapes3D(FactorSet):
         super().__init__("shapes3d", "all", factors, (3, 64, 64), options=options, transform=transform)
         self._images = None
         images = self._open()
-        _check_images(self.path, images.shape, images.dtype, factors, (64, 64, 3))
+        try:
+            _check_images(self.path, images.shape, images.dtype, factors, (64, 64, 3))
+        except UserError:
+            images.file.close()
+            raise
 
     def _open(self):
         if self._images is None:
             import h5py
 
             with reading(self.path, "HDF5"):
-                self._images = h5py.File(self.path, "r")["images"]
+                file = h5py.File(self.path, "r")
+                if "images" not in file:
+                    file.close()
+                    raise ValueError("it has no dataset 'images'")
+                self._images = file["images"]
         return self._images
 
     def __getstate__(self) -> dict:
