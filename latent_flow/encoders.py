@@ -27,7 +27,9 @@ class SpreadingConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """x (B, C, 1, 1) -> (B, out, N, N)."""
         out = x.flatten(1) @ self.weight.flatten(1)  # (B, out * N * N)
-        return out.unflatten(1, (self.out_channels, *self.kernel_size)) + self.bias[:, None, None]
+        out = out.unflatten(1, (self.out_channels, *self.kernel_size)) + self.bias[:, None, None]
+        # the strided layers that follow run faster with channels last
+        return out.contiguous(memory_format=torch.channels_last) if out.shape[-1] > 1 else out
 
 
 class View(nn.Module):
@@ -82,7 +84,7 @@ class GaussianEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, N, N) -> mean and log-variance, (B, S) each."""
-        features = self.encoder(x).flatten(1)
+        features = self.encoder(x.contiguous(memory_format=torch.channels_last)).flatten(1)
         return self.linear_means(features), self.linear_log_var(features)
 
 

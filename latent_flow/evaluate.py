@@ -2,7 +2,7 @@
 
     python -m latent_flow.evaluate --exp runs/latent_flow/mnist-supervised-K3-D16-s0              # validation split
     python -m latent_flow.evaluate --exp RUN --split test --images 10000 --vp-pairs 40000
-    python -m latent_flow.evaluate --baselines --dataset mnist --images 2000                      # no model needed
+    python -m latent_flow.evaluate --baselines --first-image 48000 --images 2000                  # no model needed
 
 Images come from the seeded validation split of the training (20 % of the training images) or from the official test
 split. Written: <run>/eval.json (validation) or <run>/eval_test.json; the same lines are printed.
@@ -172,11 +172,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="noise of the evaluation; the split is the run's own")
     parser.add_switch("--baselines", default=False, help="print the trivial baselines of --dataset and stop")
     parser.add_argument("--dataset", default="mnist", help="with --baselines")
+    parser.add_argument("--first-image", type=int, default=0, help="with --baselines: skip so many images")
     args = parser.parse(argv)
     device = pick_device(args.device)
     if args.baselines:
         source = open_source(args.dataset, 8, root=args.data_dir, device=device)
-        table = metrics.trivial_baselines(source, np.arange(min(args.images, len(source))), source.steps)
+        rows = np.arange(len(source))[args.first_image :][: args.images]
+        if not len(rows):
+            raise UserError(f"--first-image {args.first_image} is beyond the {len(source)} images")
+        table = metrics.trivial_baselines(source, rows, source.steps)
         for name, entry in table.items():
             print(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in entry.items()))
         return

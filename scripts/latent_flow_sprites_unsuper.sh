@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Unsupervised flows on rendered sprites with three moving factors (known truth, nothing to download).
+# Environment: SEED (0), MAX_ITER (as published), DATA_ROOT (<repository>/data), PYTHON (python).
+# Further options are passed on: bash scripts/latent_flow_sprites_unsuper.sh --device cpu. Results land in
+# runs/latent_flow/ of the current folder; the run folder's eval.json holds every metric.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+exec "${PYTHON:-python}" "$root/latent_flow/train_vae_scratch_unsuper.py" --tensorboard --dataset sprites \
+    --num-support-sets=3 --num-timesteps=16 --latent-size=64 --batch-size=128 --max-iter="${MAX_ITER:-20000}" --slab-start=16001 \
+    --data-dir "${DATA_ROOT:-$root/data}" --seed "${SEED:-0}" "$@"

@@ -1,0 +1,131 @@
+"""Sources of sequences: factor sweeps, moving sprites, frame folders, the Shapes3D and picture files."""
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import UserError
+from latent_flow.data import (
+    MOVES,
+    SHAPES3D_FACTORS,
+    SWEPT,
+    FactorPictures,
+    FactorSequences,
+    FrameSequences,
+    Shapes3D,
+    open_source,
+    split_rows,
+    sweep_values,
+)
+from latent_flow.spikes import draw_spikes
+
+
+def test_sprite_sweeps_move_one_factor():
+    source = open_source("sprites", 6, size=32)
+    assert source.names == SWEPT["sprites"]
+    rows = np.random.default_rng(0).choice(len(source), 10)
+    labels = torch.arange(10) % 5
+    frames = source.labelled(rows, labels)
+    assert frames.shape == (7, 10, 1, 32, 32) and frames.min() >= 0 and frames.max() <= 1
+    factors = source.source.factors_of(rows)
+    for b, k in enumerate(labels.tolist()):
+        vectors = source.sweep(factors[b], k, 6)
+        moved = (vectors != vectors[:1]).any(0)
+        column = source.columns[k]
+        assert moved.sum() == 1 and moved[column] and vectors[0, column] == 0
+        assert (np.diff(vectors[:, column]) >= 0).all()
+        whole = source.source.images_at(source.source.index_of(vectors)).float() / 255
+        expected = torch.nn.functional.interpolate(whole, size=32, mode="area")
+        torch.testing.assert_close(frames[:, b], expected)
+
+
+def test_sweep_values():
+    assert sweep_values(32, 6, "posX").tolist() == [0, 5, 10, 16, 21, 26, 31]
+    assert sweep_values(10, 7, "floor_hue").tolist() == list(range(8))
+    with pytest.raises(UserError, match="too few"):
+        sweep_values(4, 4, "camera_height")
+
+
+def test_moving_sprites_follow_their_spikes():
+    source = open_source("sprites", 5)
+    assert source.moving == ("posX", "posY", "orientation")
+    rows = np.array([123_456, 7, 500_000])
+    active = draw_spikes(5, 3, 0.3, 0.7, torch.Generator().manual_seed(0), 3)
+    frames = source.composed(rows, active)
+    assert frames.shape == (6, 3, 1, 64, 64)
+    moved = (frames[1:] != frames[:-1]).flatten(2).any(-1)  # (T, B)
+    turning_only = (active[..., :2].sum(-1) == 0) & (active[..., 2] > 0)
+    assert moved[~turning_only].all()
+    # centre of mass: a step of MOVES grid units of 31 over half the image
+    mass = frames.flatten(2).sum(-1)
+    x = (frames * torch.arange(64.0)).flatten(2).sum(-1) / mass
+    step = MOVES["posX"] / 31 * 32
+    torch.testing.assert_close(x[1:] - x[:-1], active[..., 0] * step, rtol=0, atol=0.7)
+    fast = source.composed(rows, active, torch.full_like(active, 1.5))
+    shift = (fast * torch.arange(64.0)).flatten(2).sum(-1) / fast.flatten(2).sum(-1)
+    torch.testing.assert_close(shift[-1] - shift[0], active[..., 0].sum(0) * 1.5 * step, rtol=0, atol=1.0)
+
+
+def test_folder_of_frames(tmp_path):
+    for clip, count in (("a", 6), ("b", 4), ("short", 2)):
+        (tmp_path / clip).mkdir()
+        for i in range(count):
+            Image.new("RGB", (20, 10), (10 * i, 100, 200)).save(tmp_path / clip / f"{i:03d}.png")
+    source = FrameSequences(tmp_path, 3, 16)
+    assert len(source) == 3 + 1
+    frames = source.sequences(np.array([1, 3]))
+    assert frames.shape == (4, 2, 3, 16, 16)
+    assert torch.equal((frames[:, 0, 0, 0, 0] * 255).round().int(), torch.tensor([10, 20, 30, 40], dtype=torch.int32))
+    (tmp_path / "b" / "001.png").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="not a readable picture"):
+        source.sequences(np.array([3]))
+    with pytest.raises(UserError, match="frames that one sequence needs"):
+        FrameSequences(tmp_path, 9, 16)
+
+
+def test_shapes3d_is_read_row_by_row(tmp_path):
+    path = tmp_path / "3dshapes.h5"
+    count = int(np.prod(list(SHAPES3D_FACTORS.values())))
+    with h5py.File(path, "w") as file:  # chunks that are never written take no space
+        images = file.create_dataset("images", (count, 64, 64, 3), "uint8", chunks=(1, 64, 64, 3), fillvalue=7)
+        images[15 * 4 + 3] = np.arange(64 * 64 * 3).reshape(64, 64, 3) % 251
+    source = Shapes3D(path)
+    got = source.images_at(np.array([63, 5, 63]))
+    assert got.shape == (3, 3, 64, 64) and (got[1] == 7).all() and torch.equal(got[0], got[2])
+    expected = (np.arange(64 * 64 * 3).reshape(64, 64, 3) % 251).transpose(2, 0, 1)
+    np.testing.assert_array_equal(got[0].numpy(), expected)
+    sequences = open_source("shapes3d", 7, root=str(tmp_path))
+    frames = sequences.labelled(np.array([3, 400_000]), torch.tensor([3, 4]))
+    assert frames.shape == (8, 2, 3, 64, 64)
+    # item 3 has scale 0, so the sweep of the scale passes row 60 + 3 at scale 1
+    np.testing.assert_allclose(frames[1, 0] * 255, expected, atol=1e-4)
+    path.write_bytes(b"junk")
+    with pytest.raises(UserError, match="not the Shapes3D file"):
+        Shapes3D(path)
+
+
+def test_factor_pictures(tmp_path):
+    for i in range(6):
+        Image.new("RGB", (8, 8), (i * 40, 0, 0)).save(tmp_path / f"{i:06d}.png")
+    source = FactorPictures("Tiny", tmp_path, {"slow": 2, "fast": 3}, 8)
+    sequences = FactorSequences(source, ("slow", "fast"), 1)
+    frames = sequences.labelled([5, 5], torch.tensor([0, 1]))
+    assert (frames[:, 0, 0, 0, 0] * 255 / 40).round().int().tolist() == [2, 5]
+    assert (frames[:, 1, 0, 0, 0] * 255 / 40).round().int().tolist() == [3, 4]
+    with pytest.raises(UserError, match="holds 6 pictures, Tiny has 8"):
+        FactorPictures("Tiny", tmp_path, {"a": 2, "b": 4}, 8)
+
+
+def test_split_is_seeded_and_complete():
+    train, valid = split_rows(1000, 3)
+    assert len(train) == 800 and sorted([*train, *valid]) == list(range(1000))
+    again, _ = split_rows(1000, 3)
+    other, _ = split_rows(1000, 4)
+    assert (train == again).all() and (train != other).any()
+
+
+def test_unknown_data_set():
+    with pytest.raises(UserError, match="did you mean 'sprites'"):
+        open_source("sprits", 3)
