@@ -7,6 +7,41 @@
 
 Files are looked for below `root`: the argument, else the environment variable DATA_ROOT, else `data/`. A set that is
 not there raises UserError with the expected path and the command that prepares it; `load` never downloads.
+
+Every set has `name`, `split`, `classes` (names or None), `channels`, `image_size`, `targets`, `len`, `[i]`,
+`images_at(rows)` (many images at once), `arrays(max_bytes)` and `fingerprint()`. Pixels are 0..255; binary images
+(sprites) are 0 and 255. Targets are class codes (N,), CelebA's 40 attributes in {0, 1}, or factor codes (N, F).
+
+Options by set:
+
+    mnist fashion_mnist svhn cifar10 cifar100   pad (black, before resizing), image_size
+    digits                                      the same, seed, test_fraction (0.2)
+    celeba folder                               image_size (celeba: 64), crop, channels, cache, threads
+    tiny_imagenet imagenet32 imagenet64         image_size, cache, threads (image_size: folders of images only)
+    sprites                                     sizes (3, 6, 40, 32, 32), image_size (64)
+    dsprites shapes3d mpi3d_toy                 sizes, for a file with another grid
+
+`image_size` alone: the shorter edge to that size, then the centre; with `crop`: the centre `crop` x `crop`, resized
+(PIL's bilinear with antialias). `cache=True` decodes image files once into an array file below `root`/.cache.
+
+Factor sets (sprites, dsprites, shapes3d, mpi3d_toy) hold every combination of their factors once; they have no splits
+of their own, so every split name gives the whole grid, and `split(...)` makes a held-out part. They add `factor_names`,
+`factor_sizes`, `factors_of(rows)`, `index_of(factors)`, `sample_factors(n, rng)` and `sample(n, rng)`; sprites and
+dsprites also `latents_values(rows)` and `latents_classes(rows)`.
+
+Random sets. `transform=` (any set) takes one uint8 (C, H, W) tensor. An item whose value changes from read to read makes
+the set random: `is_random` is true. A transform counts as random unless it carries `is_random = False`:
+
+    class Flip:                                # random: draws from torch's global generator
+        def __call__(self, image): return image.flip(2) if torch.rand(()) < 0.5 else image
+
+    class Invert:                              # not random: may be fetched in batches and kept in memory
+        is_random = False
+        def __call__(self, image): return 255 - image
+
+A random transform draws from torch's global generator only. `common.batches.Batches` then seeds that generator for each
+item from (seed, epoch, row), so an epoch is the same for any number of workers and after a resume; `arrays()` refuses a
+random set. A data set written elsewhere takes part by carrying the same attribute.
 """
 
 import os

@@ -101,8 +101,10 @@ class DSprites(LatentGrid):
             fresh = bits.is_file() and bits.stat().st_mtime >= path.stat().st_mtime
             self._packed = open_bits(bits, len(self), 64) if fresh else None
             if self._packed is None:
-                blocks = archive.blocks("imgs")
-                self._packed = np.concatenate([pack(block) for block in blocks])
+                self._packed, start = np.empty((len(self), 64 * 64 // 8), np.uint8), 0
+                for block in archive.blocks("imgs"):
+                    self._packed[start : start + len(block)] = pack(block)
+                    start += len(block)
 
     def _check_order(self, archive: NpzFile) -> None:
         """The file's own codes must be those of the row-major grid."""
