@@ -1,4 +1,4 @@
-"""The splits of section "Data": integer images, seeded, as loaders for `Experiment`."""
+"""Training, validation and test images: 8-bit, seeded splits, as loaders for `Experiment`."""
 
 import math
 
@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from common.batches import Batches
-from common.datasets import load, split, subset
-from common.errors import UserError
+from common.datasets import ArraySet, load, split, subset
+from common.errors import UserError, suggest
 from common.launch import Distributed
 from inv_flow.train.config import Config
 
 TRAIN_SIZES = {"mnist": 50_000, "cifar10": 40_000}  # the rest of the training file is the validation split
 IMAGENET_VAL = 20_000
+HELD_BYTES = 2_000_000_000
 
 
 class RandomCrop:
@@ -30,9 +31,7 @@ class RandomCrop:
 
 
 class ShiftAndFlip:
-    """A horizontal flip with probability 1/2 and a shift of up to 4 % of the side, edges repeated: (C, H, W) -> (C, H,
-    W).
-    """
+    """A flip with probability 1/2 and a shift of up to 4 % of the side, edges repeated: (C, H, W) -> (C, H, W)."""
 
     def __init__(self, share: float = 0.04):
         self.share = share
@@ -47,51 +46,46 @@ class ShiftAndFlip:
         return padded[:, top : top + height, left : left + width]
 
 
-class NoiseImages:
-    """Images of uniform random integers, for timing without data."""
+AUGMENTATIONS = {"mnist": RandomCrop, "cifar10": ShiftAndFlip}
+NAMES = ("mnist", "cifar10", "imagenet", "imagenet32", "imagenet64", "celeba", "digits")
 
-    def __init__(self, n: int, size: tuple[int, int, int], seed: int):
-        self.images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, *size), dtype=np.uint8))
-        self.targets = torch.zeros(n, dtype=torch.int64)
-        self.channels, self.height, self.width = size
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.targets[index]
-
-    def images_at(self, rows: np.ndarray) -> Tensor:
-        """uint8 (n, C, H, W)."""
-        return self.images[rows]
+def noise_images(n: int, size: tuple[int, ...], seed: int) -> ArraySet:
+    """n images of uniform random integers, for timing without data."""
+    images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, *size), dtype=np.uint8))
+    return ArraySet("noise", "train", images, torch.zeros(n, dtype=torch.int64))
 
 
 def datasets(config: Config) -> tuple:
     """(train, val, test) sets of `config.dataset`. Raises UserError for an unknown or absent data set."""
-    name, root = config.dataset, config.data_root
-    if name == "noise" or config.test:
-        side = config.resolution or config.image_size[1]
-        size = (config.image_size[0], side, side)
-        return tuple(NoiseImages(n, size, config.seed + i) for i, n in enumerate((config.n_train or 1000, 200, 200)))
-    if name in TRAIN_SIZES:
-        transform = {"mnist": RandomCrop, "cifar10": ShiftAndFlip}[name]() if config.data_aug else None
-        plain, test = load(name, root, "train"), load(name, root, "test")
-        source = load(name, root, "train", transform=transform) if transform else plain
-        cut = TRAIN_SIZES[name]
-        train = subset(source, indices=np.arange(min(cut, len(source) * 5 // 6)))
+    name, root, side = config.dataset, config.data_root, config.resolution
+    options = {"image_size": side} if side else {}
+    if config.data_aug and name not in AUGMENTATIONS:
+        raise UserError(f"data_aug: {name} has no augmentation; it is for {' and '.join(AUGMENTATIONS)}")
+    if config.test:
+        channels, height, width = config.image_size or (1, 28, 28)
+        size = (channels, side or height, side or width)
+        train, val, test = (noise_images(n, size, config.seed + i) for i, n in enumerate((1000, 200, 200)))
+    elif name in TRAIN_SIZES:
+        plain, test = load(name, root, "train", **options), load(name, root, "test", **options)
+        source = load(name, root, "train", transform=AUGMENTATIONS[name](), **options) if config.data_aug else plain
+        train = subset(source, indices=np.arange(min(TRAIN_SIZES[name], len(source) * 5 // 6)))
         val = subset(plain, indices=np.arange(len(train), len(plain)))
-    elif name in ("imagenet32", "imagenet64"):
-        whole, test = load(name, root, "train"), load(name, root, "val")
+    elif name in ("imagenet", "imagenet32", "imagenet64"):
+        if name == "imagenet":
+            name = f"imagenet{side or 32}"
+        if name not in ("imagenet32", "imagenet64") or (side and name != f"imagenet{side}"):
+            raise UserError(f"resolution={side}: {config.dataset} is published at 32 and 64 pixels; choose imagenet")
+        whole, test = load(name, root, "train"), load(name, root, "test")
         n_val = min(IMAGENET_VAL, len(whole) // 5)
         val, train = split(whole, [n_val, len(whole) - n_val], config.seed)
     elif name == "celeba":
-        options = {"size": config.resolution or 64}
-        train, val, test = (load(name, root, part, **options) for part in ("train", "valid", "test"))
+        train, val, test = (load(name, root, part, image_size=side or 64) for part in ("train", "valid", "test"))
     elif name == "digits":
-        whole, test = load(name, root, "train"), load(name, root, "test")
+        whole, test = load(name, root, "train", **options), load(name, root, "test", **options)
         val, train = split(whole, [len(whole) // 8, len(whole) - len(whole) // 8], config.seed)
     else:
-        raise UserError(f"dataset={name}: expected mnist, cifar10, imagenet32, imagenet64, celeba, digits or noise")
+        raise UserError(f"dataset={name}: expected one of {', '.join(NAMES)}{suggest(name, NAMES)}")
     if config.n_train:
         train = subset(train, n=min(config.n_train, len(train)), seed=config.seed)
     if config.n_test:
@@ -102,15 +96,16 @@ def datasets(config: Config) -> tuple:
 def loaders(config: Config, dist: Distributed) -> tuple[tuple[int, int, int], tuple[Batches, Batches, Batches]]:
     """The image size, and the train, validation and test loaders with this process's share of each batch."""
     train, val, test = datasets(config)
-    options = {
-        "seed": config.seed,
-        "workers": config.workers,
-        "rank": dist.rank,
-        "world": dist.world,
-        "device": dist.device,
-    }
-    evaluation = {**options, "shuffle": False, "drop_last": False}
     size = (train.channels, train.height, train.width)
+    if config.image_size not in (None, size):
+        raise UserError(f"image_size={config.image_size}: the images of {config.dataset} are {size}; leave it out")
+    # on a GPU a set that fits is kept there: a copy from ordinary memory would make the host wait at each step
+    held = dist.device.type == "cuda" and len(train) * math.prod(size) <= HELD_BYTES
+    options = {
+        "seed": config.seed, "workers": config.workers, "rank": dist.rank, "world": dist.world, "device": dist.device,
+        "hold": held,
+    }  # fmt: skip
+    evaluation = {**options, "shuffle": False, "drop_last": False}
     return size, (
         Batches(train, config.batch_size, **options),
         Batches(val, config.batch_size, **evaluation),

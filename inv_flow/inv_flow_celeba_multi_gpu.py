@@ -1,8 +1,8 @@
 """Inverse-Flow on CelebA, 32, 64 or 128 pixels (L = 3, K = 32).
 
-    torchrun --nproc_per_node=4 inv_flow/inv_flow_celeba_multi_gpu.py --preset 32
-    torchrun --nproc_per_node=4 inv_flow/inv_flow_celeba_multi_gpu.py --preset 64
-    torchrun --nproc_per_node=4 inv_flow/inv_flow_celeba_multi_gpu.py --preset 128
+    torchrun --standalone --nproc_per_node=4 inv_flow/inv_flow_celeba_multi_gpu.py --preset 32
+    torchrun --standalone --nproc_per_node=4 inv_flow/inv_flow_celeba_multi_gpu.py --preset 64
+    torchrun --standalone --nproc_per_node=4 inv_flow/inv_flow_celeba_multi_gpu.py --preset 128
 
 Writes runs/inv_flow/celeba (see inv_flow/train/experiment.py).
 """
@@ -19,6 +19,8 @@ PRESET = {
     "num_blocks": 3,
     "block_size": 32,
     "step_epochs": 25,
+    "epochs": 100,
+    "sample_epochs": 5,
     "n_bins": 10,
     "individual_weights": False,
 }

@@ -1,9 +1,8 @@
 """Inverse-Flow on CIFAR-10 (paper, Table 6: L = 2, K = 16; learning rate / 10 every 25 epochs).
 
     python inv_flow/inv_flow_cifar10_multi_GPUs.py
-    torchrun --nproc_per_node=4 inv_flow/inv_flow_cifar10_multi_GPUs.py
-    python inv_flow/inv_flow_cifar10_multi_GPUs.py --preset released   the published root script: L = 3, K = 28, SLR,
-    1x1
+    torchrun --standalone --nproc_per_node=4 inv_flow/inv_flow_cifar10_multi_GPUs.py
+    python inv_flow/inv_flow_cifar10_multi_GPUs.py --preset released      the published L = 3, K = 28, SLR, 1x1
 
 Writes runs/inv_flow/cifar10 (see inv_flow/train/experiment.py).
 """
@@ -20,6 +19,8 @@ PRESET = {
     "num_blocks": 2,
     "block_size": 16,
     "step_epochs": 25,
+    "epochs": 200,
+    "sample_epochs": 10,
     "n_bins": 10,
     "individual_weights": False,
 }
@@ -34,6 +35,7 @@ PRESETS = {
         "order": "TL",
         "batch_size": 128,
         "lr": 0.0001,
+        "weight_decay": 1e-7,
     }
 }
 

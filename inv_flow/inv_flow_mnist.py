@@ -1,11 +1,13 @@
 """Inverse-Flow on MNIST (paper, Table 3: L = 2, K = 16).
 
-    python inv_flow/inv_flow_mnist.py                                  the paper's flow, 100 epochs
-    python inv_flow/inv_flow_mnist.py --layer none|glow|finc|emerging|convexp|snf       a comparison model at equal
-    depth python inv_flow/inv_flow_mnist.py --num_blocks 3 --block_size 32 --padding 2        three levels on 32x32
-    python inv_flow/inv_flow_mnist.py --resume                         go on from checkpoints/last.pt python
-    inv_flow/inv_flow_mnist.py --evaluate                       test likelihood and pictures of checkpoints/best
-    torchrun --nproc_per_node=2 inv_flow/inv_flow_mnist.py             several processes; the batch size stays the total
+    python inv_flow/inv_flow_mnist.py                              the paper's flow, 100 epochs
+    python inv_flow/inv_flow_mnist.py --layer finc                 a comparison model at equal depth; also none, glow,
+                                                                   emerging, convexp, snf, unit
+    python inv_flow/inv_flow_mnist.py --num_blocks 3 --block_size 32 --padding 2       three levels on 32x32
+    python inv_flow/inv_flow_mnist.py --resume                     go on from checkpoints/last.pt
+    python inv_flow/inv_flow_mnist.py --evaluate                   likelihood and pictures of best.safetensors
+    python inv_flow/inv_flow_mnist.py --smoke                      seconds, on scikit-learn's digits
+    torchrun --standalone --nproc_per_node=2 inv_flow/inv_flow_mnist.py       the batch size stays the total
 
 Writes runs/inv_flow/mnist (see inv_flow/train/experiment.py).
 """
@@ -15,7 +17,7 @@ import sys
 from common.errors import run_command
 from inv_flow.train import launch
 
-PRESET = {"name": "mnist", "dataset": "mnist", "num_blocks": 2, "block_size": 16}
+PRESET = {"name": "mnist", "dataset": "mnist", "num_blocks": 2, "block_size": 16, "epochs": 100, "sample_epochs": 10}
 
 
 def main(argv: list[str] | None = None) -> None:

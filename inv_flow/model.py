@@ -5,6 +5,8 @@ Coupling; the configuration says which of the bracketed layers are there. The co
 that choice alone.
 """
 
+import math
+
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -16,8 +18,8 @@ from inv_flow.layers.coupling import Coupling, SplitPrior
 from inv_flow.layers.emerging import Emerging
 from inv_flow.layers.flow import FlowSequential, ModifiedGradFlowLayer
 from inv_flow.layers.inv_conv import InverseConv2d, InverseConvUnit, MaskedConv2d
-from inv_flow.layers.preprocess import Pad2d, Squeeze, preprocessing
-from inv_flow.layers.selfnorm import SelfNormConv
+from inv_flow.layers.preprocess import Flatten, Pad2d, Squeeze, preprocessing
+from inv_flow.layers.selfnorm import SelfNormConv, SelfNormFC
 from inv_flow.train.config import Config
 from inv_flow.utils.inv_conv_cuda import ORDERS
 
@@ -71,17 +73,16 @@ def flow_step(config: Config, size: tuple[int, int, int], index: int, last: bool
     if config.ff:
         if channels % 4:
             raise UserError(f"ff: a FInC unit needs a multiple of 4 channels, this level has {channels}")
-        layers.append(
-            MaskedConv2d(channels, kernel, ORDERS, groups=4, init_std=config.init_std, max_row_sum=config.max_row_sum)
-        )
+        layers += [MaskedConv2d(channels, kernel, ORDERS, groups=4, **stability) for _ in range(config.ff_units)]
     if config.emerging:
         layers.append(Emerging(channels, kernel))
     if config.convexp:
-        layers.append(ConvExp(size))
-    if config.inv_conv or config.inv_conv_no_pad:
-        layers.append(InverseConv2d(channels, kernel, step_order(config, index), config.groups, **stability))
+        layers.append(ConvExp(size, add_maps=config.convexp_maps))
+    for twin in range(config.inv_conv + config.inv_conv_no_pad):
+        layers.append(InverseConv2d(channels, kernel, step_order(config, index + twin), config.groups, **stability))
     if config.inv_flow:
-        layers.append(InverseConvUnit(channels, kernel, split=config.groups == 4, **stability))
+        how = {"split": True} if config.groups == 4 else {"groups": config.groups}
+        layers.append(InverseConvUnit(channels, kernel, **how, **stability))
     if config.activation != "Identity" and not (last and not config.last_activation):
         layers.append(
             make_activation(config.activation, size, config.n_bins, config.tail_bound, config.individual_weights)
@@ -95,21 +96,43 @@ def flow_step(config: Config, size: tuple[int, int, int], index: int, last: bool
     return layers
 
 
+def fully_connected(config: Config, layers: list[nn.Module], size: tuple[int, int, int]) -> FlowModel:
+    """The fully connected flow of the SNF experiments: `layers`, then linear layers and activations on (B, C H W)."""
+    features, depth = math.prod(size), config.num_blocks * config.block_size
+    layers.append(Flatten(size))
+    for index in range(depth):
+        layers.append(SelfNormFC(features))
+        if config.activation != "Identity" and (config.last_activation or index < depth - 1):
+            layers.append(
+                make_activation(
+                    config.activation, (features,), config.n_bins, config.tail_bound, config.individual_weights
+                )
+            )
+    return FlowModel(layers, config.image_size, [(features,)], config.levels)
+
+
 def create_model(config: Config) -> FlowModel:
     """The flow of `config`. Raises UserError for a size that does not squeeze and for steps without layers."""
+    if config.image_size is None or len(config.image_size) != 3:
+        raise UserError(f"image_size={config.image_size}: expected channels,height,width")
+    if not 1e-6 <= config.alpha < 0.5:
+        raise UserError(f"alpha={config.alpha}: must lie in [1e-6, 0.5); with less, float32 rounds bright pixels to 1")
     channels, height, width = config.image_size
     layers: list[nn.Module] = [Pad2d(config.padding)] if config.padding else []
     layers += preprocessing(config.alpha, config.levels)
     height, width = height + 2 * config.padding, width + 2 * config.padding
+    if config.fc:
+        return fully_connected(config, layers, (channels, height, width))
     latents, index, total = [], 0, config.num_blocks * config.block_size
     for block in range(config.num_blocks):
-        if height % 2 or width % 2:
-            raise UserError(
-                f"num_blocks={config.num_blocks}: level {block} is {height}x{width}, which does not squeeze; "
-                "take fewer blocks, or padding=2 to make 28x28 images 32x32"
-            )
-        layers.append(Squeeze())
-        channels, height, width = 4 * channels, height // 2, width // 2
+        if block or config.first_squeeze:
+            if height % 2 or width % 2:
+                raise UserError(
+                    f"num_blocks={config.num_blocks}: level {block} is {height}x{width}, which does not squeeze; "
+                    "take fewer blocks, or padding=2 to make 28x28 images 32x32"
+                )
+            layers.append(Squeeze())
+            channels, height, width = 4 * channels, height // 2, width // 2
         for _ in range(config.block_size):
             layers += flow_step(config, (channels, height, width), index, last=index == total - 1)
             index += 1

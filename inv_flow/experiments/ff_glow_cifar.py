@@ -14,6 +14,8 @@ PRESET = {
     "data_aug": True,
     "block_size": 4,
     "ff": True,
+    "ff_units": 2,
+    "last_activation": False,
     "actnorm": False,
     "lr": 1e-05,
     "scheduler_name": "Exponential",

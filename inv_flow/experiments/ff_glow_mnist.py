@@ -12,6 +12,7 @@ PRESET = {
     "name": "ff_glow_mnist",
     "dataset": "mnist",
     "ff": True,
+    "last_activation": False,
     "lr": 1e-05,
     "scheduler_name": "Exponential",
     "gamma": 0.9997,

@@ -15,6 +15,7 @@ PRESET = {
     "snf_kernel_size": 5,
     "recon_loss_lr": 0.001,
     "coupling_width": 16,
+    "split_width": 16,
     "activation": "Identity",
     "scheduler_name": "none",
     "epochs": 1000,

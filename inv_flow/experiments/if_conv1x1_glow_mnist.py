@@ -12,6 +12,7 @@ PRESET = {
     "name": "if_conv1x1_glow_mnist",
     "dataset": "mnist",
     "order": "TL",
+    "last_activation": False,
     "actnorm": False,
     "lr": 1e-05,
     "scheduler_name": "Exponential",

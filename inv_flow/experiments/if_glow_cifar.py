@@ -13,6 +13,7 @@ PRESET = {
     "dataset": "cifar10",
     "data_aug": True,
     "order": "TL",
+    "last_activation": False,
     "actnorm": False,
     "coupling_width": 128,
     "batch_size": 140,

@@ -13,6 +13,7 @@ PRESET = {
     "dataset": "imagenet32",
     "block_size": 32,
     "order": "TL",
+    "last_activation": False,
     "actnorm": False,
     "coupling_width": 256,
     "lr": 0.0001,

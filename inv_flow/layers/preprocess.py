@@ -85,6 +85,20 @@ class UnSqueeze(FlowLayer):
         return F.pixel_unshuffle(z, 2)
 
 
+class Flatten(FlowLayer):
+    """(B, *size) -> (B, D), D the product of `size`."""
+
+    def __init__(self, size: tuple[int, ...]):
+        super().__init__()
+        self.size = tuple(size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flatten(1), no_log_det(x)
+
+    def reverse(self, z: Tensor) -> Tensor:
+        return z.view(-1, *self.size)
+
+
 class Pad2d(FlowLayer):
     """Zero padding by `padding` pixels on each side, so that a third squeeze divides 28 x 28; reverse crops.
 

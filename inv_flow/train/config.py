@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, suggest
@@ -41,35 +42,39 @@ class Config:
     """
 
     # data
-    dataset: str = key("mnist", "data set: mnist, cifar10, imagenet32, imagenet64, celeba, digits, noise", "data")
+    dataset: str = key("mnist", "data set: mnist, cifar10, imagenet, imagenet32, imagenet64, celeba, digits", "data")
     data_root: str | None = key(None, "folder of the data sets (default: DATA_ROOT or data/)", "data")
-    resolution: int = key(0, "side of the images for celeba, imagenet and noise (0: the data set's own)", "data")
+    resolution: int = key(0, "side of the images: celeba (64), imagenet (32), others resized (0: their own)", "data")
     data_aug: bool = key(False, "random crops (mnist) or shifts and flips (cifar10) of training images", "data")
     n_train: int = key(0, "use only that many training images, drawn by the seed (0: all)", "data")
     n_test: int = key(0, "use only the first test images (0: all)", "data")
-    test: bool = key(False, "train on random normal images, for timing", "data")
+    test: bool = key(False, "train on random images of image_size or resolution, for timing", "data")
     workers: int = key(0, "worker processes of the loaders", "data")
     # model
-    image_size: tuple[int, int, int] = key((1, 28, 28), "channels, height, width; set from the data", "model")
+    image_size: tuple[int, ...] | None = key(None, "channels, height, width: set from the data (none)", "model")
     padding: int = key(0, "zero padding on each side (2 makes 28x28 images 32x32, so that three blocks fit)", "model")
     levels: int = key(256, "grey levels of a pixel (17 for scikit-learn's digits)", "model")
-    alpha: float = key(1e-6, "margin of the logit: (v + alpha)(1 - 2 alpha); at least 1e-6 in float32", "model")
+    alpha: float = key(1e-6, "margin of the logit: (v + alpha)(1 - 2 alpha); at least 1e-6", "model")
     num_blocks: int = key(2, "L: levels", "model")
     block_size: int = key(16, "K: steps a level", "model")
     coupling: str = key("small", "coupling network: small (Inverse-Flow) or snf (SNF, FInC)", "model", ("small", "snf"))
     coupling_width: int = key(512, "hidden channels of the coupling (0: no coupling)", "model")
     split_width: int = key(512, "hidden channels of the split prior's coupling", "model")
+    first_squeeze: bool = key(True, "squeeze before the first level too, not only between levels", "model")
     split_prior: bool = key(True, "split half of the channels off between levels", "model")
     actnorm: bool = key(True, "activation normalisation in each step", "model")
     conv1x1: bool = key(False, "invertible 1x1 convolution in each step", "model")
     inv_conv: bool = key(True, "inverse convolution in each step", "model")
-    inv_conv_no_pad: bool = key(False, "the same layer under its other published name", "model")
+    inv_conv_no_pad: bool = key(False, "one more, of the next order (the published twin of inv_conv)", "model")
     inv_flow: bool = key(False, "the unit of four inverse convolutions TL, TR, BL, BR in each step", "model")
     ff: bool = key(False, "FInC Flow's masked convolution in each step", "model")
+    ff_units: int = key(1, "FInC units a step", "model")
     emerging: bool = key(False, "Emerging convolution in each step", "model")
     convexp: bool = key(False, "convolution exponential in each step", "model")
+    convexp_maps: bool = key(False, "learned additive maps before and after the convolution exponential", "model")
     snf: bool = key(False, "self-normalising convolution in each step", "model")
     snf_kernel_size: int = key(1, "kernel of the self-normalising convolution (odd)", "model")
+    fc: bool = key(False, "num_blocks * block_size self-normalising fully connected layers and nothing else", "model")
     if_kernel_size: int = key(3, "kernel of the inverse, masked or Emerging convolution", "model")
     order: str = key(
         "alternate", "scan order of the inverse convolutions", "model", ("alternate", "cycle", "TL", "TR", "BL", "BR")
@@ -89,7 +94,7 @@ class Config:
     individual_weights: bool = key(True, "one spline for each position instead of one for the layer", "model")
     autocast: bool = key(False, "coupling networks in bfloat16; solves and log-determinants stay in float32", "model")
     # training
-    epochs: int = key(100, "training epochs", "training")
+    epochs: int = key(10_000, "training epochs", "training")
     batch_size: int = key(100, "images a step, over all processes", "training")
     lr: float = key(1e-3, "learning rate", "training")
     lr_inv_conv: float = key(1.0, "factor on the learning rate of the inverse convolutions' kernels", "training")
@@ -111,18 +116,18 @@ class Config:
     only_R_recon: bool = key(False, "reconstruction gradient to the learned inverse only", "training")
     recon_loss_lr: float = key(0.0, "rate of GECO's update of lambda (0: lambda is constant)", "training")
     recon_alpha: float = key(0.9, "decay of GECO's moving average", "training")
-    multi_gpu: bool = key(False, "published key; torchrun decides the number of processes", "training")
+    multi_gpu: bool = key(False, "refuse to start with one process (torchrun sets their number)", "training")
     # evaluation and files
     eval_epochs: int = key(1, "epochs between evaluations", "evaluation")
     eval_train: bool = key(False, "evaluate the training set too", "evaluation")
-    max_eval_ex: int = key(0, "stop an evaluation after that many images (0: all)", "evaluation")
+    max_eval_ex: int | None = key(None, "stop an evaluation after that many images (none: all)", "evaluation")
     eval_draws: int = key(1, "dequantisation draws averaged in the test likelihood", "evaluation")
-    sample_epochs: int = key(1, "epochs between sample grids (the first five and the tenth always)", "evaluation")
+    sample_epochs: int = key(10_000, "epochs between pictures; epochs 1-4, 10 and the last have them too", "evaluation")
     n_samples: int = key(100, "images of a sample grid", "evaluation")
     temperature: float = key(1.0, "standard deviation of the latents of the samples", "evaluation")
     sample_true_inv: bool = key(True, "a grid with the exact inverse too (self-normalising layers)", "evaluation")
     plot_recon: bool = key(True, "grids of images, reconstructions and differences", "evaluation")
-    vis_epochs: int = key(0, "epochs between pictures of the inverse convolutions' kernels (0: never)", "evaluation")
+    vis_epochs: int = key(10_000, "epochs between pictures of the first inverse convolution's kernel", "evaluation")
     log_interval: int = key(100, "steps between logged training losses", "evaluation")
     log_timing: bool = key(True, "write timing.csv: seconds of steps, evaluations and sampling", "evaluation")
     sample_dir: str = key("samples", "folder of the sample grids, inside the run folder", "evaluation")
@@ -134,9 +139,9 @@ class Config:
     seed: int = key(0, "seed of everything random", "launch")
     device: str = key("auto", "auto, cpu, cuda[:i], mps", "launch")
     deterministic: bool = key(False, "refuse kernels whose result varies between runs", "launch")
-    resume: bool = key(False, "go on from checkpoints/last.pt", "launch")
+    resume: bool = key(False, "go on from checkpoints/last.pt, with the same data, model and training keys", "launch")
     overwrite: bool = key(False, "replace a run that is already in the folder", "launch")
-    evaluate: bool = key(False, "no training: evaluate and sample from checkpoints/best.pt", "launch")
+    evaluate: bool = key(False, "no training: evaluate and sample the run's best.safetensors", "launch")
     wandb: bool = key(False, "log to Weights & Biases too (it must be installed)", "launch")
     wandb_project: str = key("inverse-flow", "its project", "launch")
     wandb_entity: str | None = key(None, "its account", "launch")
@@ -150,10 +155,21 @@ class Config:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
 
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out or Path("runs") / "inv_flow" / self.name)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of last.pt, best.pt, best.safetensors."""
+        return Path(self.checkpoint_path or self.folder / "checkpoints")
+
 
 SMOKE = {
-    "dataset": "digits", "num_blocks": 2, "block_size": 2, "coupling_width": 16, "split_width": 16, "epochs": 2,
-    "n_train": 200, "n_test": 100, "levels": 17, "n_samples": 16, "log_interval": 1, "tail_bound": 10.0,
+    "dataset": "digits", "data_aug": False, "resolution": 0, "levels": 17, "n_train": 200, "n_test": 100, "padding": 0,
+    "batch_size": 50, "num_blocks": 2, "block_size": 2, "split_width": 16, "epochs": 2, "warmup_epochs": 1, "lr": 1e-3,
+    "n_samples": 16, "log_interval": 1, "tail_bound": 10.0,
 }  # fmt: skip
 
 
@@ -185,7 +201,7 @@ def coerce(name: str, value: Any) -> Any:
     kind = _TYPES[name]
     optional = type(None) in typing.get_args(kind)
     if optional:
-        if value is None or value is False or str(value).lower() in ("none", "false"):
+        if value is None or value is False or str(value).lower() in ("none", "false", "inf"):
             return None
         kind = next(item for item in typing.get_args(kind) if item is not type(None))
     try:
@@ -244,23 +260,21 @@ def parse(
         name = unknown[0].lstrip("-").split("=")[0]
         coerce(name, "")  # a dead or unknown key has its own message
         raise UserError(f"unexpected argument {unknown[0]}")
-    given = vars(values)
-    changes = dict(preset)
-    if given.get("smoke"):
-        changes.update(SMOKE)
-    if extra and given.pop("preset", None):
-        chosen = values.preset
-        if chosen not in extra:
-            raise UserError(f"preset={chosen}: expected one of {', '.join(extra)}{suggest(chosen, extra)}")
-        changes.update(extra[chosen])
-    if given.pop("layer", None):
-        changes.update(layer_choice(values.layer))
-    given.pop("preset", None)
-    pairs = given.pop("set")
-    changes.update({name: value for name, value in given.items() if value is not None})
-    for pair in pairs:
+    given = {name: value for name, value in vars(values).items() if value is not None}
+    for pair in given.pop("set"):
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--set {pair}: expected KEY=VALUE")
-        changes[name] = value
-    return Config().replace(**changes)
+        given[name] = value
+    changes = dict(preset)
+    chosen, layer = given.pop("preset", None), given.pop("layer", None)
+    if chosen is not None:
+        if chosen not in extra:
+            raise UserError(f"preset={chosen}: expected one of {', '.join(extra)}{suggest(chosen, extra)}")
+        changes |= extra[chosen]
+    if layer is not None:
+        changes |= layer_choice(layer)
+    if coerce("smoke", given.get("smoke", False)):
+        full = base.replace(**changes)
+        changes |= SMOKE | {"name": f"{full.name}_smoke", "coupling_width": min(full.coupling_width, 16)}
+    return Config().replace(**changes | given)

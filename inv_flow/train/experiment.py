@@ -6,10 +6,12 @@ Loss: -mean log p(x) in nats (plus the reconstruction loss of self-normalising l
 validation images, and, when these improve, the test images; write sample and reconstruction grids, `last.pt` and
 `best.pt`. Under torchrun each process takes its share of every batch. Written to the run folder: config.json,
 metrics.csv, log.txt, tb/, timing.csv, samples/<epoch>.png, recon/<epoch>.png (images, reconstructions, differences),
-checkpoints/{last,best}.pt and best.safetensors. Keys: `inv_flow.train.config.Config`.
+kernels/<epoch>.png, checkpoints/{last,best}.pt and best.safetensors. Keys: `inv_flow.train.config.Config`.
 """
 
+import copy
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +28,15 @@ from common.launch import Distributed, StopSignal, check_finite
 from common.run import Run
 from inv_flow.layers.flow import FlowSequential, bits_per_dim
 from inv_flow.layers.inv_conv import InverseConv2d
+from inv_flow.layers.preprocess import Dequantization
 from inv_flow.model import FlowModel
-from inv_flow.train.config import Config
+from inv_flow.train.config import FIELDS, Config
+from inv_flow.train.recon import ReconstructionLoss
 
 KIND = "inv_flow"
+STATE = ("epoch", "batch", "step", "best", "metrics", "epoch_loss", "epoch_count")
+# what may differ between a checkpoint and the run that goes on from it
+FREE_KEYS = ("epochs", "data_root", "workers", "n_test", "multi_gpu")
 
 
 class Experiment:
@@ -53,51 +60,53 @@ class Experiment:
     ):
         self.config = Config().replace(**config)
         self.dist = dist or Distributed.start(self.config.device)
+        if self.config.multi_gpu and self.dist.world == 1:
+            raise UserError("multi_gpu: this is one process; start with torchrun --standalone --nproc_per_node=N")
         self.model = model.to(self.dist.device)
         self.loaders = {"train": train_loader, "val": val_loader, "test": test_loader}
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.folder = Path(self.config.out or Path("runs") / "inv_flow" / self.config.name)
-        self.checkpoints = Path(self.config.checkpoint_path or self.folder / "checkpoints")
+        self.folder, self.checkpoints = self.config.folder, self.config.checkpoints
         self.dimensions = math.prod(model.image_size)
+        self.reconstruction_loss = ReconstructionLoss(model.self_norm_layers(), self.config, self.dist)
+        self.run_log = Run(self.folder, {}, enabled=False)  # silent until `run`
         self.epoch = self.batch = self.step = 0
         self.best = math.inf  # validation NLL in nats
-        self.epoch_loss = torch.zeros(2, dtype=torch.float64)  # summed loss and count of the running epoch
-        layers = model.self_norm_layers()
-        self.geco = {"weight": [self.config.recon_loss_weight] * len(layers), "average": [0.0] * len(layers)}
-        self._inputs: dict[nn.Module, Tensor] = {}
-        if layers and self.config.add_recon_grad:
-            for layer in layers:
-                layer.register_forward_pre_hook(self._remember_input)
-        self.run_log: Run | None = None
+        self.metrics: dict[str, float] = {}  # of the test images at the best validation NLL
+        self.epoch_loss, self.epoch_count = 0.0, 0  # logged part of the running epoch, over all processes
+        # this process's part since the last log; stays on the device, so that a step never waits for it
+        self.loss_sum, self.loss_count = torch.zeros((), dtype=torch.float64, device=self._sum_device()), 0
 
     # ---------------------------------------------------------------------------------------------------- the run
 
     def run(self) -> dict[str, float]:
-        """Train to `epochs` (from `last.pt` with `resume`) and return the last test metrics."""
+        """Train to `epochs` (from `last.pt` with `resume`) and return the test metrics at the best validation NLL."""
         config, dist = self.config, self.dist
         if config.resume:
             self.load(self.checkpoints / "last.pt")
+        if config.wandb:  # wandb reads these names itself
+            names = {"WANDB_NAME": config.name, "WANDB_NOTES": config.notes, "WANDB_ENTITY": config.wandb_entity}
+            os.environ.update({name: value for name, value in names.items() if value})
         self.run_log = Run(
             self.folder, config.as_dict(), resume=config.resume, resume_step=self.step, overwrite=config.overwrite,
             wandb=config.wandb_project if config.wandb else None, enabled=dist.is_main,
         )  # fmt: skip
+        if dist.is_main and not config.resume:
+            (self.folder / "timing.csv").unlink(missing_ok=True)
         parameters = sum(p.numel() for p in self.model.parameters())
         self.run_log.info(f"{config.name}: {parameters:,} parameters, {dist.world} process(es) on {dist.device}")
         self.model.set_exact(not config.modified_grad)
         self._initialise()
         network = dist.wrap(self.model)
-        metrics: dict[str, float] = {}
         with self.run_log, StopSignal() as stop:
             while self.epoch < config.epochs:
-                finished = self._train_epoch(network, stop)
-                if not finished:
+                if not self._train_epoch(network, stop):
                     self.save("last")
                     self.run_log.info(
                         f"stopped in epoch {self.epoch + 1} at batch {self.batch}; --resume goes on from there"
                     )
                     break
-                metrics = self._end_epoch(metrics)
-        return metrics
+                self._end_epoch()
+        return self.metrics
 
     def _initialise(self) -> None:
         """Data-dependent initialisation on the first batch, alike on every process; a resumed model is initialised
@@ -113,76 +122,70 @@ class Experiment:
         """The rest of the current epoch; False when a stop signal ended it early."""
         config, loader = self.config, self.loaders["train"]
         self.model.train()
-        if self.batch == 0:
-            self.epoch_loss = torch.zeros(2, dtype=torch.float64)
         batches = _batches(loader, self.epoch, self.batch)
         progress = self.run_log.progress(batches, total=len(loader), initial=self.batch, desc=f"epoch {self.epoch + 1}")
         started, first = time.perf_counter(), self.step
-        pending: list[Tensor] = []  # losses still on the device: read in one go, so that a step never waits for it
         for batch in progress:
             x = self._images(batch)
             scale = self._warm_up(len(loader))
             self.optimizer.zero_grad(set_to_none=True)
-            log_prob = network(x)[1]
-            nll = -log_prob.mean()
-            loss = nll + self._reconstruction_loss()
+            nll = -network(x)[1].mean()
+            loss = nll + self.reconstruction_loss()
             loss.backward()
             norm = self._clip()
-            if self.dist.device.type == "cpu":
-                self._guard(nll, norm, x)
+            logged = (self.step + 1) % config.log_interval == 0 or self.batch + 1 == len(loader)
+            if logged or self.dist.device.type == "cpu":  # reading a value makes the host wait for a GPU
+                self._guard(loss, norm, x)
             self.optimizer.step()
-            self._undo_warm_up(scale)
+            self._undo_warm_up()
             self.step, self.batch = self.step + 1, self.batch + 1
-            pending.append(torch.stack([nll.detach().double() * len(x), nll.new_tensor(len(x), dtype=torch.float64)]))
-            if self.step % config.log_interval == 0 or self.batch == len(loader):
-                self._guard(nll, norm, x)
-                self._log_train(pending, norm, scale)
-                pending = []
+            self.loss_sum += nll.detach().to(self.loss_sum) * len(x)
+            self.loss_count += len(x)
+            if logged:
+                self._log_train(norm, scale)
             # processes ask each other at the same steps only
             if (self.dist.world == 1 or self.step % 10 == 0) and self.dist.any(bool(stop)):
-                self._log_train(pending, None, None)
                 return False
         if config.log_timing and self.step > first:
             self._log_time(train_step_ms=1000 * (time.perf_counter() - started) / (self.step - first))
         return True
 
-    def _log_train(self, pending: list[Tensor], norm: Tensor | None, lr_scale: float | None) -> None:
-        if pending:
-            sums = self.dist.sum(torch.stack(pending).sum(0)).cpu()
-            self.epoch_loss += sums
-            if norm is not None:
-                self.run_log.log(
-                    self.step, epoch=self.epoch + 1, batch_nll=sums[0] / sums[1], grad_norm=norm,
-                    lr=self.optimizer.param_groups[0]["lr"] * lr_scale,
-                )  # fmt: skip
+    def _log_train(self, norm: Tensor, lr_scale: float) -> None:
+        loss, count = float(self.dist.sum(self.loss_sum)), int(self.dist.sum(float(self.loss_count)))
+        self.epoch_loss, self.epoch_count = self.epoch_loss + loss, self.epoch_count + count
+        self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        self.run_log.log(
+            self.step, epoch=self.epoch + 1, batch_nll=loss / count, grad_norm=norm,
+            lr=self.optimizer.param_groups[0]["lr"] * lr_scale,
+        )  # fmt: skip
 
-    def _end_epoch(self, metrics: dict[str, float]) -> dict[str, float]:
+    def _end_epoch(self) -> None:
         config = self.config
-        train_nll = float(self.epoch_loss[0] / self.epoch_loss[1])
+        train_nll = self.epoch_loss / self.epoch_count
         row = {"train_nll": train_nll, "train_bpd": train_nll / (self.dimensions * math.log(2))}
-        self.epoch, self.batch = self.epoch + 1, 0
+        self.epoch, self.batch, self.epoch_loss, self.epoch_count = self.epoch + 1, 0, 0.0, 0
+        last = self.epoch == config.epochs
         if self.scheduler is not None:
             self.scheduler.step()
-        if self.epoch % config.eval_epochs == 0 or self.epoch == config.epochs:
+        if self.epoch % config.eval_epochs == 0 or last:
             if config.eval_train:
                 row |= self.evaluate("train", prefix="train_eval")
             row |= self.evaluate("val")
             if row["val_nll"] < self.best:
                 self.best = row["val_nll"]
-                metrics = self.evaluate("test", draws=config.eval_draws)
+                self.metrics = self.evaluate("test", draws=config.eval_draws)
                 self.save("best")
                 if self.dist.is_main:
                     save_weights(self.checkpoints / "best.safetensors", self.model.state_dict(), config.as_dict())
-            row |= metrics
-        if self.epoch <= 5 or self.epoch == 10 or self.epoch % config.sample_epochs == 0 or self.epoch == config.epochs:
-            self.pictures()
-        if config.vis_epochs and self.epoch % config.vis_epochs == 0:
+            row |= self.metrics
+        if self.epoch < 5 or self.epoch == 10 or self.epoch % config.sample_epochs == 0 or last:
+            self.pictures(str(self.epoch))
+        if self.epoch % config.vis_epochs == 0 or last:
             self._kernel_picture()
         self.run_log.log(self.step, epoch=self.epoch, **row)
         text = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
         self.run_log.info(f"epoch {self.epoch}/{config.epochs}: {text}")
         self.save("last")
-        return metrics
 
     # ---------------------------------------------------------------------------------------------------- one step
 
@@ -200,7 +203,7 @@ class Experiment:
             group["lr"] *= scale
         return scale
 
-    def _undo_warm_up(self, scale: float) -> None:
+    def _undo_warm_up(self) -> None:
         """Give the scheduler its own learning rate back: recursive schedules multiply what they find."""
         for group in self.optimizer.param_groups:
             group["lr"] = group.pop("scheduled_lr")
@@ -213,39 +216,22 @@ class Experiment:
         limit = self.config.grad_clip_norm
         return nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
 
-    def _guard(self, nll: Tensor, norm: Tensor, x: Tensor) -> None:
-        """Stop on a non-finite loss or gradient: name the layer, keep a crash state. The weights are those before the
-        step.
+    def _guard(self, loss: Tensor, norm: Tensor, x: Tensor) -> None:
+        """Stop before the step on a non-finite loss or gradient: name the layer, keep crash.pt.
+
+        On a GPU this looks at logged steps only; a bad step between them has spoilt the weights of crash.pt then, and
+        `last.pt` is the state to go on from.
         """
-        if math.isfinite(float(nll.detach())) and math.isfinite(float(norm)):
+        if not self.dist.any(not (math.isfinite(float(loss.detach())) and math.isfinite(float(norm)))):
             return
         found = first_non_finite_layer(self.model, x)
         where = f"layer {found} returned it" if found else "the forward pass is finite, the gradient is not"
+        self._undo_warm_up()
         self.save("crash")
         try:
             check_finite(math.nan, self.step + 1, self.model)
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}; {where}; state kept in {self.checkpoints / 'crash.pt'}") from None
-
-    def _remember_input(self, layer: nn.Module, inputs: tuple) -> None:
-        if layer.training and torch.is_grad_enabled():
-            self._inputs[layer] = inputs[0].detach()
-
-    def _reconstruction_loss(self) -> Tensor | float:
-        """sum over self-normalising layers of lambda mean ||x - R W x||^2, with GECO's update of lambda when asked."""
-        total: Tensor | float = 0.0
-        config = self.config
-        for index, layer in enumerate(self.model.self_norm_layers()):
-            if layer not in self._inputs:
-                continue
-            loss = layer.reconstruction_loss(self._inputs.pop(layer), config.sym_recon_grad, config.only_R_recon)
-            total = total + self.geco["weight"][index] * loss
-            if config.recon_loss_lr > 0:
-                value = float(self.dist.mean(loss.detach()))
-                average = config.recon_alpha * self.geco["average"][index] + (1 - config.recon_alpha) * value
-                self.geco["average"][index] = average
-                self.geco["weight"][index] *= math.exp(config.recon_loss_lr * average)
-        return total
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
@@ -256,67 +242,80 @@ class Experiment:
         """
         was_training = self.model.training
         self.model.eval()
-        sums, seen = torch.zeros(2, dtype=torch.float64, device=self._sum_device()), 0
+        sums, count, seen = torch.zeros((), dtype=torch.float64, device=self._sum_device()), 0, 0
         with self._own_rng(self.config.seed + 1 + self.dist.rank):
             for batch in _batches(self.loaders[split], 0, 0):
                 x = self._images(batch)
                 if len(x):
                     log_prob = torch.stack([self.model.log_prob(x).to(sums) for _ in range(draws)]).mean(0)
-                    sums += torch.stack([-log_prob.sum(), sums.new_tensor(len(x))])
-                seen += len(x) * self.dist.world
-                if self.config.max_eval_ex and seen >= self.config.max_eval_ex:
+                    sums -= log_prob.sum()
+                count, seen = count + len(x), seen + len(x) * self.dist.world
+                if self.config.max_eval_ex is not None and seen >= self.config.max_eval_ex:
                     break
         self.model.train(was_training)
-        total, count = self.dist.sum(sums).tolist()
-        if count == 0:
-            raise UserError(f"the {split} split has no images")
-        nll = total / count
+        nll = float(self.dist.sum(sums)) / float(self.dist.sum(float(count)))
         if not math.isfinite(nll):
             raise NonFiniteError(f"the {split} NLL is {nll} after step {self.step}; resume from an earlier checkpoint")
         name = prefix or split
         return {f"{name}_nll": nll, f"{name}_bpd": float(bits_per_dim(torch.tensor(-nll), self.dimensions))}
 
+    def _noisy(self, x: Tensor) -> tuple[Tensor, FlowSequential]:
+        """Dequantised images (padded where the model pads) of integer images x, and the rest of the flow."""
+        cut = next(i for i, layer in enumerate(self.model.layers) if isinstance(layer, Dequantization)) + 1
+        noisy = FlowSequential(self.model.layers[:cut]).encode(x)[0][-1]
+        return noisy, FlowSequential(self.model.layers[cut:])
+
     @torch.no_grad()
     def reconstruction_error(self, x: Tensor) -> tuple[float, float]:
-        """Largest and mean |x - decode(encode(x))| in grey levels, before rounding, of integer images x (B, C, H, W)."""
-        self.model.eval()
+        """Largest and mean |x - decode(encode(x))| in grey levels, before rounding, of integer images (B, C, H, W)."""
         with self._own_rng(self.config.seed + 2):
-            noisy = x + torch.rand_like(x)
-            rest = FlowSequential(self.model.layers[self._first_after_noise() :])
-            error = (rest.reconstruct(noisy) - noisy).abs()
+            noisy, flow = self._noisy(x)
+        error = (flow.reconstruct(noisy) - noisy).abs()
         return float(error.max()), float(error.mean())
 
-    def _first_after_noise(self) -> int:
-        names = [type(layer).__name__ for layer in self.model.layers]
-        return names.index("Dequantization") + 1
+    @torch.no_grad()
+    def rounding_error(self, x: Tensor) -> float:
+        """Largest |log p - log p in float64| / |log p| of integer images (B, C, H, W)."""
+        with self._own_rng(self.config.seed + 2):
+            noisy, flow = self._noisy(x)
+        device = self._sum_device()
+        exact = copy.deepcopy(flow).to(device, torch.float64)(noisy.to(device, torch.float64))[1]
+        return float(((flow(noisy)[1].to(exact) - exact) / exact).abs().max())
 
     @torch.no_grad()
-    def pictures(self) -> None:
-        """samples/<epoch>.png and recon/<epoch>.png (images, reconstructions, absolute differences; a row each)."""
+    def pictures(self, name: str) -> None:
+        """samples/<name>.png and recon/<name>.png (images, reconstructions, absolute differences; a row each)."""
         if not self.dist.is_main:
             return
+        was_training = self.model.training
         self.model.eval()
         config, top = self.config, self.model.levels - 1
         columns = max(1, round(math.sqrt(config.n_samples)))
-        with self._own_rng(config.seed + 3):
-            for exact, suffix in self._inverses():
-                self.model.set_exact(exact)
-                started = time.perf_counter()
-                samples = self.model.sample_images(config.n_samples, config.temperature)
-                if config.log_timing:
-                    self._log_time(sample_ms=1000 * (time.perf_counter() - started))
-                picture = mosaic(torch.nan_to_num(samples).float().cpu() / top, columns)
-                save_image(self.folder / config.sample_dir / f"{self.epoch}{suffix}.png", picture)
-                self.run_log.image(f"samples{suffix}", picture, self.step)
-            self.model.set_exact(not config.modified_grad)
-            if config.plot_recon:
-                x = self._images(next(iter(_batches(self.loaders["test"], 0, 0))))[:10]
-                back = self.model.reconstruct(x)
-                rows = torch.cat([x, back.clamp(0, top), (x - back).abs().clamp(0, top)]).cpu() / top
-                save_image(self.folder / "recon" / f"{self.epoch}.png", mosaic(rows.float(), len(x)))
-                largest, mean = self.reconstruction_error(x)
-                self.run_log.info(f"reconstruction error in grey levels: largest {largest:.2e}, mean {mean:.2e}")
-        self.model.train()
+        for exact, suffix in self._inverses():
+            self.model.set_exact(exact)
+            started = time.perf_counter()
+            with self._own_rng(config.seed + 3):
+                samples = self.model.sample_images(config.n_samples, config.temperature).float().cpu()
+            if config.log_timing:
+                self._log_time(**{f"sample{suffix}_ms": 1000 * (time.perf_counter() - started)})
+            bad = int((~torch.isfinite(samples)).flatten(1).any(1).sum())
+            if bad:
+                self.run_log.info(f"{bad} of {len(samples)} samples{suffix} are not finite (drawn black)")
+            picture = mosaic(torch.nan_to_num(samples) / top, columns)
+            save_image(self.folder / config.sample_dir / f"{name}{suffix}.png", picture)
+            self.run_log.image(f"samples{suffix}", picture, self.step)
+        self.model.set_exact(not config.modified_grad)
+        if config.plot_recon:
+            x = self._images(next(iter(_batches(self.loaders["test"], 0, 0))))[:10]
+            back = self.model.reconstruct(x)
+            rows = torch.cat([x, back.clamp(0, top), (x - back).abs().clamp(0, top)]).float().cpu() / top
+            save_image(self.folder / "recon" / f"{name}.png", mosaic(torch.nan_to_num(rows), len(x)))
+            largest, mean = self.reconstruction_error(x)
+            self.run_log.info(
+                f"reconstruction error in grey levels: largest {largest:.2e}, mean {mean:.2e}; "
+                f"log p in float64 differs by {self.rounding_error(x[:2]):.1e} of its value"
+            )
+        self.model.train(was_training)
 
     def _inverses(self) -> list[tuple[bool, str]]:
         """(exact, file suffix) of each inverse to draw samples with."""
@@ -338,38 +337,48 @@ class Experiment:
 
     def save(self, name: str) -> None:
         """`<checkpoints>/<name>.pt`: everything an exact resume needs. The main process writes, all wait."""
-        states = [rng_state()]
+        own = {"rng": rng_state(), "loss_sum": self.loss_sum.cpu(), "loss_count": self.loss_count}
+        states = [own] * self.dist.world
         if self.dist.world > 1:
-            import torch.distributed as torch_dist
-
-            states = [None] * self.dist.world
-            torch_dist.all_gather_object(states, rng_state())
+            torch.distributed.all_gather_object(states, own)
         if self.dist.is_main:
-            names = ("epoch", "batch", "step", "best", "epoch_loss", "geco")
             save_state(
                 self.checkpoints / f"{name}.pt",
                 KIND,
                 model=self.model.state_dict(),
                 optimizer=self.optimizer.state_dict(),
                 scheduler=None if self.scheduler is None else self.scheduler.state_dict(),
-                rng=states,
+                reconstruction=self.reconstruction_loss.state_dict(),
+                processes=states,
                 config=self.config.as_dict(),
-                **{key: getattr(self, key) for key in names},
+                **{key: getattr(self, key) for key in STATE},
             )
         self.dist.barrier()
 
     def load(self, path: str | Path) -> None:
-        """Continue from a file that `save` wrote. Raises UserError for a foreign file or another architecture."""
+        """Continue from a file that `save` wrote.
+
+        Raises UserError for a foreign file, another architecture, other data or training keys, another number of
+        processes.
+        """
         state = load_state(path, KIND)
+        for name, item in FIELDS.items():
+            fixed = item.metadata["group"] in ("data", "model", "training") or name == "seed"
+            old, new = state["config"].get(name), getattr(self.config, name)
+            if fixed and name not in FREE_KEYS and old != new:
+                raise UserError(f"{path} was written with {name}={old}, this run has {name}={new}: they must agree")
+        if len(state["processes"]) != self.dist.world:
+            raise UserError(f"{path}: written by {len(state['processes'])} process(es), this run has {self.dist.world}")
         load_into(self.model, state["model"], path)
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
+        if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        for name in ("epoch", "batch", "step", "best", "epoch_loss", "geco"):
+        self.reconstruction_loss.load_state_dict(state["reconstruction"])
+        for name in STATE:
             setattr(self, name, state[name])
-        if len(state["rng"]) != self.dist.world:
-            raise UserError(f"{path} was written by {len(state['rng'])} process(es), this run has {self.dist.world}")
-        restore_rng(state["rng"][self.dist.rank])
+        own = state["processes"][self.dist.rank]
+        self.loss_sum, self.loss_count = own["loss_sum"].to(self.loss_sum), own["loss_count"]
+        restore_rng(own["rng"])
 
     # ---------------------------------------------------------------------------------------------------- helpers
 
@@ -412,28 +421,4 @@ def first_non_finite_layer(model: FlowModel, x: Tensor) -> str | None:
             x, log_det = layer(x)
         if not (torch.isfinite(x).all() and torch.isfinite(log_det).all()):
             return f"layers.{index} ({type(layer).__name__})"
-    return None
-
-
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The optimiser that `config` names; inverse-convolution kernels take `lr_inv_conv` times the learning rate."""
-    kernels = [m.weight for m in model.modules() if isinstance(m, InverseConv2d)]
-    taken = {id(p) for p in kernels}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in taken], "lr": config.lr}]
-    if kernels:
-        groups.append({"params": kernels, "lr": config.lr * config.lr_inv_conv})
-    kinds = {"Adam": torch.optim.Adam, "Adamax": torch.optim.Adamax, "SGD": torch.optim.SGD}
-    options: dict[str, Any] = {"momentum": 0.95} if config.optimizer_name == "SGD" else {}
-    return kinds[config.optimizer_name](groups, lr=config.lr, weight_decay=config.weight_decay, **options)
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> Any:
-    """The learning-rate schedule that `config` names (a step an epoch), or None."""
-    schedulers = torch.optim.lr_scheduler
-    if config.scheduler_name == "Step":
-        return schedulers.StepLR(optimizer, config.step_epochs, config.gamma)
-    if config.scheduler_name == "Exponential":
-        return schedulers.ExponentialLR(optimizer, config.gamma)
-    if config.scheduler_name == "MultiStep":
-        return schedulers.MultiStepLR(optimizer, list(config.milestones), config.gamma)
     return None
