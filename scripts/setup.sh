@@ -38,7 +38,7 @@ if [ -f inv_flow/utils/inv_conv_cuda/setup.py ]; then
     log=$venv/inv_conv_build.log
     op_python=$(cd "$venv/bin" && pwd)/python
     if (cd inv_flow/utils/inv_conv_cuda && "$op_python" setup.py install) >"$log" 2>&1; then
-        grep '^inv_conv_cuda:' "$log" || true
+        grep '^inverse convolution:' "$log" || true
     else
         echo "setup: the op did not build (see $log); the inverse convolution will run in plain PyTorch" >&2
     fi
