@@ -189,7 +189,6 @@ def check(cfg: DictConfig) -> None:
         "train.init_batch_size",
         "test.batch_size",
         "val.batch_size",
-        "save_every_n_epochs",
         "test_every_n_epochs",
         "save_model_ckpt_every_n_epochs",
         "val.gmm.every_n_epochs",

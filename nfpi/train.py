@@ -152,6 +152,12 @@ def gaussians_move(cfg: DictConfig, epoch: int) -> bool:
     return gmm.gaussian_method_name in PER_CLASS and first <= epoch < merged_from(cfg) and due
 
 
+def picture_epoch(cfg: DictConfig, epoch: int) -> bool:
+    """Whether pictures and the training accuracy are due at the end of `epoch`."""
+    every = cfg.save_every_n_epochs
+    return bool(every) and epoch >= cfg.save_start_epoch and (epoch + 1) % every == 0
+
+
 def merged_from(cfg: DictConfig) -> int:
     """The epoch from which the Gaussians are frozen and the average runs; at least one after the centre warm-up."""
     return max(cfg.val.gmm.merge_datasets_after, max(cfg.train.center_warmup_epochs, 0) + 1)
@@ -575,7 +581,7 @@ def train_flow(
     with StopSignal() as stop:
         while epoch < cfg.train.epochs:
             flow.train()
-            count_correct = (epoch + 1) % cfg.save_every_n_epochs == 0 and not gaussians.shared
+            count_correct = picture_epoch(cfg, epoch) and not gaussians.shared
             stream = training_batches(
                 model,
                 train,
@@ -633,8 +639,7 @@ def train_flow(
             run.log(step, epoch=epoch, **figures)
             run.info(f"epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
             last = epoch + 1 == cfg.train.epochs
-            picture_epoch = epoch >= cfg.save_start_epoch and (epoch + 1) % cfg.save_every_n_epochs == 0
-            if dist.is_main and (last or picture_epoch):
+            if dist.is_main and (picture_epoch(cfg, epoch) or (last and cfg.save_every_n_epochs)):
                 draw_pictures(averaged(), cfg, run, step, temperatures=last and cfg.temperature_sampling_for_results)
             epoch, begin, sums = epoch + 1, 0, [0.0] * 3
             if epoch % cfg.save_model_ckpt_every_n_epochs == 0 or last:

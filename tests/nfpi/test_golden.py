@@ -48,16 +48,46 @@ FLOWS = sorted(p.stem for p in BASE.glob("flow_*.npz"))
 FPIS = sorted(p.stem for p in BASE.glob("fpi_*.npz") if p.stem not in ("fpi_inputs", "fpi_float32", "fpi_2d"))
 COUPLINGS = sorted(p.stem for p in BASE.glob("coupling_*.npz"))
 SINGLE = {
-    "expm_series", "squeeze_split", "pre_post_process", "actnorm", "norm_conv_init", "conv1x1", "zeroconv_prior",
-    "attention", "train_from_init", "train_steps", "gaussian_kl", "gaussian_kl_chunk_bug", "bayes_classify", "fpi_inputs",
-    "fpi_float32", "fpi_2d", "ema", "glem", "label_encoder", "data_helpers",
-}  # fmt: skip
+    "expm_series",
+    "squeeze_split",
+    "pre_post_process",
+    "actnorm",
+    "norm_conv_init",
+    "conv1x1",
+    "zeroconv_prior",
+    "attention",
+    "train_from_init",
+    "train_steps",
+    "gaussian_kl",
+    "gaussian_kl_chunk_bug",
+    "bayes_classify",
+    "fpi_inputs",
+    "fpi_float32",
+    "fpi_2d",
+    "ema",
+    "glem",
+    "label_encoder",
+    "data_helpers",
+}
 REQUIRED = {
-    "flow_all_levels", "flow_all_levels_rgb", "flow_all_levels_affine", "flow_all_levels_idx2", "flow_all_levels_idx3",
-    "flow_spcb", "fpi_mean_iso", "fpi_mean_aniso", "fpi_var_sum", "fpi_var_nosum", "fpi_mean_var_iso_sum",
-    "fpi_mean_var_aniso_nosum", "fpi_mean_var_expdist", "coupling_additive", "coupling_affine", "coupling_matrixexp",
+    "flow_all_levels",
+    "flow_all_levels_rgb",
+    "flow_all_levels_affine",
+    "flow_all_levels_idx2",
+    "flow_all_levels_idx3",
+    "flow_spcb",
+    "fpi_mean_iso",
+    "fpi_mean_aniso",
+    "fpi_var_sum",
+    "fpi_var_nosum",
+    "fpi_mean_var_iso_sum",
+    "fpi_mean_var_aniso_nosum",
+    "fpi_mean_var_expdist",
+    "coupling_additive",
+    "coupling_affine",
+    "coupling_matrixexp",
     "coupling_matrixexp_lowrank",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -417,13 +447,13 @@ def fpi_flags(name, g):
     """The flags of a file, from what moves in it and from its name."""
     prefix = sorted({k.split("/")[0] for k in g if k.startswith("lam")})[-1]
     moves = {part: bool((g[f"{prefix}/{part}"][1] != g[f"{prefix}/{part}"][0]).any()) for part in ("mu", "var")}
-    return dict(
-        means=moves["mu"],
-        variances=moves["var"],
-        isotropic="aniso" not in name,
-        sum_trick=not ("nosum" in name or "expdist" in name),
-        exp_den_update="expdist" not in name,
-    )
+    return {
+        "means": moves["mu"],
+        "variances": moves["var"],
+        "isotropic": "aniso" not in name,
+        "sum_trick": not ("nosum" in name or "expdist" in name),
+        "exp_den_update": "expdist" not in name,
+    }
 
 
 @pytest.mark.parametrize("name", FPIS)
@@ -598,9 +628,15 @@ def test_glem():
         assert math.isclose(glem.at(geometric, index), geom, rel_tol=1e-6)
     settings = glem.GlemStep(0.1, 0.1, 1, 1, 50, 50, nll_range=10 - 3, kl_range=-1 + 4)
     new_mean, new_var = glem.update(
-        g["mu"], g["cov"], (grad_mean, grad_var), (g["kld_grad_mu"], g["kld_grad_cov"]),
-        glem.GaussianAdam(), glem.GaussianAdam(), sigmoid, settings,
-    )  # fmt: skip
+        g["mu"],
+        g["cov"],
+        (grad_mean, grad_var),
+        (g["kld_grad_mu"], g["kld_grad_cov"]),
+        glem.GaussianAdam(),
+        glem.GaussianAdam(),
+        sigmoid,
+        settings,
+    )
     close(new_mean, g["new_mu"], 1e-7)
     close(new_var, g["new_cov"], 1e-7)
 
