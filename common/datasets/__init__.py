@@ -29,8 +29,8 @@ of their own, so every split name gives the whole grid, and `split(...)` makes a
 `factor_sizes`, `factors_of(rows)`, `index_of(factors)`, `sample_factors(n, rng)` and `sample(n, rng)`; sprites and
 dsprites also `latents_values(rows)` and `latents_classes(rows)`.
 
-Random sets. `transform=` (any set) takes one uint8 (C, H, W) tensor. An item whose value changes from read to read makes
-the set random: `is_random` is true. A transform counts as random unless it carries `is_random = False`:
+Random sets. `transform=` (any set) takes one uint8 (C, H, W) tensor. A set whose items change from read to read is
+random: `is_random` is true. A transform counts as random unless it carries `is_random = False`:
 
     class Flip:                                # random: draws from torch's global generator
         def __call__(self, image): return image.flip(2) if torch.rand(()) < 0.5 else image

@@ -11,6 +11,7 @@ name. Archives are unpacked without links, absolute paths and `..`. Nothing that
 """
 
 import argparse
+import contextlib
 import gzip
 import lzma
 import shutil
@@ -19,7 +20,6 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -32,6 +32,7 @@ from common.datasets import SETS, data_root, grids, load
 from common.datasets.classic import IDX_FILES
 from common.datasets.download import Remote, fetch
 from common.datasets.faces import FOLDERS as CELEBA_FOLDERS
+from common.datasets.files import first_present
 from common.datasets.imagenet import batch_files
 from common.datasets.readers import DAMAGE, NpzFile, reading
 from common.datasets.sprites import BITS_FILE, Sprites, write_bits
@@ -143,7 +144,7 @@ def _holding(folder: Path, *names: str) -> Path | None:
     return None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _unpacked(source: Path, root: Path) -> Iterator[Path]:
     """A temporary folder below `root` with the contents of the archive, or of the single file, `source`."""
     root.mkdir(parents=True, exist_ok=True)
@@ -255,18 +256,33 @@ def _imagenet(side: int) -> Callable[[Path, Path, bool], None]:
                 batches.append(folder)
             if not batches:
                 raise _foreign(source, f"train_data_batch_*, val_data or folders {', '.join(sorted(folders))}")
-        for path in (p for split in ("train", "valid") for p in batch_files(root, side, split) if p.suffix == ".npz"):
-            if NpzFile(path).mapped("data") is None:
-                store_npz(path)
 
     return place
 
 
+def _store_batches(side: int) -> Callable[[Path], None]:
+    def settle(root: Path) -> None:
+        for path in (path for split in ("train", "valid") for path in batch_files(root, side, split)):
+            if path.suffix == ".npz" and NpzFile(path).mapped("data") is None:
+                store_npz(path)
+
+    return settle
+
+
+def _newer(made: Path, path: Path) -> bool:
+    return made.is_file() and made.stat().st_mtime >= path.stat().st_mtime
+
+
 def _dsprites(source: Path, root: Path, force: bool) -> None:
-    target = root / "dsprites" / grids.DSPRITES_FILE
-    _copy(source, target, force)
-    if NpzFile(target).mapped("imgs") is None:
-        grids.pack_dsprites(target)
+    _copy(source, root / "dsprites" / grids.DSPRITES_FILE, force)
+
+
+def _pack_dsprites(root: Path) -> None:
+    path = first_present([root / folder / grids.DSPRITES_FILE for folder in ("dsprites", "")])
+    if path is None or _newer(grids.packed_path(path), path):
+        return
+    if NpzFile(path).mapped("imgs") is None:
+        grids.pack_dsprites(path)
 
 
 def _shapes3d(source: Path, root: Path, force: bool) -> None:
@@ -274,10 +290,15 @@ def _shapes3d(source: Path, root: Path, force: bool) -> None:
 
 
 def _mpi3d_toy(source: Path, root: Path, force: bool) -> None:
-    target = root / "mpi3d_toy" / "mpi3d_toy.npz"
-    _copy(source, target, force)
-    if NpzFile(target).mapped("images") is None:
-        grids.unpack_mpi3d(target)
+    _copy(source, root / "mpi3d_toy" / "mpi3d_toy.npz", force)
+
+
+def _unpack_mpi3d(root: Path) -> None:
+    path = first_present([root / folder / "mpi3d_toy.npz" for folder in ("mpi3d_toy", "mpi3d", "")])
+    if path is None or _newer(path.with_name("mpi3d_toy_images.npy"), path):
+        return
+    if NpzFile(path).mapped("images") is None:
+        grids.unpack_mpi3d(path)
 
 
 def write_sprites(root: Path, sprites: Sprites | None = None) -> Path:
@@ -295,12 +316,13 @@ def write_sprites(root: Path, sprites: Sprites | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from, and how its files are put in place."""
+    """Where a data set comes from, how a file of it is put in place, and what is then made of the files in place."""
 
     about: str
     place: Callable[[Path, Path, bool], None] | None
     remotes: tuple[Remote, ...] = ()
     by_hand: str = ""
+    settle: Callable[[Path], None] | None = None  # does nothing when no file is in place, or all is done
 
 
 def _idx_remotes(reader: type) -> tuple[Remote, ...]:
@@ -360,10 +382,16 @@ SOURCES: dict[str, Source] = {
         ),
     ),
     "imagenet32": Source(
-        "1,281,167 + 50,000 colour 32x32", _imagenet(32), by_hand="https://image-net.org/download-images.php"
+        "1,281,167 + 50,000 colour 32x32",
+        _imagenet(32),
+        by_hand="https://image-net.org/download-images.php",
+        settle=_store_batches(32),
     ),
     "imagenet64": Source(
-        "1,281,167 + 50,000 colour 64x64", _imagenet(64), by_hand="https://image-net.org/download-images.php"
+        "1,281,167 + 50,000 colour 64x64",
+        _imagenet(64),
+        by_hand="https://image-net.org/download-images.php",
+        settle=_store_batches(64),
     ),
     "dsprites": Source(
         "737,280 binary 64x64 with 5 factors, 26 MB (404 MB prepared)",
@@ -376,6 +404,7 @@ SOURCES: dict[str, Source] = {
                 "7da33b31b13a06f4b04a70402ce90c2e",
             ),
         ),
+        settle=_pack_dsprites,
     ),
     "shapes3d": Source(
         "480,000 colour 64x64 with 6 factors, 268 MB",
@@ -400,6 +429,7 @@ SOURCES: dict[str, Source] = {
                 "55889cb7c7dfc655d6e0277beee88868",
             ),
         ),
+        settle=_unpack_mpi3d,
     ),
     "sprites": Source("737,280 binary 64x64 with 5 factors, rendered; a 377 MB file makes reading faster", None),
     "digits": Source("1,797 grey 8x8, comes with scikit-learn: nothing to prepare", None),
@@ -432,6 +462,8 @@ def prepare(
     if source.place is None:
         return [f"{name}: {source.about}"]
     if not sources:
+        if source.settle and not force:
+            source.settle(root)
         if not force and _is_there(name, root):
             return [f"{name} is there already", *report(name, root)]
         sources = _downloaded(name, source, root, mirror)
@@ -440,6 +472,8 @@ def prepare(
             kind = f"a folder: put or link it into {root} instead" if path.is_dir() else "not there"
             raise UserError(f"--from {path} is {kind}")
         source.place(path, root, force)
+    if source.settle:
+        source.settle(root)
     lines = report(name, root)
     for path in sources:
         if path.parent == root / ".downloads":

@@ -331,8 +331,17 @@ def test_large_grids_are_packed_and_unpacked(tmp_path):
     colours = RNG.integers(0, 256, (12, 64, 64, 3), dtype=np.uint8)
     npz = tmp_path / "mpi3d_toy.npz"
     np.savez_compressed(npz, images=colours)
-    grids.unpack_mpi3d(npz, sizes)
+    grids.unpack_mpi3d(npz, sizes)  # `prepare` does it for the whole grid
     np.testing.assert_array_equal(load("mpi3d_toy", tmp_path, sizes=sizes)[7][0], colours[7].transpose(2, 0, 1))
+
+
+def test_batches_put_there_by_hand_are_settled_without_a_download(tmp_path):
+    (tmp_path / "imagenet32").mkdir()
+    data = RNG.integers(0, 256, (2, 3072), dtype=np.uint8)
+    for name in ("train_data_batch_1", "val_data"):
+        np.savez_compressed(tmp_path / "imagenet32" / f"{name}.npz", data=data, labels=np.array([5, 6]))
+    assert prepare.prepare("imagenet32", tmp_path)[0] == "imagenet32 is there already"
+    assert isinstance(load("imagenet32", tmp_path)._chunks[0], np.memmap)
 
 
 def test_the_command_line(tmp_path, capsys):
