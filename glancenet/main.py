@@ -286,9 +286,17 @@ class Trainer:
                 return True
             if signal or self.step >= self.last_step:
                 break
-        if (self.step - self.epoch * self.per_epoch) >= self.per_epoch or self.step >= self.last_step:
-            self._end_epoch(time.perf_counter() - began)
+        complete = self.step - self.epoch * self.per_epoch >= self.per_epoch
+        if complete or self.step >= self.last_step:
+            self._report_epoch(time.perf_counter() - began)
+        if complete:
+            self._next_epoch()
         return bool(signal)
+
+    @property
+    def shown_epoch(self) -> int:
+        """The epoch (from 1) of the last finished step."""
+        return max(1, -(-self.step // self.per_epoch))
 
     def _second(self, order: Tensor, i: int) -> Batch:
         """The training batch after batch i: FactorVAE permutes other images than it judges."""
@@ -307,7 +315,7 @@ class Trainer:
         if every.due(step, every.float) or every.due(step, int(o.show_loss)):
             self._log_terms(terms)
         if every.due(step, every.test):
-            stop = self._test_point(metrics_row(self.model, terms, batch, z, step, self.epoch + 1))
+            stop = self._test_point(metrics_row(self.model, terms, batch, z, step, self.shown_epoch))
         if self.stopping.save:
             if every.due(step, every.recon) and o.file_save and self.model.decoder is not None:
                 self._reconstruction_picture(batch)
@@ -339,22 +347,24 @@ class Trainer:
 
         self.model.w = dataclasses.replace(self.model.w, w_recon=value)
 
-    def _end_epoch(self, seconds: float) -> None:
+    def _report_epoch(self, seconds: float) -> None:
         if self.stopping.save and self.epoch_latents:
             z, g = (torch.cat(parts).cpu().numpy() for parts in zip(*self.epoch_latents, strict=True))
-            save_arrays(self.files.train / "latents_obtained.npy", self.epoch + 1, z, g)
+            save_arrays(self.files.train / "latents_obtained.npy", self.shown_epoch, z, g)
         mean = float(self.epoch_sum / max(1, self.epoch_steps))
-        self.run.info(f"epoch {self.epoch + 1} done at step {self.step}: mean loss {mean:.4f}, {seconds:.0f} s")
+        self.run.info(f"epoch {self.shown_epoch} done at step {self.step}: mean loss {mean:.4f}, {seconds:.0f} s")
+
+    def _next_epoch(self) -> None:
         self.epoch += 1
         self.epoch_sum, self.epoch_steps = torch.zeros((), device=self.device), 0
         self.epoch_latents, self.epoch_rows = [], 0
 
     # ---- passes
 
-    def _test_point(self, row: dict[str, float]) -> bool:
-        """metrics.csv, validation with the stopping rule, test pass; True to stop."""
+    def _test_point(self, row: dict[str, float], judge: bool = True) -> bool:
+        """metrics.csv, validation with the stopping rule (`judge`), test pass; True to stop."""
         self.tables["metrics"].append(row)
-        stop = self._validate()
+        stop = self._validate(judge)
         self.test_pass()
         if "dis" in self.tables:
             if self.stopping.save and self.every.due(self.step, self.every.evaluate):
@@ -362,21 +372,23 @@ class Trainer:
             self.tables["dis"].append(self.metric_values)
         return stop
 
-    def _validate(self) -> bool:
+    def _validate(self, judge: bool) -> bool:
         with passes.evaluating(self.model, self.o.seed + self.step):
             scores, _ = passes.evaluate(self.model, self.data.val, self.step, self.device)
         row = {"rec": scores.rec, "kld": scores.kld, "latent": scores.latent, "bce": scores.bce, "acc": scores.acc}
-        row |= {"epoch": self.epoch + 1, "acc_hard": scores.acc_hard}
+        row |= {"epoch": self.shown_epoch, "acc_hard": scores.acc_hard}
         table = self.tables["val"]
         table.append({name: row[name] for name in table.columns})
         self.run.log(self.step, **{f"val_{name}": row[name] for name in table.columns if name != "epoch"})
+        if not judge:
+            return False
         rule = self.stopping
         rule.record(scores.rec + scores.kld, scores.latent, scores.bce)
         if rule.total[-1] < self.best_total and self.epoch >= self.o.warmup_epochs:
             self.best_total = rule.total[-1]
             self.save("best")
         from_epoch = STOPPING_FROM.get(type(self.model).__name__)
-        if not self.o.early_stopping or from_epoch is None or self.epoch + 1 <= from_epoch:
+        if not self.o.early_stopping or from_epoch is None or self.shown_epoch <= from_epoch:
             return False
         if rule.plateaued:
             self.rate.plateaued()
@@ -401,7 +413,7 @@ class Trainer:
             self.step, **{f"test_{name}": float(row[name]) for name in table.columns if name not in ("iter", "I")}
         )
         if self.stopping.save:
-            n, folder, epoch = passes.SAVED_TEST_ROWS, self.files.evaluation, self.epoch + 1
+            n, folder, epoch = passes.SAVED_TEST_ROWS, self.files.evaluation, self.shown_epoch
             z = 1 / (1 + np.exp(-outputs.z[:n].astype(np.float64)))
             save_arrays(folder / "latents_obtained.npy", epoch, z, outputs.concepts[:n])
             if self.model.predicts_classes:
@@ -467,7 +479,8 @@ class Trainer:
         batch = self._picture_batch()
         with passes.evaluating(self.model, self.o.seed):
             terms, z = self.model.terms(batch, self.step)
-        self._test_point(metrics_row(self.model, terms, batch, z, self.step, max(1, self.epoch)))
+        # beside the intervals: the stopping rule must see the same validations as in a longer run
+        self._test_point(metrics_row(self.model, terms, batch, z, self.step, self.shown_epoch), judge=False)
 
     # ---- pictures
 

@@ -208,7 +208,7 @@ def test_mpi3d_clusters_replace_the_table(mpi3d_root):
         centroids = saved["centroids"]
     data = load_data(options("mpi3d_toy", mpi3d_root, "--n_classes", "3"))
     assert torch.equal(data.train.y, torch.from_numpy(labels.nearest_mode(data.train.codes[:, :5].numpy(), centroids)))
-    with pytest.raises(UserError, match="cluster.py"):
+    with pytest.raises(UserError, match=r"cluster\.py"):
         load_data(options("mpi3d_toy", mpi3d_root, "--n_classes", "4"))
 
 
