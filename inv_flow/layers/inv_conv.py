@@ -58,8 +58,11 @@ class _TriangularConv2d(nn.Module):
         return free + self.pin
 
     def row_sums(self) -> Tensor:
-        """sum |w| over the free taps of each output channel, (C,). With rho = max(row_sums) < 1, |x| <= |y| / (1 - rho) in
-        the maximum norm. A penalty on it is the soft form of `max_row_sum`."""
+        """sum |w| over the free taps of each output channel, (C,).
+
+        With rho = max(row_sums) < 1, |x| <= |y| / (1 - rho) in the maximum norm. A penalty on it is the soft form of
+        `max_row_sum`.
+        """
         return (self.kernel() - self.pin).abs().sum(dim=(1, 2, 3))
 
     def convolve(self, x: Tensor) -> Tensor:

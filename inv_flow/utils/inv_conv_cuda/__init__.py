@@ -1,4 +1,4 @@
-"""The inverse of a masked convolution as a torch operator: CPU and CUDA kernels, exact gradients, and a plain fallback."""
+"""The inverse of a masked convolution as a torch operator: CPU and CUDA solvers, and one in library calls."""
 
 from inv_flow.utils.inv_conv_cuda.geometry import ORDERS, kernel_mask
 from inv_flow.utils.inv_conv_cuda.ops import available_backends, inverse_conv2d, masked_conv2d

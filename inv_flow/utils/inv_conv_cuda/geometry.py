@@ -72,13 +72,17 @@ def kernel_mask(
     kh, kw = kernel_size
     if kh < 1 or kw < 1:
         raise ValueError(f"kernel size {kernel_size}: both sides must be at least 1")
-    codes = order_codes(order, groups)
-    size = channels // groups
+    return mask_of_codes((channels, channels // groups, kh, kw), order_codes(order, groups), **options)
+
+
+def mask_of_codes(shape: Sequence[int], codes: Sequence[int], **options) -> tuple[Tensor, Tensor]:
+    """`kernel_mask` for a kernel of `shape` (C, C/G, kh, kw) and order codes."""
+    channels, size, kh, kw = shape
     mask = torch.ones(channels, size, kh, kw, **options)
     pin = torch.zeros_like(mask)
-    for group in range(groups):
-        rows = slice(group * size, (group + 1) * size)
-        row, column = pinned_tap(codes[group % len(codes)], kh, kw)
+    for start in range(0, channels, size):
+        rows = slice(start, start + size)
+        row, column = pinned_tap(codes[start // size % len(codes)], kh, kw)
         mask[rows, :, row, column] = torch.ones(size, size, **options).tril(-1)
         pin[rows, :, row, column] = torch.eye(size, **options)
     return mask, pin

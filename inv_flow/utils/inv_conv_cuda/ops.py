@@ -7,13 +7,14 @@ the same in library calls.
 """
 
 import os
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError, suggest
 from inv_flow.utils.inv_conv_cuda import extension, torch_backend
-from inv_flow.utils.inv_conv_cuda.geometry import Order, kernel_mask, order_codes, padding, pinned_tap
+from inv_flow.utils.inv_conv_cuda.geometry import Order, kernel_mask, mask_of_codes, order_codes, padding
 from inv_flow.utils.inv_conv_cuda.reference import convolve
 
 BACKENDS = ("cuda", "cpu", "torch")
@@ -24,20 +25,49 @@ def _solve_torch(y: Tensor, w: Tensor, orders: list[int], groups: int, transpose
     return torch_backend.solve(y, w, orders, groups, transposed)
 
 
-def _weight_gradient(x: Tensor, u: Tensor, shape: torch.Size, codes: list[int], groups: int) -> Tensor:
-    """Gradient of <masked_conv2d(x, w), u> with respect to w, 0 on the entries that are not free."""
+@lru_cache(maxsize=256)
+def _kept_mask(shape: tuple[int, ...], codes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return mask_of_codes(shape, codes, dtype=dtype, device=device)[0]
+
+
+def _mask(like: Tensor, shape: tuple[int, ...], codes: list[int]) -> Tensor:
+    """1 on the free entries of a kernel of `shape`, kept from one call to the next."""
+    if type(like) is Tensor and not torch.compiler.is_compiling():
+        return _kept_mask(shape, tuple(codes), like.dtype, like.device)
+    # the stand-in tensors of a compiler must not be kept
+    return mask_of_codes(shape, codes, dtype=like.dtype, device=like.device)[0]
+
+
+def _weight_gradient(x: Tensor, u: Tensor, shape: tuple[int, ...], codes: list[int], groups: int) -> Tensor:
+    """Gradient of <masked_conv2d(x, w), u> with respect to every entry of w, (C, C/G, kh, kw)."""
+    kh, kw = shape[2:]
     if x.numel() == 0:
         return x.new_zeros(shape)
-    kh, kw = shape[2:]
     if len(codes) > 1:
         parts = zip(x.chunk(groups, 1), u.chunk(groups, 1), codes, strict=True)
-        shape = torch.Size((shape[0] // groups, *shape[1:]))
+        shape = (shape[0] // groups, *shape[1:])
         return torch.cat([_weight_gradient(part, grad, shape, [code], 1) for part, grad, code in parts])
-    padded = torch.nn.functional.pad(x, padding(codes[0], kh, kw))
-    gradient = torch.nn.grad.conv2d_weight(padded, shape, u, groups=groups)
-    row, column = pinned_tap(codes[0], kh, kw)
-    gradient.unflatten(0, (groups, -1))[..., row, column].tril_(-1)
-    return gradient
+    parts = _parts(x, kh, kw)
+    if parts > 1:
+        pairs = zip(x.tensor_split(parts), u.tensor_split(parts), strict=True)
+        return sum(_weight_gradient_of(part, grad, shape, codes[0], groups) for part, grad in pairs)
+    return _weight_gradient_of(x, u, shape, codes[0], groups)
+
+
+def _parts(x: Tensor, kh: int, kw: int) -> int:
+    """In how many parts of the batch to make the weight gradient, so that its copies of x stay smaller than x."""
+    batch, _, height, width = x.shape
+    parts = -(-(height + kh - 1) * (width + kw - 1) // (height * width))  # the padded copy
+    if x.device.type == "cpu":
+        # there the library copies the padded image and the gradient again, with channels in blocks of 16; each thread
+        # needs work of its own, though
+        parts = max(parts, min(8, batch // (2 * torch.get_num_threads())))
+    return min(batch, parts)
+
+
+def _weight_gradient_of(x: Tensor, u: Tensor, shape: tuple[int, ...], code: int, groups: int) -> Tensor:
+    image = torch.nn.functional.pad(x, padding(code, *shape[2:]))
+    return torch.nn.grad.conv2d_weight(image, shape, u, groups=groups)
 
 
 def _register(name: str) -> None:
@@ -57,7 +87,8 @@ def _register(name: str) -> None:
         if ctx.needs_input_grad[1]:
             # A x = y: dA = -u x^T. A^T x = y: dA = -x u^T
             seen, out = (u, x) if ctx.transposed else (x, u)
-            grad_w = -_weight_gradient(seen, out, w.shape, ctx.orders, ctx.groups)
+            free = _mask(w, tuple(w.shape), ctx.orders)
+            grad_w = _weight_gradient(seen, out, tuple(w.shape), ctx.orders, ctx.groups) * -free
         return u, grad_w, None, None, None
 
     torch.library.register_fake(f"inv_conv::{name}", fake)

@@ -1,8 +1,9 @@
 """Builds the compiled inverse convolution: `cd inv_flow/utils/inv_conv_cuda && python setup.py install`.
 
-With nvcc and a CUDA build of torch the library has a CUDA solver (sm_80, sm_90, and PTX for newer ones) and a CPU solver,
-otherwise the CPU solver alone; a line says which, and why. INV_CONV_CPU_ONLY=1 leaves the CUDA solver out. `install` puts
-the library into site-packages and beside this file; `build_ext --inplace` beside this file only. Nothing is downloaded.
+With nvcc and a CUDA build of torch the library has a CUDA solver (sm_80, sm_90, and PTX for newer ones) and a CPU
+solver, otherwise the CPU solver alone; a line says which, and why. INV_CONV_CPU_ONLY=1 leaves the CUDA solver out.
+`install` puts the library into site-packages and beside this file; `build_ext --inplace` beside this file only. Nothing
+is downloaded.
 """
 
 import os
@@ -54,7 +55,8 @@ def runtime_library(root: Path) -> str:
     found = [path for folder in folders for path in sorted(Path(folder).glob("libcudart.so*"))]
     if not found:
         sys.exit(
-            "error: libcudart.so is neither in the CUDA toolkit nor in the nvidia wheels: install one of them, or set INV_CONV_CPU_ONLY=1"
+            "error: libcudart.so is neither in the CUDA toolkit nor in the nvidia wheels: "
+            "install one of them, or set INV_CONV_CPU_ONLY=1"
         )
     return str(found[0])
 

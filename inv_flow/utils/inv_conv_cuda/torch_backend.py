@@ -49,7 +49,7 @@ def _tile_indices(th: int, tw: int, kh: int, kw: int, device: torch.device) -> t
 
 
 def _tile_operator(taps: Tensor, th: int, tw: int) -> Tensor:
-    """taps (G, o, i, kh, kw), pinned, order TL -> (G, seen i, th tw o): the matrix that maps what a tile sees to its x."""
+    """taps (G, o, i, kh, kw), pinned, order TL -> (G, seen i, th tw o): from what a tile sees to its x."""
     size, kh, kw = taps.shape[1], *taps.shape[3:]
     tap, own = _tile_indices(th, tw, kh, kw, taps.device)
     flat = F.pad(taps.flatten(3), (0, 1))  # a zero tap at the end

@@ -65,6 +65,15 @@ void solve_with(const Problem<T>& problem) {
   generic::solve(problem);
 }
 
+// What the threads' scratch memory takes, in bytes.
+int64_t scratch_bytes() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::scratch_bytes();
+  if (isa() == Isa::avx2) return avx2::scratch_bytes();
+#endif
+  return generic::scratch_bytes();
+}
+
 template <typename T>
 void solve_typed(const at::Tensor& y, const at::Tensor& w, at::Tensor& x, at::IntArrayRef orders, int64_t groups,
                  bool transposed) {
@@ -116,6 +125,7 @@ std::string build() {
 TORCH_LIBRARY(inv_conv, m) {
   m.def("solve(Tensor y, Tensor w, int[] orders, int groups, bool transposed) -> Tensor");
   m.def("build() -> str", &inv_conv::build);
+  m.def("scratch_bytes() -> int", &inv_conv::scratch_bytes);
 }
 
 TORCH_LIBRARY_IMPL(inv_conv, CPU, m) { m.impl("solve", &inv_conv::solve_cpu); }

@@ -80,6 +80,12 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int at_least(int a, int b) { return a > b ? a : b; }
 inline int at_most(int a, int b) { return a < b ? a : b; }
 
+inline int64_t& scratch_total() {
+  static int64_t total = 0;
+  return total;
+}
+inline void count_scratch(int64_t bytes) { __atomic_add_fetch(&scratch_total(), bytes, __ATOMIC_RELAXED); }
+
 // Memory of one thread that survives the call: fresh pages cost more than many a solve. Given back when it is large.
 struct Scratch {
   static constexpr size_t kKept = size_t(8) << 20;
@@ -90,21 +96,24 @@ struct Scratch {
   T* take(size_t count) {
     size_t wanted = (count * sizeof(T) + 4095) / 4096 * 4096;
     if (wanted > bytes) {
-      free(memory);
+      release();
       memory = static_cast<char*>(aligned_alloc(4096, wanted));
-      bytes = memory ? wanted : 0;
       if (!memory) throw std::bad_alloc();
+      bytes = wanted;
+      count_scratch(int64_t(bytes));
     }
     return reinterpret_cast<T*>(memory);
   }
   void trim() {
-    if (bytes > kKept) {
-      free(memory);
-      memory = nullptr;
-      bytes = 0;
-    }
+    if (bytes > kKept) release();
   }
-  ~Scratch() { free(memory); }
+  void release() {
+    free(memory);
+    count_scratch(-int64_t(bytes));
+    memory = nullptr;
+    bytes = 0;
+  }
+  ~Scratch() { release(); }
 };
 
 inline Scratch& thread_scratch() {
@@ -710,6 +719,7 @@ void solve_any(const Problem<T>& p) {
 
 void solve(const Problem<float>& p) { solve_any(p); }
 void solve(const Problem<double>& p) { solve_any(p); }
+int64_t scratch_bytes() { return __atomic_load_n(&scratch_total(), __ATOMIC_RELAXED); }
 
 }  // namespace INV_CONV_ISA
 }  // namespace inv_conv

@@ -24,10 +24,12 @@ struct Problem {
   ParallelFor parallel_for;
 };
 
+// scratch_bytes: memory that the threads hold from one solve to the next.
 #define INV_CONV_DECLARE(isa)            \
   namespace isa {                        \
   void solve(const Problem<float>& p);   \
   void solve(const Problem<double>& p);  \
+  int64_t scratch_bytes();               \
   }
 
 INV_CONV_DECLARE(avx512)

@@ -1,0 +1,410 @@
+"""The inverse-convolution op on every backend present: gradients, odd shapes, strides, determinism, compilation."""
+
+import itertools
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from common.errors import UserError
+from inv_flow.utils.inv_conv_cuda import (
+    ORDERS,
+    available_backends,
+    extension,
+    inverse_conv2d,
+    inverse_conv2d_ref,
+    kernel_mask,
+    masked_conv2d,
+)
+from inv_flow.utils.inv_conv_cuda.ops import choose_backend
+
+DEVICES = [("cpu", name) for name in available_backends("cpu")]
+if torch.cuda.is_available():
+    DEVICES += [("cuda", name) for name in available_backends("cuda")]
+MIXED = ("TR", "BL")
+
+
+@pytest.fixture(params=DEVICES, ids=[f"{kind}-{name}" for kind, name in DEVICES])
+def device(request, monkeypatch):
+    """A device, with the backend forced."""
+    kind, backend = request.param
+    monkeypatch.setenv("INV_CONV_BACKEND", backend)
+    return torch.device(kind)
+
+
+def random_case(device, batch, channels, groups, height, width, kh, kw, dtype=torch.float64, scale=0.4, seed=0):
+    """An image and free weights whose solve does not explode."""
+    generator = torch.Generator().manual_seed(seed)
+    size = channels // groups
+    y = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
+    w = torch.randn(channels, size, kh, kw, generator=generator, dtype=torch.float64) * scale / (size * kh * kw) ** 0.5
+    return y.to(device, dtype), w.to(device, dtype)
+
+
+def dense_matrix(w: Tensor, order, groups: int, height: int, width: int) -> Tensor:
+    """The masked convolution as a (CHW, CHW) matrix, entry by entry from the definition in the paper."""
+    channels, size, kh, kw = w.shape
+    orders = [order] * groups if isinstance(order, str) else order
+    matrix = torch.zeros(channels, height, width, channels, height, width, dtype=w.dtype)
+    for out in range(channels):
+        name = orders[out // size]
+        down, right = (1 if name[0] == "B" else -1), (1 if name[1] == "R" else -1)
+        for i, a, b, h, v in itertools.product(range(size), range(kh), range(kw), range(height), range(width)):
+            seen_h, seen_v = h + down * a, v + right * b
+            if not (0 <= seen_h < height and 0 <= seen_v < width):
+                continue
+            row, column = (a if name[0] == "B" else kh - 1 - a), (b if name[1] == "R" else kw - 1 - b)
+            value = w[out, i, row, column]
+            if a == b == 0:
+                local = out % size
+                value = 1.0 if i == local else 0.0 if i > local else value
+            matrix[out, h, v, out // size * size + i, seen_h, seen_v] = value
+    return matrix.flatten(0, 2).flatten(1)
+
+
+def dense_solve(y: Tensor, w: Tensor, order: str, groups: int) -> Tensor:
+    """`solve_triangular` on the dense matrix, its unknowns sorted so that it is lower triangular."""
+    channels, height, width = y.shape[1:]
+    position = torch.arange(channels * height * width).view(channels, height, width)
+    flips = [axis for axis, letter in ((1, "B"), (2, "R")) if letter in order]
+    scan = position.flip(flips).permute(1, 2, 0).flatten()  # pixels in scan order, channels within a pixel
+    matrix = dense_matrix(w, order, groups, height, width)[scan][:, scan]
+    assert (matrix.triu(1) == 0).all() and (matrix.diagonal() == 1).all()
+    solved = torch.linalg.solve_triangular(matrix, y.flatten(1).T[scan], upper=False)
+    x = torch.empty_like(solved)
+    x[scan] = solved
+    return x.T.view_as(y)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("channels", "groups", "kernel"), [(1, 1, (3, 3)), (4, 2, (2, 3)), (6, 1, (3, 2)), (3, 3, (5, 1))]
+)
+def test_against_dense_triangular_solve(device, order, channels, groups, kernel):
+    y, w = random_case("cpu", 2, channels, groups, 5, 4, *kernel)
+    x = inverse_conv2d(y.to(device), w.to(device), order, groups).cpu()
+    assert_close(x, dense_solve(y, w, order, groups), rtol=1e-11, atol=1e-11)
+    assert_close(inverse_conv2d_ref(y, w, order, groups), x, rtol=1e-11, atol=1e-11)
+
+
+SHAPES = [
+    # batch, channels, groups, height, width, kh, kw
+    (1, 1, 1, 1, 1, 1, 1),
+    (1, 3, 1, 7, 4, 3, 3),
+    (2, 5, 1, 4, 9, 2, 3),
+    (3, 4, 4, 5, 5, 3, 3),
+    (2, 6, 2, 3, 3, 5, 5),  # kernel larger than the image
+    (2, 2, 1, 1, 6, 4, 2),
+    (2, 2, 1, 6, 1, 2, 4),
+    (17, 8, 1, 6, 5, 3, 3),  # one image more than a vector
+    (5, 50, 1, 4, 3, 2, 2),  # more channels than a block of outputs
+    (33, 25, 1, 3, 5, 3, 3),
+    (1, 30, 2, 9, 8, 3, 3),
+    (3, 16, 2, 20, 19, 1, 1),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_odd_shapes(device, shape):
+    """One order against the reference; every order against the convolution and its gradients."""
+    groups = shape[2]
+    y, w = random_case(device, *shape)
+    want = inverse_conv2d_ref(y, w, ORDERS[sum(shape) % 4], groups)
+    assert_close(inverse_conv2d(y, w, ORDERS[sum(shape) % 4], groups), want, rtol=1e-10, atol=1e-10)
+    for order in [*ORDERS, ORDERS * (groups // 4)] if groups % 4 == 0 else ORDERS:
+        yr, wr = y.clone().requires_grad_(), w.clone().requires_grad_()
+        x = inverse_conv2d(yr, wr, order, groups)
+        assert_close(masked_conv2d(x, w, order, groups), y, rtol=1e-10, atol=1e-10)
+        # <u, A x> = <y, x> with u = A^-T g: the adjoint solve against the convolution's own autograd
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype).to(device)
+        x.backward(g)
+        xr = x.detach().requires_grad_()
+        wr2 = w.clone().requires_grad_()
+        masked_conv2d(xr, wr2, order, groups).backward(-yr.grad)
+        assert_close(-xr.grad, g, rtol=1e-10, atol=1e-10)
+        assert_close(wr.grad, wr2.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [0, 1, 7, 1030])
+def test_batch_sizes(device, batch, dtype):
+    y, w = random_case(device, batch, 3, 1, 4, 5, 3, 3, dtype)
+    y.requires_grad_(), w.requires_grad_()
+    x = inverse_conv2d(y, w, "BL")
+    assert x.shape == y.shape and x.dtype == dtype
+    assert_close(masked_conv2d(x, w, "BL"), y, rtol=1e-4, atol=1e-5)
+    x.square().sum().backward()
+    assert y.grad.shape == y.shape and w.grad.shape == w.shape
+    if batch == 0:
+        assert (w.grad == 0).all()
+    else:
+        one = inverse_conv2d(y.detach()[batch // 2 : batch // 2 + 1], w, "BL")
+        assert_close(x[batch // 2 : batch // 2 + 1], one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [*ORDERS, MIXED])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 1)])
+def test_gradcheck(device, order, groups, kernel):
+    if order == MIXED and groups == 1:
+        order = "TL"
+    y, w = random_case(device, 1, 4, groups, 4, 3, *kernel)
+    y.requires_grad_(), w.requires_grad_()
+    assert torch.autograd.gradcheck(lambda y, w: inverse_conv2d(y, w, order, groups), (y, w))
+
+
+def test_double_backward(device):
+    y, w = random_case(device, 2, 2, 2, 3, 3, 2, 2)
+    y.requires_grad_(), w.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda y, w: inverse_conv2d(y, w, "TR", 2), (y, w))
+    assert torch.autograd.gradgradcheck(lambda y, w: inverse_conv2d(y, w, MIXED, 2), (y, w))
+
+
+def test_pinned_entries_are_not_read_and_get_no_gradient(device):
+    y, w = random_case(device, 2, 4, 2, 4, 4, 3, 3)
+    mask, pin = (part.to(device) for part in kernel_mask(4, (3, 3), "BR", 2, dtype=w.dtype))
+    other = torch.where(mask == 1, w, torch.full_like(w, 7.0)).requires_grad_()
+    x = inverse_conv2d(y, other, "BR", 2)
+    assert torch.equal(x, inverse_conv2d(y, w * mask + pin, "BR", 2))
+    x.square().sum().backward()
+    assert (other.grad[mask == 0] == 0).all() and (other.grad[mask == 1] != 0).all()
+
+
+def test_only_the_output_and_the_kernel_are_saved(device):
+    y, w = random_case(device, 2, 4, 1, 4, 4, 3, 3)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        x = inverse_conv2d(y.requires_grad_(), w.requires_grad_())
+    pointers = {t.data_ptr() for t in saved}
+    assert pointers == {x.data_ptr(), w.data_ptr()}
+
+
+def test_log_det_of_the_jacobian_is_zero(device):
+    y, w = random_case(device, 1, 3, 1, 3, 4, 2, 3, scale=2.0)
+    jacobian = torch.autograd.functional.jacobian(lambda y: inverse_conv2d(y, w, "TR"), y)
+    assert abs(torch.linalg.slogdet(jacobian.reshape(36, 36)).logabsdet) < 1e-10
+
+
+def test_strides(device):
+    """Non-contiguous and channels-last inputs, kernels and gradients give what contiguous ones give."""
+    y, w = random_case(device, 3, 4, 1, 6, 5, 3, 3)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype).to(device)
+
+    def gradients(y, w, g):
+        y, w = y.detach().requires_grad_(), w.detach().requires_grad_()
+        x = inverse_conv2d(y, w, "BL")
+        x.backward(g)
+        return x.detach(), y.grad, w.grad
+
+    want = gradients(y, w, g)
+    last = {"memory_format": torch.channels_last}
+    sliced = torch.stack([y, y], dim=-1)[..., 0]
+    turned = w.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    for got in (
+        gradients(y.to(**last), w, g),
+        gradients(sliced, turned, g.to(**last)),
+        gradients(y.transpose(2, 3).contiguous().transpose(2, 3), w.to(**last), g.flip(0).flip(0)),
+        gradients(y, w, g.mT.contiguous().mT),
+    ):
+        for ours, theirs in zip(got, want, strict=True):
+            assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    x = inverse_conv2d(y.requires_grad_(), w)
+    x.sum().backward()  # the gradient is an expanded scalar
+    assert_close(y.grad, inverse_conv2d_adjoint(torch.ones_like(y), w, "TL"), rtol=1e-10, atol=1e-10)
+
+
+def inverse_conv2d_adjoint(g: Tensor, w: Tensor, order: str) -> Tensor:
+    """A^-T g through the dense matrix."""
+    matrix = dense_matrix(w.detach().cpu(), order, 1, *g.shape[2:])
+    return torch.linalg.solve(matrix.T, g.cpu().flatten(1).T).T.view_as(g).to(g.device)
+
+
+def test_two_runs_are_bit_equal_and_batch_elements_do_not_mix(device):
+    y, w = random_case(device, 37, 12, 1, 8, 8, 3, 3, torch.float32)
+    y.requires_grad_(), w.requires_grad_()
+
+    def run(y):
+        x = inverse_conv2d(y, w, "TR")
+        return x, *torch.autograd.grad(x.square().sum(), (y, w))
+
+    for first, second in zip(run(y), run(y), strict=True):
+        assert torch.equal(first, second)
+    order = torch.randperm(37, generator=torch.Generator().manual_seed(0)).to(device)
+    x, grad_y, grad_w = run(y)
+    x2, grad_y2, grad_w2 = run(y.detach()[order].requires_grad_())
+    assert_close(x2, x[order], rtol=1e-5, atol=1e-6)
+    assert_close(grad_y2, grad_y[order], rtol=1e-5, atol=1e-5)
+    assert_close(grad_w2, grad_w, rtol=1e-4, atol=1e-3 * float(grad_w.abs().max()))
+
+
+def test_threads_do_not_change_the_solution(device):
+    """Also from one image a thread to many."""
+    if device.type != "cpu":
+        pytest.skip("threads matter on the CPU only")
+    before = torch.get_num_threads()
+    try:
+        for batch in (1, 2, 9, 40):
+            y, w = random_case(device, batch, 12, 1, 10, 9, 3, 3)
+            found = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                found.append(inverse_conv2d(y, w))
+            for other in found[1:]:
+                assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_solved_in_float32(device, dtype):
+    y, w = random_case(device, 2, 3, 1, 6, 6, 3, 3, torch.float32)
+    y, w = y.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+    x = inverse_conv2d(y, w)
+    assert x.dtype == dtype
+    assert torch.equal(x, inverse_conv2d(y.detach().float(), w.detach().float()).to(dtype))
+    x.float().sum().backward()
+    assert y.grad.dtype == dtype and w.grad.dtype == dtype and y.grad.isfinite().all()
+    # under autocast the image is halved and the weights stay as they are
+    mixed = inverse_conv2d(y.detach(), w.detach().float())
+    assert mixed.dtype == dtype
+
+
+def operator(device):
+    return torch.ops.inv_conv.solve_torch if choose_backend(device.type) == "torch" else torch.ops.inv_conv.solve
+
+
+@pytest.mark.parametrize("orders", [[1], [0, 3]])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck(device, orders, transposed):
+    y, w = random_case(device, 2, 4, 2, 4, 5, 3, 2)
+    torch.library.opcheck(operator(device), (y.requires_grad_(), w.requires_grad_(), orders, 2, transposed))
+
+
+def test_compile_fullgraph(device):
+    def loss(y, w):
+        x = inverse_conv2d(y, w, "TR", 2)
+        return (masked_conv2d(x.tanh(), w, "BL", 2) * x).sum()
+
+    y, w = random_case(device, 3, 4, 2, 5, 4, 3, 3)
+    y.requires_grad_(), w.requires_grad_()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    want, got = loss(y, w), compiled(y, w)
+    assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(got, (y, w)), torch.autograd.grad(want, (y, w)), strict=True):
+        assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    "cuda" not in available_backends("cuda" if torch.cuda.is_available() else "cpu"), reason="no CUDA op"
+)
+def test_cuda_side_stream_graph_and_agreement_with_cpu():
+    """One launch, no wait: the solve runs on the caller's stream and inside a captured graph, for every form of the
+    kernel.
+    """
+    for shape in [
+        (100, 12, 1, 16, 16, 3, 3),
+        (4, 48, 1, 64, 64, 3, 3),
+        (2, 48, 1, 12, 12, 5, 5),
+        (3, 256, 1, 40, 40, 3, 3),
+    ]:
+        y, w = random_case("cpu", *shape, dtype=torch.float32)
+        want = inverse_conv2d(y, w)
+        y, w = y.cuda(), w.cuda()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            got = inverse_conv2d(y, w)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = inverse_conv2d(y, w)
+        graph.replay()
+        assert_close(got.cpu(), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_bad_arguments_are_named():
+    y, w = torch.zeros(2, 4, 3, 3), torch.zeros(4, 2, 3, 3)
+    for arguments, text in [
+        ((y[0], w, "TL", 2), "3 and 4 axes"),
+        ((y, w, "TL", 1), "need a kernel"),
+        ((y, w, "TL", 3), "3 groups"),
+        ((y, w, "LT", 2), "unknown order 'LT'"),
+        ((y, w, ("TL", "TR", "BL"), 2), "3 orders for 2 groups"),
+        ((y, w[..., :0], "TL", 2), "empty kernel"),
+        ((y, w.double(), "TL", 2), "float64"),
+        ((y.long(), w, "TL", 2), "floating-point"),
+        ((y, w.to("meta"), "TL", 2), "meta"),
+    ]:
+        for function in (inverse_conv2d, masked_conv2d):
+            with pytest.raises(ValueError, match=text):
+                function(*arguments)
+    for arguments in ((0, (3, 3)), (4, (3, 0)), (4, (3, 3), "TL", 3)):
+        with pytest.raises(ValueError):
+            kernel_mask(*arguments)
+
+
+def test_forced_backend(monkeypatch, caplog):
+    monkeypatch.setenv("INV_CONV_BACKEND", "cpuu")
+    with pytest.raises(UserError, match="did you mean 'cpu'"):
+        choose_backend("cpu")
+    monkeypatch.setenv("INV_CONV_BACKEND", "cuda")
+    with pytest.raises(UserError, match="for tensors on cpu"):
+        choose_backend("cpu")
+    monkeypatch.setenv("INV_CONV_BACKEND", "torch")
+    assert choose_backend("cpu") == choose_backend("cuda") == "torch"
+    # without the library: one line, once, with the reason and the command
+    monkeypatch.setattr(extension, "load", lambda: extension.Extension(None, False, False, "it is not built"))
+    extension.say_once.cache_clear()
+    monkeypatch.setenv("INV_CONV_BACKEND", "cpu")
+    with pytest.raises(UserError, match=r"python setup\.py install"):
+        choose_backend("cpu")
+    monkeypatch.delenv("INV_CONV_BACKEND")
+    with caplog.at_level(logging.WARNING):
+        assert [choose_backend("cpu") for _ in range(3)] == ["torch"] * 3
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and "it is not built" in lines[0] and extension.BUILD_COMMAND in lines[0]
+    extension.say_once.cache_clear()
+
+
+def test_a_library_that_does_not_load_is_no_error(monkeypatch, tmp_path):
+    broken = tmp_path / f"{extension.LIBRARY}.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(extension, "find", lambda: broken)
+    loaded = extension.load.__wrapped__()
+    assert not loaded.cpu and "does not load" in loaded.description
+
+
+@pytest.mark.skipif(not extension.load().cpu, reason="the compiled op is not built")
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_narrower_instruction_sets(isa):
+    """The library has a solver for each instruction set: the widest one runs, and a narrower one on request."""
+    script = """
+import sys, torch
+from inv_flow.utils.inv_conv_cuda import extension, inverse_conv2d, masked_conv2d
+torch.manual_seed(0)
+for sizes in [(5, 3, 7, 6, 3), (40, 12, 5, 5, 3), (1, 20, 9, 8, 2)]:
+    b, c, h, w, k = sizes
+    for dtype in (torch.float32, torch.float64):
+        y, kernel = torch.randn(b, c, h, w, dtype=dtype), 0.05 * torch.randn(c, c, k, k, dtype=dtype)
+        x = inverse_conv2d(y, kernel, "BR")
+        assert (masked_conv2d(x, kernel, "BR") - y).abs().max() < (1e-4 if dtype is torch.float32 else 1e-11), sizes
+print(extension.load().description)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "INV_CONV_ISA": isa, "INV_CONV_BACKEND": "cpu"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(("generic", isa))
