@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     plotted = {name: curve for name, curve in curves.items() if name not in NOT_PLOTTED}
     if plotted:
         plot(plotted, Path("PR"))
-    keep_best(sections[0].fid, epoch, extractor.name)
+    if not limit:
+        keep_best(sections[0].fid, epoch, extractor.name)
 
 
 def pick_extractor(options: Options):

@@ -139,7 +139,7 @@ def _train(params: Params, folder: Path, dist: Distributed) -> None:
 
                 progress.remember(encoded, attributes(train_set, targets), params, dist)
                 log.record(epoch, progress.iter, "Train", scalars)
-                if dist.any(stop) and progress.batch < len(batches):
+                if dist.any(bool(stop)) and progress.batch < len(batches):
                     if dist.is_main:
                         state = full_state(model, optimizer, progress, config)
                         save_state(folder / "models" / "last.cp", KIND, **state)
@@ -167,7 +167,7 @@ def _train(params: Params, folder: Path, dist: Distributed) -> None:
                 write_checkpoints(folder, state, improved, params.keep_last_models)
             dist.barrier()
             log.say(f"epoch {epoch}: test reco_loss {found.loss:.4f}{' (best)' if improved else ''}")
-            if dist.any(stop):
+            if dist.any(bool(stop)):
                 log.say(f"stopped after epoch {epoch}; `l` resumes there")
                 return
 
