@@ -1,16 +1,19 @@
 """`python -m common.metrics` as a user runs it: folders and files in, a table or JSON out, one line for a mistake."""
 
 import json
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from common import metrics
 from common.errors import UserError
 from common.metrics import benchmark
-from common.metrics.__main__ import main
+from common.metrics.__main__ import _parser, main
 from common.metrics.frechet import Statistics, frechet_distance
 from common.metrics.kernel import mmd2
 
@@ -144,6 +147,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(sets, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "no image" in done.stderr
+
+
+def test_the_commands_of_the_readme_are_understood():
+    readme = Path(metrics.__file__).with_name("README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if line.startswith("python -m common.metrics ")]
+    assert len(lines) == 3
+    for line in lines:
+        args = _parser().parse_args(shlex.split(line)[3:])
+        assert args.evaluated.startswith("samples") and args.reference
 
 
 def test_the_package_is_light():
