@@ -153,10 +153,15 @@ def training_parser(variant: str, description: str, datasets: tuple[str, ...]) -
     add("--out", default=None, help="folder of the run (default: runs/latent_flow/<name>)")
     parser.add_switch("--resume", default=False, help="go on from the checkpoint in --out")
     parser.add_switch("--overwrite", default=False, help="start anew in a folder that holds a run")
-    parser.add_switch("--smoke", default=False, help="a few iterations of a tiny model on bundled data")
+    parser.add_switch(
+        "--smoke",
+        default=False,
+        help="a few iterations of a tiny model on bundled data (digits, or sprites when asked for)",
+    )
     return parser
 
 
+BUNDLED = {"digits", "sprites"}
 SMOKE = {
     "latent_size": 8,
     "batch_size": 16,
@@ -184,7 +189,8 @@ def resolve(args: argparse.Namespace, variant: str, datasets: tuple[str, ...]) -
             if hasattr(args, name):
                 setattr(args, name, value)
         deep = "falcor3d" in datasets
-        named = named or {"sprites" if deep else "digits"}
+        if not named & BUNDLED:  # nothing to download: the bundled set stands in, with as many flows as it has
+            named, args.num_support_sets = {"sprites" if deep else "digits"}, None
         if deep:
             args.image_size = args.image_size or 32
     args.dataset = named.pop() if named else datasets[0]
@@ -210,6 +216,8 @@ def resolve(args: argparse.Namespace, variant: str, datasets: tuple[str, ...]) -
             raise UserError(f"--{name.replace('_', '-')} must be above 0")
     if args.diffusion < 0:
         raise UserError(f"--diffusion must not be negative (got {args.diffusion})")
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative (got {args.seed})")
     if args.num_timesteps < 2:
         raise UserError("--num-timesteps is twice the number of steps: at least 2")
     args.out = args.out or (

@@ -109,6 +109,8 @@ def train(args: argparse.Namespace, config: Config) -> None:
         raise UserError(
             f"-K {config.flows}: {config.dataset} has {len(source.names)} transformations ({known}); lower it"
         )
+    if config.index_labels and isinstance(source, FrameSequences):
+        raise UserError("--index-labels needs known transformations: a folder of frames has none")
     rows, held_out = split_rows(len(source), args.seed)
     if args.batch_size > len(rows):
         raise UserError(f"--batch-size {args.batch_size} exceeds the {len(rows)} training items; lower it")

@@ -435,3 +435,25 @@ def test_matching():
 def test_embedding_refuses_impossible_sizes(dim):
     with pytest.raises(UserError, match="even and at least 4"):
         sinusoidal_embedding(torch.arange(3.0), dim)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["supervised", "weakly", "unsupervised"])
+def test_step_on_the_gpu_equals_the_cpu(variant):
+    """Double precision on both devices, the same noise: the same losses and gradients."""
+    config = Config(variant=variant, latent_size=6, index_width=5, image_size=8, steps=3, logdet="exact", slab_start=1)
+    frames, labels = torch.rand(4, 9, 3, 8, 8, dtype=torch.float64), torch.arange(9) % 3
+    uniform = torch.rand((9, 3) if variant == "weakly" else (3, 2, 9, 3), dtype=torch.float64)
+    eps = torch.randn(9, 6, dtype=torch.float64)
+    model = LatentFlow(config).double()
+    results = []
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        model.zero_grad(set_to_none=True)
+        noise = Noise(eps.to(device), uniform.to(device), 0.5)
+        losses = training_step(model, frames.to(device), labels.to(device), 1, noise)
+        losses["loss_total"].backward()
+        results.append((losses["loss_total"].item(), [p.grad.cpu() for p in model.parameters()]))
+    assert abs(results[0][0] - results[1][0]) < 1e-8 * abs(results[0][0])
+    for one, two in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-7, atol=1e-9)

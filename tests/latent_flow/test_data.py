@@ -101,9 +101,10 @@ def test_shapes3d_is_read_row_by_row(tmp_path):
     assert frames.shape == (8, 2, 3, 64, 64)
     # item 3 has scale 0, so the sweep of the scale passes row 60 + 3 at scale 1
     np.testing.assert_allclose(frames[1, 0] * 255, expected, atol=1e-4)
-    path.write_bytes(b"junk")
+    junk = tmp_path / "junk.h5"
+    junk.write_bytes(b"junk")
     with pytest.raises(UserError, match="not the Shapes3D file"):
-        Shapes3D(path)
+        Shapes3D(junk)
 
 
 def test_factor_pictures(tmp_path):

@@ -25,6 +25,7 @@ from latent_flow import (
 )
 from latent_flow.fields import Flows
 from latent_flow.metrics import trivial_baselines
+from latent_flow.options import resolve, training_parser
 
 CPU = ["--device", "cpu"]
 LOSSES = {"loss_total", "loss_recon", "loss_kl0", "loss_kl_path", "loss_pde", "loss_index", "loss_spike", "loss_slab"}
@@ -251,6 +252,7 @@ WRONG = [
     (train_vae_scratch, ["--smoke", "-K", "4"], "has 3 transformations"),
     (train_vae_scratch, ["--smoke", "--logdet", "rowsum"], "no determinant"),
     (train_vae_scratch, ["--lr-vae", "-1"], "must be above 0"),
+    (train_vae_scratch, ["--seed", "-1"], "must not be negative"),
     (train_vae_scratch, ["--dataset", "digits", "--image-size", "10"], "multiple of 4"),
     (train_vae_scratch_unsuper, ["--spike-prior", "0.1"], "p_on,p_stay"),
     (train_vae_scratch_unsuper, ["--spike-prior", "0,1"], "strictly between"),
@@ -320,3 +322,63 @@ def test_trivial_baselines_of_mnist():
     for name, (black, identity) in expected.items():
         assert abs(table[name]["black_upstream"] - black) < 0.1
         assert abs(table[name]["identity_upstream"] - identity) < 0.1
+
+
+# ---- shell scripts --------------------------------------------------------------------------------------------------
+
+SCRIPTS = Path(train_vae_scratch.__file__).parents[1] / "scripts"
+PUBLISHED = {  # script: variant, data set, K, steps, iterations, latent size
+    "mnist": ("supervised", "mnist", 3, 8, 90_000, 324),
+    "mnist_weakly": ("weakly", "mnist", 3, 8, 90_000, 324),
+    "mnist_unsuper_double_control": ("unsupervised", "mnist", 3, 8, 90_000, 324),
+    "mnist_unsuper_single_control": ("unsupervised", "mnist", 3, 8, 90_000, 324),
+    "shapes": ("supervised", "shapes3d", 5, 7, 100_000, 226),
+    "shapes_weakly": ("weakly", "shapes3d", 5, 7, 100_000, 226),
+    "falcol": ("supervised", "falcor3d", 7, 4, 100_000, 324),
+    "isaac": ("supervised", "isaac3d", 8, 3, 100_000, 324),
+    "dsprites": ("supervised", "dsprites", 5, 6, 100_000, 226),
+    "sprites_unsuper": ("unsupervised", "sprites", 3, 8, 20_000, 64),
+}
+VARIANTS = {
+    train_vae_scratch: "supervised",
+    train_vae_scratch_weakly: "weakly",
+    train_vae_scratch_unsuper: "unsupervised",
+    train_falcol_isaac: "supervised",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_scripts_say_the_published_settings(name):
+    echoed = subprocess.run(
+        ["bash", str(SCRIPTS / f"latent_flow_{name}.sh"), "--device", "cpu"],
+        env={"PYTHON": "echo", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    path, *argv = echoed.stdout.split()
+    script = next(module for module in VARIANTS if Path(module.__file__) == Path(path))
+    args = training_parser(VARIANTS[script], "", script.DATASETS).parse(argv)
+    config = resolve(args, VARIANTS[script], script.DATASETS)
+    assert (config.variant, config.dataset, config.flows, config.steps, args.max_iter, config.latent_size) == PUBLISHED[
+        name
+    ]
+    assert args.batch_size == 128 and args.support_set_lr == args.lr_vae == 1e-4 and config.objective == "paper"
+    assert config.single_control is name.endswith("single_control")
+    assert {file.stem.removeprefix("latent_flow_") for file in SCRIPTS.glob("latent_flow_*.sh")} == {
+        *PUBLISHED,
+        "traverse",
+        "evaluate",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_scripts_run(name, tmp_path):
+    env = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent)}
+    script = ["bash", str(SCRIPTS / f"latent_flow_{name}.sh")]
+    subprocess.run([*script, "--smoke", "--out", "run", *CPU], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "run" / "eval.json").is_file()
+    traverse = ["bash", str(SCRIPTS / "latent_flow_traverse.sh"), "run", "--gif-size", "32", *CPU]
+    subprocess.run(traverse, cwd=tmp_path, env=env, check=True)
+    assert list((tmp_path / "run" / "results").rglob("*.gif"))
