@@ -98,8 +98,8 @@ def picture(path: Path, name: str, flow: FlowSequential, data: np.ndarray, devic
 
     line = torch.linspace(-LIMIT, LIMIT, 200, device=device)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
-    density = log_density(flow, grid).exp().view(200, 200).cpu()
-    samples = flow.sample(len(data), [torch.Size((2, 1, 1))])[:, :, 0, 0].cpu()
+    density = log_density(flow, grid).exp().view(200, 200).cpu().numpy()
+    samples = flow.sample(len(data), [torch.Size((2, 1, 1))])[:, :, 0, 0].cpu().numpy()
     figure, panels = pyplot.subplots(1, 3, figsize=(10.5, 3.6))
     panels[0].scatter(*data.T, s=1)
     panels[1].imshow(density, origin="lower", extent=(-LIMIT, LIMIT, -LIMIT, LIMIT))

@@ -373,6 +373,8 @@ class Experiment:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+            # the optimiser's steps of this epoch were taken before the checkpoint; else the scheduler warns of none
+            self.optimizer._opt_called = True
         self.reconstruction_loss.load_state_dict(state["reconstruction"])
         for name in STATE:
             setattr(self, name, state[name])

@@ -1,0 +1,489 @@
+"""The training loop and every script, by the users' own calls, on tiny flows and scikit-learn's digits."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from common.checkpoint import load_state, save_state
+from common.errors import EXIT_NON_FINITE, NonFiniteError, UserError, run_command
+from inv_flow import classify_mnist, data, inv_flow_mnist, timing, toy_2d
+from inv_flow.layers.preprocess import Dequantization
+from inv_flow.layers.selfnorm import SelfNormConv
+from inv_flow.model import create_model
+from inv_flow.train.config import DEAD, Config, parse
+from inv_flow.train.experiment import KIND, Experiment
+from inv_flow.train.launch import build
+from inv_flow.train.optim import make_optimizer
+from inv_flow.train.recon import ReconstructionLoss
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = [path.stem for path in sorted((ROOT / "inv_flow").glob("inv_flow_*.py"))]
+SCRIPTS += [f"experiments.{p.stem}" for p in sorted((ROOT / "inv_flow/experiments").glob("*.py")) if p.stem[0] != "_"]
+FILES = ["config.json", "metrics.csv", "log.txt", "timing.csv", "samples/1.png", "recon/1.png"]
+FILES += [f"checkpoints/{name}" for name in ("last.pt", "best.pt", "best.safetensors", "best.json")]
+COLUMNS = ["step", "epoch", "batch_nll", "grad_norm", "lr", "train_nll", "train_bpd"]
+COLUMNS += ["val_nll", "val_bpd", "test_nll", "test_bpd"]
+
+
+def arguments(folder, *more):
+    """A smoke run of six steps, three an epoch."""
+    return ["--smoke", "--device", "cpu", "--out", str(folder), "--n_train", "150", "--n_test", "40", *map(str, more)]
+
+
+def configured(folder, *more):
+    return parse(arguments(folder, *more), "", inv_flow_mnist.PRESET)
+
+
+def rows(folder):
+    with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def column(folder, name):
+    return [float(row[name]) for row in rows(folder) if row[name]]
+
+
+# ------------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_trains(name, tmp_path):
+    main = importlib.import_module(f"inv_flow.{name}").main
+    main(arguments(tmp_path, "--epochs", 1, "--n_train", 100, "--n_samples", 4))
+    assert [name for name in FILES if not (tmp_path / name).is_file()] == []
+    assert (tmp_path / "tb").is_dir()
+    assert list(rows(tmp_path)[0]) == COLUMNS
+    assert all(math.isfinite(float(value)) for row in rows(tmp_path) for value in row.values() if value)
+
+
+def test_a_run_learns_and_is_evaluated_from_its_folder(tmp_path, capsys):
+    inv_flow_mnist.main(arguments(tmp_path, "--epochs", 3, "--lr", 0.003, "--vis_epochs", 1, "--eval_train"))
+    train, test = column(tmp_path, "train_nll"), column(tmp_path, "test_nll")
+    assert train[2] < train[1] < train[0] and test[-1] < test[0] - 1
+    assert column(tmp_path, "test_bpd")[-1] == pytest.approx(test[-1] / (64 * math.log(2)))
+    assert column(tmp_path, "train_eval_nll")[-1] < train[-1]
+    assert (tmp_path / "kernels/3.png").is_file()
+    # neither --smoke nor the architecture is asked for again, and the figures are those of training
+    inv_flow_mnist.main(["--evaluate", "--device", "cpu", "--out", str(tmp_path), "--n_test", "40"])
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    stored = json.loads((tmp_path / "evaluation.json").read_text())
+    assert float(printed["test_nll"]) == pytest.approx(test[-1], rel=1e-5)
+    assert stored["val_nll"] == pytest.approx(column(tmp_path, "val_nll")[-1], rel=1e-6)
+    assert stored["recon_max_grey"] < 1e-3 and stored["float64_relative_error"] < 1e-5
+    assert (tmp_path / "samples/evaluation.png").is_file() and (tmp_path / "recon/evaluation.png").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------- resume
+
+
+class StopAfter:
+    """A loader that sends the process a stop signal while it hands out batch `n` of the first epoch."""
+
+    def __init__(self, loader, n):
+        self.loader, self.n = loader, n
+
+    def __len__(self):
+        return len(self.loader)
+
+    def epoch(self, epoch, start=0):
+        for index, batch in enumerate(self.loader.epoch(epoch, start), start + 1):
+            if index == self.n:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+
+def same(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            same(*pair, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize(
+    ("steps", "more"),
+    [
+        (2, ("--log_interval", 4)),  # in the middle of an epoch and of a logging interval
+        (3, ("--log_interval", 2, "--scheduler_name", "Exponential", "--gamma", 0.5)),  # at the end of an epoch
+        (2, ("--layer", "snf", "--recon_loss_lr", 0.01, "--log_interval", 3)),  # with GECO's state
+    ],
+)
+def test_resume_is_exact(steps, more, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    inv_flow_mnist.main(arguments(whole, *more))
+    experiment = build(configured(parts, *more))
+    experiment.loaders["train"] = StopAfter(experiment.loaders["train"], steps)
+    experiment.run()
+    assert experiment.step == steps
+    torch.manual_seed(99)  # a new process knows nothing of the old one's generators
+    inv_flow_mnist.main(arguments(parts, *more, "--resume"))
+    assert (parts / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    a, b = (load_state(folder / "checkpoints/last.pt", KIND) for folder in (whole, parts))
+    for state in (a, b):
+        state["config"] = {key: value for key, value in state["config"].items() if key not in ("out", "resume")}
+    same(a, b)
+    assert a["step"] == 6 and len(a["optimizer"]["state"]) > 0
+
+
+def test_resume_refuses_what_would_not_be_the_same_run(tmp_path):
+    inv_flow_mnist.main(arguments(tmp_path, "--epochs", 1))
+    before = (tmp_path / "metrics.csv").read_bytes()
+    for more, named in ((("--block_size", 3), "block_size"), (("--lr", 0.5), "lr"), (("--seed", 4), "seed")):
+        with pytest.raises(UserError, match=named):
+            inv_flow_mnist.main(arguments(tmp_path, *more, "--resume"))
+    last = tmp_path / "checkpoints/last.pt"
+    save_state(last, "lbae", step=1)
+    with pytest.raises(UserError, match="lbae"):
+        inv_flow_mnist.main(arguments(tmp_path, "--resume"))
+    last.write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(UserError, match=r"last\.pt"):
+        inv_flow_mnist.main(arguments(tmp_path, "--resume"))
+    last.unlink()
+    with pytest.raises(UserError, match="no checkpoint"):
+        inv_flow_mnist.main(arguments(tmp_path, "--resume"))
+    with pytest.raises(UserError, match="already holds a run"):
+        inv_flow_mnist.main(arguments(tmp_path))
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    inv_flow_mnist.main(arguments(tmp_path, "--overwrite", "--epochs", 2))
+    assert column(tmp_path, "step")[-1] == 6
+
+
+# ------------------------------------------------------------------------------------------------------- the step
+
+
+def test_warm_up_and_schedule_in_closed_form(tmp_path):
+    schedule = ("--scheduler_name", "Step", "--step_epochs", 3, "--gamma", 0.1, "--warmup_epochs", 2, "--epochs", 4)
+    inv_flow_mnist.main(arguments(tmp_path, *schedule, "--lr", 0.002, "--eval_epochs", 9, "--plot_recon", "false"))
+    expected = [0.002 * min(1, (step + 1) / (2 * 3)) * (0.1 if step // 3 >= 3 else 1) for step in range(12)]
+    assert column(tmp_path, "lr") == pytest.approx(expected, rel=1e-12)
+
+
+def test_gradients_are_clipped_not_weights(tmp_path):
+    more = ("--optimizer_name", "SGD", "--lr", 1.0, "--warmup_epochs", 0, "--epochs", 1, "--n_train", 50)
+    experiment = build(configured(tmp_path, *more, "--grad_clip_norm", 0.001))
+    experiment._initialise()
+    before = [p.detach().clone() for p in experiment.model.parameters()]
+    experiment.run()
+    moves = torch.cat([(p.detach() - q).flatten() for p, q in zip(experiment.model.parameters(), before, strict=True)])
+    assert column(tmp_path, "grad_norm")[0] > 1  # logged as it was before clipping
+    assert moves.norm() == pytest.approx(0.001, rel=1e-3)
+    # by value: no entry of the gradient moves a weight by more than that, large weights stay
+    experiment = build(configured(tmp_path / "value", *more, "--grad_clip", 1e-4, "--grad_clip_norm", "none"))
+    experiment._initialise()
+    before = [p.detach().clone() for p in experiment.model.parameters()]
+    experiment.run()
+    moves = torch.cat([(p.detach() - q).flatten() for p, q in zip(experiment.model.parameters(), before, strict=True)])
+    assert moves.abs().max() == pytest.approx(1e-4, rel=1e-2)
+    assert max(float(p.detach().abs().max()) for p in experiment.model.parameters()) > 0.1
+
+
+def test_non_finite_loss_names_the_layer_and_keeps_a_state(tmp_path, capsys):
+    experiment = build(configured(tmp_path))
+    index = next(i for i, layer in enumerate(experiment.model.layers) if type(layer).__name__ == "Coupling")
+    with torch.no_grad():
+        experiment.model.layers[index].net[4].bias.fill_(math.nan)
+    assert run_command(experiment.run) == EXIT_NON_FINITE
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"layers.{index} (Coupling)" in line and "crash.pt" in line
+    assert load_state(tmp_path / "checkpoints/crash.pt", KIND)["step"] == 0
+
+
+def test_a_diverging_run_ends_with_exit_code_three(tmp_path):
+    argv = arguments(tmp_path, "--lr", 1e6, "--warmup_epochs", 0, "--grad_clip_norm", "none", "--epochs", 20)
+    assert run_command(lambda: inv_flow_mnist.main(argv)) == EXIT_NON_FINITE
+    state = load_state(tmp_path / "checkpoints/crash.pt", KIND)
+    assert all(torch.isfinite(value).all() for value in state["model"].values())  # the weights before the bad step
+
+
+def test_reconstruction_loss_and_geco_in_closed_form():
+    torch.manual_seed(0)
+    layers = [SelfNormConv(2, 3), SelfNormConv(2, 1)]
+    config = Config().replace(recon_loss_weight=5.0, recon_loss_lr=0.1, recon_alpha=0.8, device="cpu")
+    experiment_like = Experiment.__init__.__globals__["Distributed"].start("cpu")
+    loss = ReconstructionLoss(layers, config, experiment_like)
+    x = torch.randn(4, 2, 5, 5)
+    plain = []
+    for layer in layers:
+        with torch.no_grad():
+            layer.inverse.mul_(0.9)
+        back = torch.nn.functional.conv2d(
+            torch.nn.functional.conv2d(x, layer.weight, padding=layer.padding), layer.inverse, padding=layer.padding
+        )
+        plain.append(float((x - back).square().sum().detach() / 4))
+    weights, averages = [5.0, 5.0], [0.0, 0.0]
+    for _ in range(3):
+        for layer in layers:
+            layer(x)
+        total = float(loss().detach())
+        assert total == pytest.approx(sum(w * p for w, p in zip(weights, plain, strict=True)), rel=1e-5)
+        averages = [0.8 * a + 0.2 * p for a, p in zip(averages, plain, strict=True)]
+        weights = [w * math.exp(0.1 * a) for w, a in zip(weights, averages, strict=True)]
+
+
+@pytest.mark.parametrize("modified", [True, False])
+def test_self_normalising_flow_learns_its_inverse(modified, tmp_path):
+    more = ("--layer", "snf", "--modified_grad", modified, "--recon_loss_weight", 10, "--epochs", 3, "--lr", 0.003)
+    inv_flow_mnist.main(arguments(tmp_path, *more))
+    bits = column(tmp_path, "test_bpd")
+    assert bits[-1] < bits[0]
+    assert (tmp_path / "samples/3_trueinv.png").is_file()
+    model = load_state(tmp_path / "checkpoints/last.pt", KIND)["model"]
+    for name in (key for key in model if key.endswith(".inverse")):
+        weight = model[name.replace("inverse", "weight")][:, :, 0, 0]
+        assert (model[name][:, :, 0, 0] @ weight - torch.eye(len(weight))).abs().max() < 0.1
+
+
+def test_experiment_takes_ordinary_loaders(tmp_path):
+    torch.manual_seed(0)
+    sets = TensorDataset(torch.randint(0, 256, (40, 1, 8, 8)).float(), torch.zeros(40))
+    loaders = [DataLoader(sets, batch_size=20) for _ in range(3)]
+    keys = {"block_size": 1, "coupling_width": 8, "split_width": 8, "epochs": 2, "log_interval": 1, "device": "cpu"}
+    config = Config().replace(image_size=(1, 8, 8), out=str(tmp_path), n_samples=4, **keys)
+    model = create_model(config)
+    metrics = Experiment(model, *loaders, make_optimizer(model, config), None, **config.as_dict()).run()
+    assert set(metrics) == {"test_nll", "test_bpd"}
+    assert len(column(tmp_path, "batch_nll")) == 4
+
+
+# ------------------------------------------------------------------------------------------------------- options
+
+
+def test_bad_options_name_the_thing_and_the_remedy(tmp_path):
+    cases = [
+        (("--blok_size", "3"), "did you mean 'block_size'"),
+        (("--set", "coupling_wdth=3"), "did you mean 'coupling_width'"),
+        (("--lr", "fast"), "lr=fast: expected float"),
+        (("--epochs", "1.5"), "epochs=1.5: expected int"),
+        (("--actnorm", "maybe"), "actnorm=maybe"),
+        (("--activation", "SLRR"), "did you mean 'SLR'"),
+        (("--layer", "fink"), "did you mean 'finc'"),
+        (("--dataset", "celebb"), "did you mean 'celeba'"),
+        (("--multi_gpu",), "torchrun"),
+        (("--data_aug",), "data_aug"),
+        (("--groups", "3"), "3"),
+        (("--image_size", "3,8,8"), "image_size"),
+    ]
+    for more, message in cases:
+        with pytest.raises(UserError) as caught:
+            inv_flow_mnist.main(arguments(tmp_path, *more))
+        assert message in str(caught.value), more
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("key", DEAD)
+def test_dead_keys_are_refused_with_the_reason(key, tmp_path):
+    with pytest.raises(UserError, match="dead"):
+        inv_flow_mnist.main(arguments(tmp_path, f"--{key}", "1"))
+    with pytest.raises(UserError, match="dead"):
+        Config().replace(**{key: 1})
+
+
+def test_published_spellings_of_values():
+    config = Config().replace(grad_clip_norm=True, max_eval_ex=float("inf"), milestones=[2, 4])
+    assert (config.grad_clip_norm, config.max_eval_ex, config.milestones) == (1.0, None, (2, 4))
+    assert Config().replace(grad_clip_norm=False).grad_clip_norm is None  # never "zero all gradients"
+    assert parse(["--preset", "64"], "", {"resolution": 32}, {"64": {"resolution": 64}}).resolution == 64
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def test_splits_and_augmentations(tmp_path):
+    config = Config().replace(dataset="digits", seed=3)
+    train, val, test = data.datasets(config)
+    assert len(train) + len(val) == 1797 * 4 // 5 and len(test) == 360
+    assert not set(train.indices) & set(val.indices)
+    again = data.datasets(config)
+    assert (again[0].indices == train.indices).all()
+    image = torch.arange(3 * 32 * 32).remainder(256).to(torch.uint8).view(3, 32, 32)
+    torch.manual_seed(0)
+    shifted = [data.ShiftAndFlip()(image) for _ in range(20)]
+    assert all(x.shape == image.shape and x.dtype == torch.uint8 for x in shifted)
+    inner = slice(2, -2)  # a shift of up to two pixels: the centre is found again at one of 25 places, flipped or not
+    for x in shifted:
+        places = [
+            torch.equal(x[:, inner, inner], y[:, 2 + dy : 30 + dy, 2 + dx : 30 + dx])
+            for y in (image, image.flip(2)) for dy in range(-2, 3) for dx in range(-2, 3)
+        ]  # fmt: skip
+        assert any(places)
+    assert len({x.numpy().tobytes() for x in shifted}) > 10
+    assert data.RandomCrop()(image[:1]).shape == (1, 32, 32)
+
+
+def test_celeba_and_imagenet_are_read_at_the_asked_resolution(tmp_path):
+    import numpy as np
+
+    from common.images import save_image
+
+    folder, rng = tmp_path / "celeba", np.random.default_rng(0)
+    names = [f"{i:06d}.png" for i in range(6)]
+    for name in names:
+        save_image(folder / "img_align_celeba" / name, rng.integers(0, 256, (40, 36, 3), dtype=np.uint8))
+    (folder / "list_attr_celeba.txt").write_text("6\nSmiling Young\n" + "".join(f"{n} 1 -1\n" for n in names))
+    (folder / "list_eval_partition.txt").write_text("".join(f"{n} {i // 2}\n" for i, n in enumerate(names)))
+    parts = data.datasets(Config().replace(dataset="celeba", data_root=str(tmp_path), resolution=32))
+    assert [len(part) for part in parts] == [2, 2, 2]
+    assert parts[0][0][0].shape == (3, 32, 32)
+    for stem, n in (("train_data_batch_1", 10), ("val_data", 4)):
+        (tmp_path / "imagenet64").mkdir(exist_ok=True)
+        flat = rng.integers(0, 256, (n, 3 * 64 * 64), dtype=np.uint8)
+        np.savez(tmp_path / "imagenet64" / f"{stem}.npz", data=flat, labels=np.arange(1, n + 1))
+    parts = data.datasets(Config().replace(dataset="imagenet", data_root=str(tmp_path), resolution=64))
+    assert [len(part) for part in parts] == [8, 2, 4]
+    assert parts[1][0][0].shape == (3, 64, 64)
+    with pytest.raises(UserError, match="resolution=48"):
+        data.datasets(Config().replace(dataset="imagenet", data_root=str(tmp_path), resolution=48))
+    with pytest.raises(UserError, match="prepare"):
+        data.datasets(Config().replace(dataset="mnist", data_root=str(tmp_path)))
+
+
+def test_random_images_for_timing(tmp_path):
+    inv_flow_mnist.main(
+        ["--test", "--device", "cpu", "--out", str(tmp_path), "--resolution", "8", "--n_train", "60", "--n_test", "20",
+         "--batch_size", "30", "--block_size", "1", "--coupling_width", "8", "--split_width", "8", "--epochs", "1",
+         "--n_samples", "4"]
+    )  # fmt: skip
+    assert math.isfinite(column(tmp_path, "test_bpd")[0])
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+TWO_PROCESSES = """
+import sys
+from common.errors import run_command
+from inv_flow.inv_flow_mnist import main
+from inv_flow.layers.flow import no_log_det
+from inv_flow.layers.preprocess import Dequantization
+Dequantization.forward = lambda self, x, noise=None: (x + 0.5, no_log_det(x))
+sys.exit(run_command(lambda: main(sys.argv[1:])))
+"""
+
+
+def test_two_processes_equal_one(tmp_path, monkeypatch):
+    """Same losses, gradient norms and weights; the noise of each process is its own, so it is switched off here."""
+    # plain gradient descent: Adam would turn the rounding of a gradient near 0 into a whole step
+    more = ("--optimizer_name", "SGD", "--lr", 1e-4, "--log_interval", 1, "--layer", "snf", "--inv_conv", "true")
+    script = tmp_path / "fixed_noise.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *arguments(tmp_path / "two", *more)], env=environment, capture_output=True, text=True, timeout=110
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    fixed = staticmethod(lambda x, noise=None: (x + 0.5, x.new_zeros(len(x))))
+    monkeypatch.setattr(Dequantization, "forward", lambda self, x, noise=None: fixed(x))
+    inv_flow_mnist.main(arguments(tmp_path / "one", *more))
+    for name in ("batch_nll", "grad_norm", "train_nll", "val_nll", "test_nll"):
+        assert column(tmp_path / "two", name) == pytest.approx(column(tmp_path / "one", name), rel=1e-6), name
+    one, two = (load_state(tmp_path / name / "checkpoints/last.pt", KIND) for name in ("one", "two"))
+    for name, value in one["model"].items():
+        assert torch.allclose(two["model"][name], value, rtol=1e-5, atol=1e-6), name
+    assert len(two["processes"]) == 2
+    assert not torch.equal(two["processes"][0]["rng"]["torch"], two["processes"][1]["rng"]["torch"])
+    with pytest.raises(UserError, match=r"2 process\(es\)"):
+        inv_flow_mnist.main(arguments(tmp_path / "two", *more, "--resume"))
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_gpu(tmp_path):
+    argv = [*arguments(tmp_path, "--log_interval", 100, "--layer", "glow", "--inv_conv", "true"), "--device", "cuda"]
+    experiment = build(parse(argv, "", inv_flow_mnist.PRESET))
+    experiment._initialise()
+    experiment.model.train()
+    x = experiment._images(next(experiment.loaders["train"].epoch(0)))
+
+    def step():
+        experiment.optimizer.zero_grad(set_to_none=True)
+        nll = -experiment.model(x)[1].mean()
+        (nll + experiment.reconstruction_loss()).backward()
+        experiment._clip()
+        experiment.optimizer.step()
+        experiment.loss_sum += nll.detach().to(experiment.loss_sum) * len(x)
+
+    step()  # the first call may build kernels and workspaces
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ------------------------------------------------------------------------------------------------------- other scripts
+
+
+def test_timing_writes_rows_once_and_a_plot(tmp_path, capsys):
+    size = ["--num_blocks", "2", "--block_size", "1", "--coupling_width", "8", "--batch", "4", "--repeats", "2"]
+    argv = [*size, "--device", "cpu", "--out", str(tmp_path)]
+    timing.main([*argv, "--table", "7", "--layers", "inverse", "finc", "--sizes", "8", "16"])
+    timing.main([*argv, "--table", "10", "--layers", "inverse", "--sizes", "8", "--kernels", "2", "5"])
+    with open(tmp_path / "timing_table7.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["layer"], row["size"]) for row in table] == [
+        ("inverse", "8"), ("inverse", "16"), ("finc", "8"), ("finc", "16")
+    ]  # fmt: skip
+    assert all(float(row[f"{name}_ms"]) > 0 for row in table for name in timing.TIMES)
+    assert (tmp_path / "timing_table7.png").is_file() and (tmp_path / "timing_table10.png").is_file()
+    before = (tmp_path / "timing_table7.csv").read_bytes()
+    capsys.readouterr()
+    timing.main([*argv, "--table", "7", "--layers", "inverse", "--sizes", "8"])  # measured already
+    assert (tmp_path / "timing_table7.csv").read_bytes() == before
+    with pytest.raises(UserError, match="positive"):
+        timing.main([*argv, "--sizes", "0"])
+
+
+@pytest.mark.parametrize("name", toy_2d.DENSITIES)
+def test_toy_densities_lie_in_the_picture(name):
+    import numpy as np
+
+    points = toy_2d.sample_density(name, 2000, np.random.default_rng(0))
+    assert points.shape == (2000, 2) and points.dtype == np.float32
+    assert np.mean(np.abs(points).max(1) < toy_2d.LIMIT) > 0.98
+    assert 0.5 < points.std() < 2.6
+
+
+def test_toy_flow_learns_and_draws(tmp_path, capsys):
+    argv = ["--steps", "60", "--batch", "200", "--depth", "3", "--width", "16", "--lr", "0.01", "--device", "cpu"]
+    toy_2d.main([*argv, "--density", "8gaussians", "--out", str(tmp_path)])
+    held_out = float(capsys.readouterr().out.split("NLL")[1].split()[0])
+    assert held_out < 2 * math.log(2 * toy_2d.LIMIT) - 0.2  # better than the uniform density on the picture
+    assert (tmp_path / "8gaussians.png").is_file() and (tmp_path / "8gaussians.csv").is_file()
+    with pytest.raises(UserError, match="did you mean 'rings'"):
+        toy_2d.main(["--density", "ring", "--out", str(tmp_path)])
+
+
+def test_classifier_beats_chance_and_counts_sixteen_parameters(tmp_path, capsys):
+    argv = ["--dataset", "digits", "--epochs", "4", "--lr", "0.01", "--device", "cpu", "--out", str(tmp_path)]
+    classify_mnist.main(argv)
+    assert capsys.readouterr().out.startswith("16 free kernel entries")
+    with open(tmp_path / "digits.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 4 and float(table[-1]["test_accuracy"]) > 0.8
+    assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
+
+
+def test_nonfinite_evaluation_is_refused(tmp_path):
+    experiment = build(configured(tmp_path))
+    experiment._initialise()
+    with torch.no_grad():
+        experiment.model.layers[-1].net[4].bias.fill_(math.inf)
+    with pytest.raises(NonFiniteError, match="val NLL"):
+        experiment.evaluate("val")

@@ -1,0 +1,231 @@
+"""What the golden vectors and the layer contract do not reach: extremes, initial states, float32, whole models."""
+
+import importlib
+
+import pytest
+import torch
+
+from common.errors import UserError
+from inv_flow.layers.activations import SELU, SmoothLeakyRelu, SmoothTanh, SplineActivation
+from inv_flow.layers.actnorm import ActNorm
+from inv_flow.layers.coupling import Coupling
+from inv_flow.layers.flow import FlowSequential
+from inv_flow.layers.preprocess import preprocessing
+from inv_flow.layers.selfnorm import SelfNormConv
+from inv_flow.model import create_model
+from inv_flow.toy_2d import log_density, make_flow
+from inv_flow.train.config import LAYERS, Config, layer_choice
+
+
+def tiny(layer="inverse", **changes):
+    keys = {"image_size": (1, 8, 8), "block_size": 2, "coupling_width": 8, "split_width": 8, "tail_bound": 10.0}
+    return Config().replace(**keys | layer_choice(layer) | changes)
+
+
+def moved(model, scale=0.05):
+    """Every parameter off its initial value, so that zero-initialised parts take part."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn_like(parameter)
+    return model
+
+
+def test_actnorm_survives_a_constant_channel():
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4, 4)
+    x[:, 1] = 7.0
+    layer = ActNorm(3)
+    z, log_det = layer(x)
+    assert torch.isfinite(z).all() and torch.isfinite(log_det).all()
+    assert z[:, 1].abs().max() == 0 and layer.log_scale[1] == 0
+    assert torch.allclose(z[:, 0].std(), torch.tensor(1.0), atol=1e-5)
+    (z.square().sum() - log_det.sum()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+    # what the constant channel holds later must not be blown up
+    assert ActNorm(2)(torch.zeros(1, 2, 1, 1))[0].abs().max() == 0
+    assert (layer(x + 0.1)[0][:, 1] - 0.1).abs().max() < 1e-5
+
+
+def test_actnorm_flag_survives_a_checkpoint():
+    torch.manual_seed(0)
+    x, other = torch.randn(6, 2, 3, 3), 5 + 3 * torch.randn(6, 2, 3, 3)
+    trained, fresh = ActNorm(2), ActNorm(2)
+    with pytest.raises(RuntimeError, match="not initialised"):
+        fresh.reverse(x)
+    trained(x)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(fresh.reverse(x), trained.reverse(x))
+    assert torch.equal(fresh(other)[0], trained(other)[0])  # the other data must not initialise it again
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("layer", [SmoothLeakyRelu(), SmoothLeakyRelu(0.01), SmoothTanh(), SmoothTanh(5.0, 0.01)])
+def test_newton_inverses_at_extremes(layer, dtype):
+    sizes = torch.logspace(-8, 6, 57, dtype=dtype)
+    y = torch.cat([-sizes.flip(0), torch.zeros(1, dtype=dtype), sizes])[None]
+    x = layer.reverse(y)
+    assert torch.isfinite(x).all()
+    assert (x.diff() >= 0).all()  # increasing
+    back = layer(x)[0]
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    assert ((back - y).abs() <= tolerance * (1 + y.abs())).all()
+
+
+def test_selu_reverse_below_its_range_is_finite():
+    z = torch.tensor([[-1e9, -1.7581, -1.0, 0.0, 3.0]])
+    assert torch.isfinite(SELU().reverse(z)).all()
+
+
+def test_spline_in_float32_at_knots_and_tails():
+    torch.manual_seed(0)
+    layer = moved(SplineActivation((1, 1, 41), 5, 4.0), 1.0)
+    x = torch.linspace(-5, 5, 41)[None, None, None]
+    y, log_det = layer(x)
+    assert torch.isfinite(log_det).all()
+    assert torch.equal(y[x.abs() > 4], x[x.abs() > 4])
+    assert (layer.reverse(y) - x).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["small", "snf"])
+def test_coupling_starts_as_the_identity(kind):
+    x = torch.randn(2, 6, 5, 3)
+    z, log_det = Coupling(6, 16, kind)(x)
+    assert torch.equal(z, x)
+    assert torch.equal(log_det, torch.zeros(2))
+
+
+def test_brightest_pixel_stays_finite_in_float32():
+    layers = preprocessing(1e-6)
+    x = torch.tensor([0.0, 255.0]).view(1, 2, 1, 1)
+    for noise in (torch.zeros_like(x), torch.full_like(x, 1 - 2**-24)):
+        z, _ = layers[0](x, noise)
+        log_det = 0
+        for layer in layers[1:]:
+            z, term = layer(z)
+            log_det = log_det + term
+        assert torch.isfinite(z).all() and torch.isfinite(log_det).all()
+    with pytest.raises(UserError, match="alpha"):
+        create_model(tiny(alpha=1e-8))
+
+
+def test_density_integrates_to_one():
+    """The whole bookkeeping at once: exp(log p) of a flow with every kind of factor, summed over a fine grid."""
+    torch.manual_seed(0)
+    flow = make_flow(3, 8).double()
+    log_density(flow, 2 * torch.randn(200, 2, dtype=torch.float64))
+    moved(flow, 0.1)
+    line = torch.linspace(-20, 20, 301, dtype=torch.float64)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 2)
+    with torch.no_grad():
+        mass = log_density(flow, grid).exp().sum() * (line[1] - line[0]) ** 2
+    assert abs(float(mass) - 1) < 2e-3
+
+
+@pytest.mark.parametrize("layer", [name for name in LAYERS if name != "snf"])
+def test_models_reconstruct_exactly_and_sample_integers(layer):
+    torch.manual_seed(0)
+    model = create_model(tiny(layer, padding=2))
+    x = torch.randint(0, 256, (4, 1, 8, 8)).float()
+    model.encode(x)  # initialises
+    moved(model).eval()
+    assert torch.equal(model.reconstruct(x), x)
+    latents, _ = model.encode(x)
+    assert [tuple(z.shape[1:]) for z in latents] == model.latent_sizes == [tuple(s) for s in model.latent_shapes(x)]
+    samples = model.sample_images(3)
+    assert samples.shape == (3, 1, 8, 8)
+    assert torch.equal(samples, samples.round()) and samples.min() >= 0 and samples.max() <= 255
+
+
+def test_temperature_scales_every_latent():
+    torch.manual_seed(0)
+    model = create_model(tiny())
+    model.encode(torch.randint(0, 256, (4, 1, 8, 8)).float())
+    cold = model.sample_images(2, temperature=0.0)
+    assert torch.equal(cold[0], cold[1])  # split latents are cold too
+
+
+def test_deep_flow_reconstructs_in_float32():
+    """The paper's depth (L = 2, K = 16) with weights as large as training makes them: below a grey level by far."""
+    torch.manual_seed(0)
+    model = create_model(tiny(block_size=16, conv1x1=True, image_size=(1, 28, 28), individual_weights=False))
+    x = torch.randint(0, 256, (8, 1, 28, 28)).float()
+    model.encode(x)
+    moved(model, 0.02).eval()
+    with torch.no_grad():
+        noisy, rest = model.layers[0](x)[0], FlowSequential(model.layers[1:])
+        error = (rest.reconstruct(noisy) - noisy).abs()
+        # one rounding is 256 * 6e-8 = 1.5e-5 grey levels; some 150 layers of them, as a random walk: 2e-4 on average
+        assert error.max() < 0.02 and error.mean() < 5e-4
+        exact = FlowSequential(rest.layers).double()(noisy.double())[1]
+        rounded = FlowSequential(rest.layers).float()(noisy)[1]
+    assert ((rounded - exact) / exact).abs().max() < 1e-5
+
+
+def test_self_normalised_gradient_is_half_the_exact_one_at_the_true_inverse():
+    torch.manual_seed(0)
+    layer = SelfNormConv(4, 1).double()
+    moved(layer, 0.3)
+    with torch.no_grad():
+        layer.inverse.copy_(layer.weight[:, :, 0, 0].inverse()[:, :, None, None])
+    x = torch.randn(5, 4, 3, 6, dtype=torch.float64)
+
+    def gradients(exact):
+        layer.exact = exact
+        layer.zero_grad()
+        z, log_det = layer(x)
+        (z.square().flatten(1).sum(1) / 2 - log_det).mean().backward()
+        return layer.weight.grad.clone(), layer.inverse.grad
+
+    modified, of_inverse = gradients(False)
+    exact, _ = gradients(True)
+    assert torch.allclose(2 * modified, exact, atol=1e-10)
+    assert of_inverse is not None and of_inverse.abs().sum() > 0
+
+
+# section 3.10 of the published scripts; what differs is explained in inv_flow/README.md
+PUBLISHED = {
+    "if_glow_mnist": 832_920, "if_conv1x1_glow_mnist": 833_448, "if_cnn_mnist": 705_904, "if_glow_cifar": 650_027,
+    "if_exact_cnn_mnist": 1_436_384, "if_glow_imagenet32": 2_075_979, "if_multigpu_imagenet32": 8_409_931,
+    "ff_glow_mnist": 935_736, "ff_glow_cifar": 716_328, "emerging_cnn_mnist": 159_804, "exact_fc_mnist": 10_994,
+    "exponential_cnn_mnist": 110_110, "exact_cnn_mnist": 95_179, "selfnorm_fc_mnist": 39_363_072,
+    "selfnorm_glow_mnist": 567_128, "geco_selfnorm_glow_mnist": 93_880, "conv1x1_glow_mnist": 565_656,
+    "conv1x1_glow_cifar": 3_491_112 + 23_040, "conv1x1_glow_imagenet": 12_929_688, "selfnorm_cnn_mnist": 95_179 + 7_434,
+    "selfnorm_glow_imagenet": 13_078_872, "selfnorm_glow_cifar": 473_016,
+}  # fmt: skip
+
+
+def parameters(preset):
+    config = Config().replace(**preset)
+    size = (1, 28, 28) if config.dataset == "mnist" else (3, 32, 32)
+    return sum(p.numel() for p in create_model(config.replace(image_size=size)).parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_counts(name):
+    preset = importlib.import_module(f"inv_flow.experiments.{name}").PRESET
+    if name == "selfnorm_fc_mnist":  # 32 equal layers of 1.2 million parameters: one stands for all
+        assert preset["block_size"] * parameters(preset | {"block_size": 1}) == PUBLISHED[name]
+    else:
+        assert parameters(preset) == PUBLISHED[name]
+
+
+def test_published_parameter_counts_of_the_main_scripts():
+    from inv_flow import inv_flow_cifar10_multi_GPUs as cifar
+    from inv_flow import inv_flow_imagenet_multi_gpu as imagenet
+
+    assert parameters(cifar.PRESET | cifar.PRESETS["released"]) == 8_344_632
+    assert parameters(imagenet.PRESET | imagenet.PRESETS["released"]) == 14_269_656 - 41_664
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_blocks": 3, "image_size": (1, 28, 28)}, "does not squeeze"),
+        ({"layer": "finc", "image_size": (1, 8, 8), "first_squeeze": False}, "multiple of 4"),
+        ({"image_size": None}, "image_size"),
+        ({"layer": "none", "coupling_width": 0, "activation": "Identity", "actnorm": False}, "without any layer"),
+    ],
+)
+def test_impossible_models_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        create_model(tiny(**changes))
