@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+MAX_NORM = 300.0  # exp of it overflows float32; a trained coupling stays below 10
+
 
 @functools.lru_cache(maxsize=4096)
 def taylor_plan(bound: float, eps: float) -> tuple[int, int]:
@@ -101,11 +103,12 @@ def expm_action(a: Tensor, x: Tensor, bound: float | None = None) -> Tensor:
     """exp(a) x for a (B, n, n, P) and x (B, n, P), P matrices a sample (the pixels) on the last axis.
 
     `bound`: an upper bound of the row norms of `a`; without it the norm is measured (one synchronisation). The action
-    is repeated on `bound / 2` pieces of the unit interval. Once differentiable.
+    is repeated on `bound / 2` pieces of the unit interval. NaN when a norm exceeds MAX_NORM. Once differentiable.
     """
-    if bound is None:
-        bound = float(a.detach().abs().sum(2).amax()) if a.numel() else 0.0
-    steps, terms = taylor_plan(_coarse(bound), torch.finfo(a.dtype).eps)
+    plan = _plan(a, bound)
+    if plan is None:
+        return x * math.nan
+    steps, terms = plan
     for _ in range(steps):
         x = _TaylorAction.apply(a, x, 1 / steps, terms)
     return x
@@ -122,9 +125,10 @@ def phi_action(a: Tensor, u: Tensor, bound: float | None = None) -> Tensor:
 
     phi(a) u is the value at t = 1 of y' = a y + u, y(0) = 0; one piece of length h takes y to y + h phi(h a)(a y + u).
     """
-    if bound is None:
-        bound = float(a.detach().abs().sum(2).amax()) if a.numel() else 0.0
-    steps, terms = taylor_plan(_coarse(bound), torch.finfo(a.dtype).eps)
+    plan = _plan(a, bound)
+    if plan is None:
+        return u * math.nan
+    steps, terms = plan
     y, h = torch.zeros_like(u), 1 / steps
     for _ in range(steps):
         slope = (u + (a * y[:, None]).sum(2)) if steps > 1 else u
@@ -135,8 +139,14 @@ def phi_action(a: Tensor, u: Tensor, bound: float | None = None) -> Tensor:
     return y
 
 
-def _coarse(bound: float) -> float:
-    """`bound` rounded up to a multiple of 1/8: few distinct plans, and forward and inverse use the same one."""
-    if not math.isfinite(bound):
-        return 2.0  # the weights are lost anyway; the loop's own check names the layer
-    return math.ceil(bound * 8) / 8
+def _plan(a: Tensor, bound: float | None) -> tuple[int, int] | None:
+    """`taylor_plan` for matrices (B, n, n, P); None where a norm beyond MAX_NORM says that the weights have diverged.
+
+    A bound beyond it may only be loose: then the norm itself is measured. Norms are rounded up to a multiple of 1/8, so
+    that there are few plans, and forward and inverse use the same one.
+    """
+    if bound is None or not bound <= MAX_NORM:
+        bound = float(a.detach().abs().sum(2).amax()) if a.numel() else 0.0
+    if not bound <= MAX_NORM:  # NaN too
+        return None
+    return taylor_plan(math.ceil(bound * 8) / 8, torch.finfo(a.dtype).eps)

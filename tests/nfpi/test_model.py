@@ -82,6 +82,15 @@ def test_expm_action(size):
     assert torch.autograd.gradcheck(expm_action, (a.requires_grad_(), x.requires_grad_()))
 
 
+def test_diverged_matrices_give_nan_at_once_and_loose_bounds_do_not():
+    a, x = torch.full((1, 2, 2, 3), 1e20), torch.ones(1, 2, 3)
+    for action in (expm_action, phi_action):
+        for bound in (None, 1e20, math.inf, math.nan):
+            assert torch.isnan(action(a, x, bound)).all()
+        small = 1e-20 * a
+        torch.testing.assert_close(action(small, x, 1e30), action(small, x))
+
+
 @pytest.mark.parametrize("size", [0.0, 0.3, 6.0])
 def test_phi_action(size):
     rng = torch.Generator().manual_seed(0)

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# NFPI on CIFAR-100, gradient baseline: the class Gaussians follow scaled gradients for EPOCHS_MOVING epochs (100).
+# Environment: DATA_ROOT (<repository>/data), PYTHON (python). Further options are hydra overrides and are passed on:
+#   bash scripts/nfpi_cifar100_glem.sh device=cpu train.epochs=1
+# Results land below the current folder, in outputs/.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export DATA_ROOT=${DATA_ROOT:-$root/data}
+exec "${PYTHON:-python}" "$root/nfpi/main.py" --config-path=___configs/cifar100 --config-name=mean \
+    val.gmm.training_algorithm=glem val.gmm.merge_datasets_after="${EPOCHS_MOVING:-100}" extra=glem "$@"
