@@ -81,21 +81,9 @@ NVCC = next(
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 def test_cuda_kernels_compile_for_hopper_without_spilling(tmp_path):
+    flags = ["-O3", "-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings", "-gencode=arch=compute_90,code=sm_90"]
     done = subprocess.run(
-        [
-            NVCC,
-            "-O3",
-            "-std=c++17",
-            "-Xptxas",
-            "-v",
-            "-Werror",
-            "all-warnings",
-            "-gencode=arch=compute_90,code=sm_90",
-            "-c",
-            str(OP / "csrc" / "cuda_solver.cu"),
-            "-o",
-            str(tmp_path / "solver.o"),
-        ],
+        [NVCC, *flags, "-c", str(OP / "csrc" / "cuda_solver.cu"), "-o", str(tmp_path / "solver.o")],
         capture_output=True,
         text=True,
         check=False,
@@ -125,22 +113,8 @@ def test_setup_says_what_it_builds(environment):
 
 def test_benchmark_command(tmp_path, capsys):
     report = tmp_path / "out" / "bench.json"
-    benchmark.main(
-        [
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-            "--shape",
-            "3,4,6,6,3",
-            "--shape",
-            "2,2,5,4,2",
-            "--repeats",
-            "5",
-            "--json",
-            str(report),
-        ]
-    )
+    shapes = ["--shape", "3,4,6,6,3", "--shape", "2,2,5,4,2"]
+    benchmark.main(["--device", "cpu", "--threads", "1", *shapes, "--repeats", "5", "--json", str(report)])
     printed = capsys.readouterr().out
     assert "| 3,4,6,6,3 |" in printed and "ratio+backward: geometric mean" in printed
     (setting,) = json.loads(report.read_text())["settings"]

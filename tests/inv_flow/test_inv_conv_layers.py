@@ -94,11 +94,11 @@ def test_row_sum_certificate(rho, order):
     assert (bounded.row_sums() <= rho + 1e-12).all() and (bounded.row_sums() > rho - 1e-6).all()
     x = bounded(y)[0]
     assert x.abs().max() <= y.abs().max() / (1 - rho)
-    # the bound is nearly met by weights of one sign against an image of one sign
+    # weights of one sign against an image of one sign approach the bound, as far as the image lets the recurrence run
     with torch.no_grad():
         bounded.weight.copy_(-bounded.weight.abs())
     x = bounded(torch.ones_like(y))[0]
-    assert 0.98 / (1 - rho) < x.abs().max() <= (1 + 1e-12) / (1 - rho)
+    assert 0.9 / (1 - rho) < x.abs().max() <= (1 + 1e-12) / (1 - rho)
     assert_close(bounded.reverse(x), torch.ones_like(x), rtol=1e-10, atol=1e-10)
 
 

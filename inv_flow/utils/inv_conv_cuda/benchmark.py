@@ -106,34 +106,34 @@ class Case:
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+STATISTICS = {"median": statistics.median, "min": min}
 
 
-def time_cpu(runs: dict[str, Run], repeats: int, budget: float, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each run, in turns, for `repeats` rounds or until `budget` seconds are spent (5 rounds at
-    least).
-    """
+def time_cpu(runs: dict[str, Run], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each run, in turns, for `--repeats` rounds or until `--budget` seconds are spent (at least 5)."""
+    clock = CLOCKS[args.clock]
     for run in runs.values():
         run()
         run()
     spent: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
-    for done in range(repeats):
-        if done >= 5 and time.perf_counter() - began > budget:
+    for done in range(args.repeats):
+        if done >= 5 and time.perf_counter() - began > args.budget:
             break
         for name, run in runs.items():
             start = clock()
             run()
             spent[name].append(clock() - start)
-    return {name: statistics.median(times) for name, times in spent.items()}
+    return {name: STATISTICS[args.statistic](times) for name, times in spent.items()}
 
 
-def time_cuda(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Median seconds of each run by CUDA events, in turns."""
+def time_cuda(runs: dict[str, Run], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of each run by CUDA events, in turns."""
     for run in runs.values():
         for _ in range(3):
             run()
     events = {name: [] for name in runs}
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         for name, run in runs.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -141,7 +141,8 @@ def time_cuda(runs: dict[str, Run], repeats: int) -> dict[str, float]:
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()
-    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in events.items()}
+    statistic = STATISTICS[args.statistic]
+    return {name: statistic(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in events.items()}
 
 
 def capture(run: Run, inside: int = 10) -> Run:
@@ -197,14 +198,14 @@ def measure(sizes: tuple[int, ...], device: torch.device, args: argparse.Namespa
     case = Case(sizes, device)
     runs = case.runs()
     if device.type == "cuda":
-        seconds = time_cuda(runs, args.repeats)
+        seconds = time_cuda(runs, args)
         inside = 10
         graphs = {name: capture(runs[name], inside) for name in ("conv2d", "solve")}
-        replayed = time_cuda(graphs, args.repeats)
+        replayed = time_cuda(graphs, args)
         seconds |= {f"{name} graph": value / inside for name, value in replayed.items()}
         held = {name: extra_memory_cuda(runs[name]) for name in ("conv2d+backward", "solve+backward")}
     else:
-        seconds = time_cpu(runs, args.repeats, args.budget, CLOCKS[args.clock])
+        seconds = time_cpu(runs, args)
         held = {name: extra_memory_cpu(runs[name]) for name in ("conv2d+backward", "solve+backward")}
     row = {f"{name} ms": 1e3 * value for name, value in seconds.items()}
     row["ratio"] = seconds["solve"] / seconds["conv2d"]
@@ -267,10 +268,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=50, help="rounds, at most (default %(default)s)")
     parser.add_argument("--budget", type=float, default=8.0, help="seconds a shape on the CPU (default %(default)s)")
     parser.add_argument(
+        "--statistic", choices=sorted(STATISTICS), default="median", help="over the rounds (default %(default)s)"
+    )
+    parser.add_argument(
         "--clock",
         choices=sorted(CLOCKS),
         default="wall",
-        help="cpu: processor time of this process instead of elapsed time: for one thread, on a machine with other work",
+        help="cpu: processor time of this process instead of elapsed time; for one thread on a busy machine",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
     args = parser.parse_args(argv)
@@ -283,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "compiled op": extension.load().description,
     }
-    report = {"machine": machine, "clock": args.clock, "settings": []}
+    report = {"machine": machine, "clock": args.clock, "statistic": args.statistic, "settings": []}
     print(", ".join(f"{name}: {value}" for name, value in machine.items() if value))
     before = torch.get_num_threads()
     try:

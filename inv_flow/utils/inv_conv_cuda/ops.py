@@ -61,7 +61,7 @@ def _parts(x: Tensor, kh: int, kw: int) -> int:
     if x.device.type == "cpu":
         # there the library copies the padded image and the gradient again, with channels in blocks of 16; each thread
         # needs work of its own, though
-        parts = max(parts, min(8, batch // (2 * torch.get_num_threads())))
+        parts = max(parts, min(8, batch // torch.get_num_threads()))
     return min(batch, parts)
 
 
