@@ -105,7 +105,7 @@ class Batches:
         if self._held is not None:
             images, targets = self._held
             for share in shares:
-                rows = torch.from_numpy(share).to(images.device)
+                rows = torch.from_numpy(share).to(images.device, non_blocking=True)
                 yield images[rows], targets[rows]
         elif self._direct:
             for share in shares:
