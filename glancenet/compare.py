@@ -100,7 +100,8 @@ def plot(path: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
             axes.set_title(f"{setting}: {title}", fontsize=9)
             axes.set_xscale("log")
             axes.set_ylim(0, 1.02)
-            axes.legend(fontsize=7)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=7)
             if i == len(tables) - 1:
                 axes.set_xlabel("% of supervision")
     figure.savefig(path, dpi=80)

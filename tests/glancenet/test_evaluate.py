@@ -177,7 +177,8 @@ def test_traversal_files_hold_all_frames(glancenet_run):
     with Image.open(pictures / "recon.jpg") as picture:
         pixels = np.asarray(picture)
     middle = pixels.shape[1] // 2
-    assert (pixels[:, middle - 2 : middle + 2] > 240).all(), "a white column between inputs and reconstructions"
+    # JPEG smears the neighbours a little
+    assert pixels[:, middle - 2 : middle + 2].mean() > 245, "a white column between inputs and reconstructions"
 
 
 def test_latent_factor_matrix():
