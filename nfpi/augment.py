@@ -100,8 +100,9 @@ def flip_rows(x: Tensor, which: Tensor) -> Tensor:
 
 def grey(x: Tensor) -> Tensor:
     """Luma of RGB levels as PIL computes it (ITU-R 601, rounded): (B, 3, H, W) float -> (B, 1, H, W)."""
-    weights = torch.tensor([19595.0, 38470.0, 7471.0], device=x.device, dtype=torch.float64)
-    return torch.floor((torch.einsum("bchw,c->bhw", x.double(), weights) + 32768) / 65536)[:, None].to(x.dtype)
+    weights = torch.tensor([19595.0, 38470.0, 7471.0], device=x.device)[:, None, None]
+    total = (x.float() * weights).sum(1, keepdim=True)  # whole numbers below 2^24: exact in float32
+    return torch.floor((total + 32768) / 65536).to(x.dtype)
 
 
 def blend(degenerate: Tensor, x: Tensor, factor: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def color_jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         chosen = order[:, place]
         brightness, contrast, saturation = factors[:, :, None, None, None].float().unbind(1)
         luma = grey(y)
-        mean = torch.floor(luma.double().mean((1, 2, 3), keepdim=True) + 0.5).float()
+        mean = torch.floor(luma.mean((1, 2, 3), keepdim=True) + 0.5)
         results = torch.stack(
             [blend(torch.zeros_like(y), y, brightness), blend(mean, y, contrast), blend(luma, y, saturation)]
         )
@@ -133,12 +134,13 @@ def rotate_and_crop(x: Tensor, radians: Tensor, offset: Tensor, edge_pad: int, m
     b, _, height, width = x.shape
     device = x.device
     rows, cols = torch.arange(height, device=device), torch.arange(width, device=device)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # no float64 there
     centre_y, centre_x = height / 2 + edge_pad, width / 2 + edge_pad
     # positions on the padded canvas: the centre crop starts edge_pad - margin / 2 from its border; +1/2: pixel centres
     start = edge_pad - margin // 2
-    dy = (rows[None] + offset[:, :1] + start + 0.5 - centre_y)[:, :, None].double()  # (B, H, 1)
-    dx = (cols[None] + offset[:, 1:] + start + 0.5 - centre_x)[:, None].double()  # (B, 1, W)
-    cos, sin = radians.double().cos()[:, None, None], radians.double().sin()[:, None, None]
+    dy = (rows[None] + offset[:, :1] + start + 0.5 - centre_y)[:, :, None].to(dtype)  # (B, H, 1)
+    dx = (cols[None] + offset[:, 1:] + start + 0.5 - centre_x)[:, None].to(dtype)  # (B, 1, W)
+    cos, sin = (f(radians.to(dtype))[:, None, None] for f in (torch.cos, torch.sin))
     from_x = torch.floor(cos * dx - sin * dy + centre_x).long() - edge_pad  # image rows point down
     from_y = torch.floor(sin * dx + cos * dy + centre_y).long() - edge_pad
     outside = (from_x < -edge_pad) | (from_x >= width + edge_pad) | (from_y < -edge_pad) | (from_y >= height + edge_pad)

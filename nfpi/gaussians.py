@@ -55,7 +55,7 @@ class ClassGaussians(nn.Module):
         return mean + temperature * var.sqrt() * eps.to(mean.device)
 
 
-def _double(x: Tensor) -> Tensor:
+def double(x: Tensor) -> Tensor:
     """float64, on the CPU where the device has no float64."""
     return x.cpu().double() if x.device.type == "mps" else x.double()
 
@@ -65,7 +65,7 @@ def kl_matrix(mean: Tensor, var: Tensor) -> Tensor:
 
     KL_ij = 1/2 sum_d [v_i/v_j + (mu_j - mu_i)^2/v_j - 1 + ln v_j - ln v_i], as matrix products of (K, d) tensors.
     """
-    mean, var = _double(mean), _double(var)
+    mean, var = double(mean), double(var)
     mean = mean - mean.mean(0)  # the expanded square cancels less
     precision, log_var = 1 / var, 2 * var.sqrt().clamp_min(MIN_STD).log()
     scaled = mean * precision  # mu_j / v_j
@@ -90,7 +90,7 @@ def class_log_prob(z: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
     Centred on the mean of the class means: with |mu| ~ 100 the expanded square would cancel badly.
     """
-    z, mean, var = _double(z), _double(mean), _double(var)
+    z, mean, var = double(z), double(mean), double(var)
     centre = mean.mean(0)
     z, mean, precision = z - centre, mean - centre, 1 / var
     square = z**2 @ precision.T - 2 * z @ (mean * precision).T + (mean**2 * precision).sum(1)
@@ -150,7 +150,7 @@ class ClassMoments:
     @classmethod
     def of(cls, z: Tensor, y: Tensor, classes: int) -> "ClassMoments":
         """Moments of one batch: z (B, d), y (B,)."""
-        z = _double(z)
+        z = double(z)
         one_hot = torch.nn.functional.one_hot(y.to(z.device), classes).to(z)  # (B, K)
         count = one_hot.sum(0)
         mean = one_hot.T @ z / count.clamp_min(1)[:, None]

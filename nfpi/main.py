@@ -166,8 +166,12 @@ def main(argv: list[str] | None = None) -> None:
     path, argv = _flag(argv, "--config-path", "-cp")
     name, argv = _flag(argv, "--config-name", "-cn")
     folder, name = config_place(path, name)
-    overrides = [a for a in argv if not a.startswith("-")]
-    asks = any(a in HYDRA_ONLY for a in argv)
+    overrides = [a for a in argv if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    flags = [a for a in argv if a not in overrides]  # hydra wants them in front
+    asks = any(a.partition("=")[0] in HYDRA_ONLY for a in flags)
+    stray = [a for a in flags if not a.startswith("-")]
+    if stray and not asks:
+        raise UserError(f"cannot read '{stray[0]}': options are written key=value")
     if not asks and not {"-m", "--multirun"} & set(argv):
         resolve(folder, name, overrides)  # refuse a bad configuration before hydra makes a folder
     failures: list[BaseException] = []
@@ -185,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     if os.environ.get("RANK", "0") != "0":
         extra.append("hydra.output_subdir=null")
     before = sys.argv
-    sys.argv = [str(Path(__file__)), *argv, *([] if asks and "--cfg" not in argv and "-c" not in argv else extra)]
+    sys.argv = [str(Path(__file__)), *flags, *overrides, *extra]
     try:
         GlobalHydra.instance().clear()
         hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import special_ortho_group
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
@@ -25,6 +26,7 @@ from nfpi.matrix_exp import expm, expm_action, phi_action
 CONV_TYPES = ("matrixexp", "standard", "decomposition")
 COUPLING_TYPES = ("matrixexp", "affine", "additive")
 LEVEL_METHODS = ("all_levels", "all_levels_idx", "spcb")
+ANY_KERNEL = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 RANK = 3  # of the low-rank coupling
 FULL_RANK_LIMIT = 24  # more transformed channels than this: low rank
 EPS = 1e-8
@@ -153,7 +155,10 @@ def qkv_attention(qkv: Tensor, heads: int, legacy: bool = True) -> Tensor:
         q, k, v = qkv.reshape(b, heads, 3, size, positions).unbind(2)
     else:
         q, k, v = qkv.reshape(b, 3, heads, size, positions).unbind(1)
-    out = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
+    # the memory-efficient kernel's gradient varies from run to run on a GPU
+    kernels = [SDPBackend.MATH] if torch.are_deterministic_algorithms_enabled() else list(ANY_KERNEL)
+    with sdpa_kernel(kernels):
+        out = F.scaled_dot_product_attention(q.transpose(2, 3), k.transpose(2, 3), v.transpose(2, 3))
     return out.transpose(2, 3).reshape(b, heads * size, positions)
 
 

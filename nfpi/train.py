@@ -36,6 +36,7 @@ from nfpi.gaussians import (
     ClassGaussians,
     ClassMoments,
     bits_per_dim,
+    double,
     kl_matrix,
     negative_log_likelihood,
     off_diagonal,
@@ -379,19 +380,19 @@ def run_glem(
         return glem.at(glem.schedule(list(gmm[steps]), knots, gmm[kind]), epoch)
 
     for loop in range(gmm.n_loops):
-        grad_mean, grad_var = torch.zeros_like(gaussians.mean).double(), torch.zeros_like(gaussians.var).double()
+        mean, var = double(gaussians.mean), double(gaussians.var)
+        grad_mean, grad_var = torch.zeros_like(mean), torch.zeros_like(var)
         lowest, highest, total = math.inf, -math.inf, 0
         for z, y, nll in latents(model, images, cfg, dist, epoch + 1 + loop):
             for k in y.unique().tolist():
-                pair = glem.nll_gradients(z[y == k].double(), gaussians.mean[k].double(), gaussians.var[k].double())
+                pair = glem.nll_gradients(double(z[y == k]), mean[k], var[k])
                 grad_mean[k] += pair[0]
                 grad_var[k] += pair[1]
             lowest, highest, total = min(lowest, float(nll.min())), max(highest, float(nll.max())), total + len(y)
         grad_mean, grad_var = dist.sum(grad_mean), dist.sum(grad_var)
-        extremes = dist.gather(torch.tensor([[lowest, highest]], dtype=torch.float64, device=dist.device))
+        extremes = dist.gather(double(torch.tensor([[lowest, highest]], device=dist.device)))
         total = float(dist.sum(float(total)))
         low, high = glem.widened_range(torch.stack([extremes[:, 0].min(), extremes[:, 1].max()]), total)
-        mean, var = gaussians.mean.double(), gaussians.var.double()
         separation = glem.class_separation(kl_matrix(mean, var))
         kl_low, kl_high = glem.widened_range(separation, model.classes * mean.shape[1])
         settings = glem.GlemStep(

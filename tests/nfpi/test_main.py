@@ -329,6 +329,27 @@ def test_schedules_follow_the_configuration():
     assert [e for e in range(500) if gaussians_move(shipped, e)] == [0]
 
 
+def test_multirun_makes_a_folder_a_job():
+    lambdas = [
+        "val.gmm.fpi_info.lambda_fpi_mu=100,1000",
+        "val.gmm.fpi_info.lambda_fpi_sigma=${val.gmm.fpi_info.lambda_fpi_mu}",
+    ]
+    main.main([*DIGITS, *TINY, *FLOW_ONLY, "train.epochs=1", "--multirun", *lambdas])
+    files = [
+        Path(f"outputs/sweep/digits/smoke/{s}_{s}/_/{i}/version_0/results.json") for i, s in enumerate((100, 1000))
+    ]
+    assert [json.loads(f.read_text())["config"]["val"]["gmm"]["fpi_info"]["lambda_fpi_sigma"] for f in files] == [
+        100,
+        1000,
+    ]
+
+
+def test_hydra_shows_the_configuration(capsys):
+    main.main([*DIGITS, "--cfg", "job", "bits=5"])
+    shown = OmegaConf.create(capsys.readouterr().out)
+    assert shown.bits == 5 and shown.num_levels == 2 and not Path("outputs").exists()
+
+
 def test_both_spellings_of_the_flags():
     assert plain_argv(["--config_path=a", "--config_name", "b"]) == ["--config-path=a", "--config-name", "b"]
 
@@ -357,6 +378,7 @@ def test_own_configuration_file_in_any_folder():
         (["num_levels=4"], "num_flows"),
         (["train.epochs=0"], "train.epochs"),
         (["train.epochs=[1"], "train.epochs"),
+        (["train.epochs"], "key=value"),
         (["nf_load_path=x"], "nf_ckpt_path"),
         (["train_nf=0"], "nf_load_path"),
         (["train_nf=0", "nf_load_path=none.safetensors"], "none.safetensors"),
