@@ -80,6 +80,11 @@ class Hyperplanes:
         """The repaired matrix L L^T (D+1, D+1)."""
         return self.L @ self.L.T
 
+    @cached_property
+    def gram(self) -> Tensor:
+        """Inner products of the normals without the mean hyperplane (D, D)."""
+        return self.H[:-1, :-1].contiguous()
+
     def moment_errors(self) -> tuple[float, float]:
         """Mean |error| of bit means and of second moments that the repair of H causes (0 when H needed none)."""
         scale = self.H.diagonal().clamp_min(1e-300).rsqrt()
@@ -174,7 +179,7 @@ def directions(planes: Hyperplanes, codes: Tensor, split: str = "margin") -> Ten
     if split == "mean":
         return unit(coefficients @ rows)
     scale = rows.norm(dim=1).clamp_min(1e-300)
-    gram = planes.H[:-1, :-1] / (scale[:, None] * scale)
+    gram = planes.gram / (scale[:, None] * scale)
     return unit(_margin_perceptron(gram, codes, coefficients * scale) @ (rows / scale[:, None]))
 
 
@@ -186,7 +191,7 @@ def _lengths(coefficients: Tensor, products: Tensor) -> Tensor:
 
 def _mean_split(planes: Hyperplanes, codes: Tensor) -> Tensor:
     """Coefficients (B, D) of unit(mean of the + rows, refined) - unit(mean of the - rows, refined)."""
-    gram, positive = planes.H[:-1, :-1], codes > 0
+    gram, positive = planes.gram, codes > 0
     products = positive.to(gram) @ gram
     products = torch.cat([products, gram.sum(0) - products])  # (2B, D): rows i and B + i belong to code i
     lenient = torch.arange(2 * len(codes), device=codes.device) >= len(codes)

@@ -316,7 +316,7 @@ def test_evaluation_never_makes_an_experiment(tmp_path, monkeypatch, capsys):
     assert "no experiment at" in capsys.readouterr().err
     for name in ("models", "log"):
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="no checkpoint at models/last.cp"):
+    with pytest.raises(UserError, match=r"no checkpoint at models/last\.cp"):
         mnist.main(["eval"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "models"]
     (tmp_path / "models/last.cp").write_bytes(b"PK\x03\x04 cut")
@@ -421,3 +421,20 @@ def test_sprites_and_their_factors_as_attributes(tmp_path):
 def test_absent_data_name_the_path_and_the_command(tmp_path):
     with pytest.raises(UserError, match=r"MNIST.*common.datasets.prepare mnist"):
         mnist.main([f"data_root={tmp_path}", f"exp={tmp_path / 'exp'}", "device=cpu", "width=2"])
+
+
+def test_a_release_gives_the_same_images(trained, tmp_path):
+    from lbae import release
+
+    file = tmp_path / "tiny.safetensors"
+    release.main(["pack", str(trained), str(file)])
+    release.main(["unpack", str(file), str(tmp_path / "exp")])
+    for folder in (trained, tmp_path / "exp"):
+        mnist.main(["eval", "gen", f"exp={folder}", "gen_imgs=7", "seed=5", "device=cpu"])
+    for i in range(7):
+        ours, theirs = (folder / f"generated/samples_cov/{i}.png" for folder in (trained, tmp_path / "exp"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    with pytest.raises(UserError, match="not empty"):
+        release.main(["unpack", str(file), str(tmp_path / "exp")])
+    with pytest.raises(UserError, match="was not written by"):
+        release.main(["unpack", str(trained / "models/best.safetensors"), str(tmp_path / "other")])
