@@ -153,16 +153,16 @@ def training_parser(variant: str, description: str, datasets: tuple[str, ...]) -
     add("--out", default=None, help="folder of the run (default: runs/latent_flow/<name>)")
     parser.add_switch("--resume", default=False, help="go on from the checkpoint in --out")
     parser.add_switch("--overwrite", default=False, help="start anew in a folder that holds a run")
-    parser.add_switch(
-        "--smoke",
-        default=False,
-        help="a few iterations of a tiny model on bundled data (digits, or sprites when asked for)",
-    )
+    add("--smoke", action=Smoke, help="a few iterations of a tiny model on bundled data; options after it win")
     return parser
 
 
-BUNDLED = {"digits", "sprites"}
 SMOKE = {
+    "dataset": None,
+    "shapes3d": None,
+    "dsprites": None,
+    "isaac": None,
+    "num_support_sets": None,
     "latent_size": 8,
     "batch_size": 16,
     "num_timesteps": 8,
@@ -175,6 +175,20 @@ SMOKE = {
 }
 
 
+class Smoke(argparse.Action):
+    """Set the options of a smoke run where the switch stands: what comes after it wins, as in `script.sh --smoke`."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, dest, nargs=0, default=False, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Called by argparse when it meets `--smoke`."""
+        for name, value in SMOKE.items():
+            if hasattr(namespace, name):
+                setattr(namespace, name, value)
+        namespace.smoke = True
+
+
 def resolve(args: argparse.Namespace, variant: str, datasets: tuple[str, ...]) -> Config:
     """Fill every option that was left open, check them, and return the model's configuration.
 
@@ -185,14 +199,9 @@ def resolve(args: argparse.Namespace, variant: str, datasets: tuple[str, ...]) -
     if len(named) > 1:
         raise UserError(f"one data set at a time: {', '.join(sorted(named))} were asked for")
     if args.smoke:
-        for name, value in SMOKE.items():
-            if hasattr(args, name):
-                setattr(args, name, value)
         deep = "falcor3d" in datasets
-        if not named & BUNDLED:  # nothing to download: the bundled set stands in, with as many flows as it has
-            named, args.num_support_sets = {"sprites" if deep else "digits"}, None
-        if deep:
-            args.image_size = args.image_size or 32
+        named = named or {"sprites" if deep else "digits"}
+        args.image_size = args.image_size or (32 if deep else None)
     args.dataset = named.pop() if named else datasets[0]
     if args.dataset not in datasets:
         known = ", ".join(datasets)
