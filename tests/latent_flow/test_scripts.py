@@ -17,6 +17,7 @@ from latent_flow import (
     evaluate,
     minimal_example,
     sample_vae,
+    show_flows,
     train_falcol_isaac,
     train_vae_scratch,
     train_vae_scratch_unsuper,
@@ -204,6 +205,22 @@ def test_sample_and_traverse(trained, capsys):
         "superpose_000_001.gif",
     }
     assert str(out) in capsys.readouterr().out
+
+
+def test_show_flows(trained):
+    show_flows.main(["--exp", str(trained), "--samples", "2", "--zoom", "3", "--device", "cpu"])
+    out = trained / "pictures"
+    names = {path.stem for path in out.glob("*.gif")}
+    assert names == {path.stem for path in out.glob("*.png")}
+    assert {"scale", "rotation", "hue", "scale_then_hue", "hue_then_scale", "scale_and_hue"} <= names and len(
+        names
+    ) == 12
+    gif, grid = iio.imread(out / "hue.gif"), iio.imread(out / "hue.png")
+    assert gif.shape == (5, 2 * 24, 2 * 24, 3) and grid.shape == (4 * 24, 5 * 24, 3)
+    # the true first frame is red, the true fourth one (60 degrees on) yellow
+    assert grid[:24, :24, 1].max() == 0 and grid[:24, 72:96, 1].max() > 200
+    with pytest.raises(UserError, match="fewer than"):
+        show_flows.main(["--exp", str(trained), "--first", "100000", "--device", "cpu"])
 
 
 def test_true_inverse_traversal():
