@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +90,22 @@ def test_scripts_forward_a_real_error(tmp_path):
         ["bash", str(SCRIPTS / "cbnm_mpi3d.sh")], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert done.returncode == 2 and "prepare_mpi3d.py" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_readme_names_what_exists():
+    """Every script, module and flag that the README names is there, and its example is a valid command."""
+    text = (ROOT / "glancenet" / "README.md").read_text()
+    named = set(re.findall(r"`(?:bash scripts/)?((?:glancenet|cbnm|leakage)_\w+\.sh)", text))
+    assert named == {
+        path.name for path in SCRIPTS.glob("*.sh") if path.name.startswith(("glancenet_", "cbnm_", "leakage_"))
+    }
+    for module in set(re.findall(r"python (glancenet/\w+\.py)", text)):
+        assert (ROOT / module).is_file(), module
+    known = {flag for action in main.make_parser()._actions for flag in action.option_strings}
+    section = text[text.index("New flags:") : text.index("`--deterministic`")]
+    assert set(re.findall(r"--\w+", section)) <= known
+    example = text[text.index("    python glancenet/main.py") :].split("\n\n")[0]
+    o = main.parse(shlex.split(example.replace("\\\n", " "))[2:])
+    assert o.dset_name == "sprites" and o.conditional_prior
+    for picture in re.findall(r"\]\((pictures/[^)]+)\)", text):
+        assert (ROOT / "glancenet" / picture).is_file(), picture
