@@ -129,9 +129,9 @@ class Distributed:
         torch_dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag: "bool | StopSignal") -> bool:
         """True on every process when it is true on one: ranks leave a loop together."""
-        return bool(flag) if self.world == 1 else bool(self.sum(float(flag)) > 0)
+        return bool(flag) if self.world == 1 else bool(self.sum(float(bool(flag))) > 0)
 
     def barrier(self) -> None:
         """Wait until every process is here."""

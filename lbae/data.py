@@ -1,8 +1,5 @@
 """The data sets as the network sees them: uint8 (C, S, S), in a fixed order, without augmentation."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,7 +24,7 @@ def load_split(params: Params, split: str) -> ImageSet:
         options["pad"] = 2  # 28x28 becomes 32x32 with a black frame, as published
     elif name == "celeba" and params.img_crop_size:
         options["crop"] = params.img_crop_size
-    full = datasets.load(name, data_folder(params), split, **options)
+    full = datasets.load(name, params.data_root or None, split, **options)
     limit = params.train_images if split == "train" else params.test_images
     rows = np.arange(len(full))
     if hasattr(full, "factor_sizes"):
@@ -41,13 +38,6 @@ def load_split(params: Params, split: str) -> ImageSet:
             f"{params.channels} of {params.img_size}x{params.img_size}; set channels= and img_size="
         )
     return data
-
-
-def data_folder(params: Params) -> Path | None:
-    """`data_root=`, else DATA_ROOT, else data/ here or, as commands run inside experiments, in the repository."""
-    if params.data_root or os.environ.get("DATA_ROOT"):
-        return Path(params.data_root) if params.data_root else None
-    return Path("data") if Path("data").is_dir() else Path(__file__).resolve().parents[1] / "data"
 
 
 def attributes(data: ImageSet, targets: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ from common.errors import UserError, suggest
 
 __all__ = ["ArraySet", "FactorSet", "ImageSet", "Subset", "data_root", "load", "names", "split", "subset"]
 
+REPOSITORY_DATA = Path(__file__).resolve().parents[2] / "data"
 LABELLED = ("train", "test")
 WITH_VALID = ("train", "valid", "test")
 ANY = ("train", "valid", "test", "all")  # sets without splits of their own: each name gives the whole set
@@ -144,8 +145,13 @@ def names() -> list[str]:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """The folder of all data sets: `root`, else the environment variable DATA_ROOT, else `data`."""
-    return Path(root or os.environ.get("DATA_ROOT") or "data").expanduser()
+    """The folder of all data sets: `root`, else the environment variable DATA_ROOT, else `data` in the current folder,
+    else `data` in the repository (scripts run from any folder).
+    """
+    named = root or os.environ.get("DATA_ROOT")
+    if named:
+        return Path(named).expanduser()
+    return Path("data") if Path("data").is_dir() else REPOSITORY_DATA
 
 
 def load(name: str, root: str | Path | None = None, split: str = "train", **options: Any) -> ImageSet:

@@ -79,7 +79,7 @@ def test_stop_signal_is_set_once_and_handlers_come_back():
 
 _TWO_PROCESSES = """
 import torch
-from common.launch import Distributed
+from common.launch import Distributed, StopSignal
 dist = Distributed.start("cpu")
 assert dist.world == 2 and dist.is_main == (dist.rank == 0)
 rows = torch.full((dist.rank + 1, 2), float(dist.rank))
@@ -87,7 +87,7 @@ together = dist.gather(rows)
 assert together.tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]], together
 assert float(dist.sum(float(dist.rank + 1))) == 3.0
 assert float(dist.mean(torch.tensor(2.0 * dist.rank))) == 1.0
-assert dist.any(dist.rank == 1) and not dist.any(False)
+assert dist.any(dist.rank == 1) and not dist.any(False) and not dist.any(StopSignal())
 torch.manual_seed(0)
 model = dist.wrap(torch.nn.Linear(2, 1))
 x = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
