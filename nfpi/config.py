@@ -5,6 +5,7 @@ of the user's own in any folder may do the same, because the folder of `base.yam
 """
 
 import difflib
+import functools
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -99,13 +100,15 @@ def _check_override_keys(folder: Path, name: str, overrides: list[str]) -> None:
         key = override.key_or_group
         if key.startswith("hydra") or key == "level_method":
             continue
-        if not _known(key, base):
-            raise UserError(f"unknown option {key}{nearest(key, base)}; see nfpi/___configs/base.yaml")
+        if not _known(key):
+            raise UserError(f"unknown option {key}{nearest(key)}; see nfpi/___configs/base.yaml")
         if override.is_delete():
             raise UserError(f"~{key}: options cannot be removed, every one is read")
 
 
+@functools.cache
 def _base() -> DictConfig:
+    """base.yaml with its level method; nobody changes it."""
     base = OmegaConf.load(CONFIGS / "base.yaml")
     base.level_method = OmegaConf.load(CONFIGS / "level_method" / "all_levels.yaml")
     del base["defaults"], base["hydra"]
@@ -121,9 +124,15 @@ def _keys(node: DictConfig, prefix: str = "") -> list[str]:
     return found
 
 
-def _known(key: str, base: DictConfig) -> bool:
+@functools.cache
+def _options() -> frozenset[str]:
+    """The names of all options."""
+    return frozenset(_keys(_base()))
+
+
+def _known(key: str) -> bool:
     """Whether `key` is an option, or an entry of an open group whose parts its model has."""
-    known = set(_keys(base))
+    known = _options()
     if key in known:
         return True
     group, _, rest = key.partition(".")
@@ -134,9 +143,9 @@ def _known(key: str, base: DictConfig) -> bool:
     return f"{model}.{part}" in known if part else False
 
 
-def nearest(key: str, base: DictConfig) -> str:
+def nearest(key: str) -> str:
     """ " (did you mean ...?)": the option whose full name, or else whose last part, is nearest to `key`."""
-    known = _keys(base)
+    known = _keys(_base())
     last = key.rpartition(".")[2]
     by_last = {k.rpartition(".")[2]: k for k in reversed(known)}
     if last in by_last:
@@ -153,8 +162,8 @@ def check(cfg: DictConfig) -> None:
     for key in _keys(cfg):
         parent = key.rpartition(".")[0]
         is_new_entry = parent in OPEN_GROUPS and OmegaConf.is_dict(OmegaConf.select(cfg, key))
-        if not is_new_entry and not _known(key, base):
-            raise UserError(f"unknown option {key}{nearest(key, base)}; see nfpi/___configs/base.yaml")
+        if not is_new_entry and not _known(key):
+            raise UserError(f"unknown option {key}{nearest(key)}; see nfpi/___configs/base.yaml")
     for key, allowed in CHOICES.items():
         if (value := OmegaConf.select(cfg, key)) not in allowed:
             options = [str(a) for a in allowed]

@@ -172,15 +172,16 @@ def main(argv: list[str] | None = None) -> None:
     stray = [a for a in flags if not a.startswith("-")]
     if stray and not asks:
         raise UserError(f"cannot read '{stray[0]}': options are written key=value")
-    if not asks and not {"-m", "--multirun"} & set(argv):
+    multirun = bool({"-m", "--multirun"} & set(flags))
+    if not asks and not multirun:
         resolve(folder, name, overrides)  # refuse a bad configuration before hydra makes a folder
     failures: list[BaseException] = []
 
     def job(cfg: DictConfig) -> None:
         # hydra would turn these into a traceback and exit code 1
         try:
-            resolve_again = HydraConfig.get().overrides.task
-            resolve(folder, name, list(resolve_again))
+            if multirun:
+                resolve(folder, name, list(HydraConfig.get().overrides.task))
             experiment(cfg, Path(HydraConfig.get().runtime.output_dir))
         except (UserError, NonFiniteError, KeyboardInterrupt) as error:
             failures.append(error)

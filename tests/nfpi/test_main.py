@@ -130,9 +130,9 @@ def test_real_data_classifier_needs_no_flow():
             "train_nf=0",
             "test_nf_alone=0",
             "classifier_nf_strategy=do_not_use",
-            "classification.digits.epochs=5",
+            "classification.digits.epochs=6",
             "classification.stem=imagenet",
-            "classification.digits.imgs_per_class=100",
+            "classification.digits.imgs_per_class=40",
         ]
     )
     results = json.loads((folder() / "results.json").read_text())
