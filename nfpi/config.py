@@ -95,7 +95,6 @@ def _check_override_keys(folder: Path, name: str, overrides: list[str]) -> None:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
         raise UserError(f"cannot read the overrides {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
-    base = _base()
     for override in parsed:
         key = override.key_or_group
         if key.startswith("hydra") or key == "level_method":
