@@ -256,8 +256,10 @@ class Trainer:
             self.run.info(
                 f"stopped by a signal at step {self.step}; go on with --ckpt_load {self.files.checkpoints / 'final'}"
             )
-        else:
-            self._finish()
+            self.save("final")
+            self.run.close()
+            raise KeyboardInterrupt  # exit code 130; a comparison that trains several models ends as well
+        self._finish()
         self.save("final")
         tensors = {**self.model.state_dict(), **self._threshold_tensors()}
         save_weights(self.files.checkpoints / "model.safetensors", tensors, vars(o))

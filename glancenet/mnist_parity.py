@@ -31,7 +31,7 @@ from torch import Tensor, nn
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.checkpoint import atomic_write, save_weights, write_json
+from common.checkpoint import atomic_write, load_into, load_weights, save_weights, write_json
 from common.errors import UserError, run_command
 from common.images import mosaic, save_image
 from common.launch import check_finite, pick_device, seed_everything
@@ -322,6 +322,9 @@ def make_parser() -> Parser:
         "--data_root", default=None, help="folder of the data sets; default environment DATA_ROOT, then data"
     )
     p.add_argument("--out", default="runs/mnist_parity", help="folder of the results")
+    p.add_argument(
+        "--reuse", type=boolean, default=False, help="do not train again what --out already holds (an interrupted run)"
+    )
     p.add_argument("--quantile", type=float, default=0.95, help="share of training 4s and 5s that each check keeps")
     p.add_argument(
         "--threshold_search", type=boolean, default=False, help="the published threshold search, not quantiles"
@@ -361,13 +364,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
             seed_everything(seed)
             model = MODELS[key]().to(device)
             folder = out / str(seed)
-            with SummaryWriter(str(folder / "tensorboard_runs" / model.name)) as board:
-                train(model, key, train_digits, o.epochs or PUBLISHED_EPOCHS[key], seed, board, o.max_iter)
+            path = folder / f"{model.name.lower()}.safetensors"
+            if o.reuse and path.is_file():
+                load_into(model, load_weights(path)[0], path)
+            else:
+                with SummaryWriter(str(folder / "tensorboard_runs" / model.name)) as board:
+                    train(model, key, train_digits, o.epochs or PUBLISHED_EPOCHS[key], seed, board, o.max_iter)
+                save_weights(path, dict(model.state_dict()), {"model": key, **vars(o)})
             found, seen = leakage_rows(model, key, train_digits, test_digits, o)
             rows += [{"seed": seed, **row} for row in found]
-            save_weights(
-                folder / f"{model.name.lower()}.safetensors", dict(model.state_dict()), {"model": key, **vars(o)}
-            )
             if hasattr(model, "decoder"):
                 save_samples(model, test_digits, folder / "samples" / f"{model.name.lower()}.png")
             if key == "glancenet":

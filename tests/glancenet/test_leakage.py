@@ -138,6 +138,9 @@ def test_parity_command(tmp_path, mnist_root):
     assert both["rejected_percent"] > 90 and both["leakage_percent"] < 10
     assert both["closed_set_kept_percent"] > 60
     assert rows["glancenet", "none"]["leakage_percent"] >= both["leakage_percent"]
+    again = mnist_parity.main([*words, "--models", "cbnm", "--seeds", "0", "1", "--reuse", "true"])
+    assert again[0]["accuracy"] == pytest.approx(rows["cbnm", "none"]["accuracy"]), "stored weights are measured alike"
+    mnist_parity.main([*words, "--seeds", "0", "1", "--reuse", "true"])
     record = json.loads((out / "results.json").read_text())
     assert len(record["runs"]) == 2 * (2 + 4 + 4)
     for name in ("leakage.png", "latents.png", "results.csv", "0/samples/osr_vae.png"):

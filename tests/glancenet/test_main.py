@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +147,29 @@ def test_resume_is_exact(command, tmp_path, stop):
     assert states[0]["iter"] == states[1]["iter"] == 8
     for key, value in states[0]["model"].items():
         torch.testing.assert_close(value, states[1]["model"][key], rtol=1e-5, atol=1e-7)
+
+
+def test_a_signal_saves_and_the_run_goes_on_from_there(command, tmp_path, monkeypatch):
+    """SIGTERM inside an epoch: the state is saved, no finished weights are left, and a resume ends the run."""
+    between = training.Trainer._between_steps
+
+    def send(self, *arguments):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return between(self, *arguments)
+
+    words = command(
+        tmp_path, "--alg", "CBNM", "--max_epoch", "2", "--name", "x", "--out_path", "x", "--file_save", "false"
+    )
+    monkeypatch.setattr(training.Trainer, "_between_steps", send)
+    with pytest.raises(KeyboardInterrupt):
+        training.main(words)
+    monkeypatch.undo()
+    folder = tmp_path / "ckpt" / "x"
+    assert load_state(folder / "final", training.KIND)["iter"] == 3
+    assert not (folder / "model.safetensors").exists()
+    training.main([*words, "--ckpt_load", str(folder / "final")])
+    assert load_state(folder / "final", training.KIND)["iter"] == 8 and (folder / "model.safetensors").exists()
 
 
 def test_same_seed_gives_the_same_run_and_another_does_not(command, tmp_path):
