@@ -324,7 +324,7 @@ def test_spike_slab():
         close(torch.from_numpy(ours), expected, 1e-6)
         close(torch.tensor(ours.mean()), case[f"{name}.upstream_target_mean"], 1e-6)
         exact = case[f"{name}.exact_expected_fraction"]
-        close(torch.from_numpy(spikes.expected_fraction(3, len(exact), p_on, stay)), exact, 1e-9)
+        close(torch.from_numpy(spikes.expected_fraction(case["y_set"].shape[1], len(exact), p_on, stay)), exact, 1e-9)
         kl = spikes.bernoulli_kl_halved(
             float(case[f"{name}.upstream_target_mean"]), case[f"{name}.spike_prob_upstream"].double()
         )
