@@ -30,7 +30,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "isaac3d": {"flows": 8, "timesteps": 8, "image_size": 128, "latent_size": 324, "channels": 3},
     "frames": {"flows": 3, "timesteps": 12, "image_size": 64, "latent_size": 226, "channels": 3},
 }
-SHAPES3D_FACTORS = {"floor_hue": 10, "wall_hue": 10, "object_hue": 10, "scale": 8, "shape": 4, "orientation": 15}
 FALCOR3D_FACTORS = {
     "lighting_intensity": 5,
     "lighting_x-dir": 6,
@@ -257,30 +256,6 @@ def read_picture(path: Path, size: int) -> np.ndarray:
         raise UserError(f"{path} is not a readable picture ({error}); delete or replace it") from error
 
 
-class Shapes3D(FactorSet):
-    """The 480,000 Shapes3D images in `3dshapes.h5`, read row by row from the file (never as a whole)."""
-
-    def __init__(self, path: Path):
-        import h5py
-
-        if not path.is_file():
-            raise UserError(f"no Shapes3D file at {path}: download 3dshapes.h5 (deepmind/3d-shapes) to that place")
-        try:
-            self._file = h5py.File(path, "r")
-            self._store = self._file["images"]
-        except (OSError, KeyError) as error:
-            raise UserError(f"{path} is not the Shapes3D file ({error}); download 3dshapes.h5 again") from error
-        expected = (int(np.prod(list(SHAPES3D_FACTORS.values()))), 64, 64, 3)
-        if self._store.shape != expected:
-            raise UserError(f"{path}: images have shape {self._store.shape}, expected {expected}; download it again")
-        super().__init__("shapes3d", "train", SHAPES3D_FACTORS, (3, 64, 64))
-
-    def _fetch(self, rows: np.ndarray) -> Tensor:
-        # h5py wants increasing rows without repeats
-        unique, back = np.unique(rows, return_inverse=True)
-        return torch.from_numpy(self._store[unique][back].transpose(0, 3, 1, 2).copy())
-
-
 class FactorPictures(FactorSet):
     """One PNG a combination of factors, sorted by name (Falcor3D, Isaac3D): rank = linear factor index."""
 
@@ -322,10 +297,8 @@ def open_source(
     base = datasets.data_root(root)
     if name == "frames":
         return FrameSequences(base, steps, size, device)
-    if name == "shapes3d":
-        source: FactorSet = Shapes3D(base / "3dshapes.h5")
-    elif name == "falcor3d":
-        source = FactorPictures("Falcor3D", base / "Falcor3D_down128" / "images", FALCOR3D_FACTORS, size)
+    if name == "falcor3d":
+        source: FactorSet = FactorPictures("Falcor3D", base / "Falcor3D_down128" / "images", FALCOR3D_FACTORS, size)
     elif name == "isaac3d":
         source = FactorPictures("Isaac3D", base / "Isaac3D_down128" / "images", ISAAC3D_FACTORS, size)
     else:

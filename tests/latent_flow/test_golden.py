@@ -9,6 +9,7 @@ from golden_cases import check_complete, load
 from torch import nn
 
 from common.datasets.base import FactorSet
+from common.datasets.grids import SHAPES3D_FACTORS
 from latent_flow import data, metrics, minimal_example, objective, spikes, transforms
 from latent_flow.encoders import (
     CoefficientEncoder,
@@ -520,7 +521,7 @@ def test_dataset_indexing():
             others = np.delete(moved, sequences.columns[k], axis=2)
             pure = (others == others[:, :1]).all((1, 2))
             np.testing.assert_array_equal(pure, case[f"{prefix}.upstream_pure.f{k}"])
-    source = FactorSet("shapes3d", "train", data.SHAPES3D_FACTORS, (3, 64, 64))
+    source = FactorSet("shapes3d", "train", SHAPES3D_FACTORS, (3, 64, 64))
     vectors = case["shapes3d.factors"].T
     np.testing.assert_array_equal(source.index_of(vectors), case["shapes3d.index"])
     sequences = data.FactorSequences(source, data.SWEPT["shapes3d"], 1)

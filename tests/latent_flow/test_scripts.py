@@ -275,7 +275,7 @@ WRONG = [
     (train_vae_scratch_unsuper, ["--spike-prior", "0,1"], "strictly between"),
     (train_vae_scratch_weakly, ["--dataset", "frames", "--data-dir", "nowhere"], "no folder of frames"),
     (train_falcol_isaac, ["--isaac", "--data-dir", "nowhere"], "no Isaac3D pictures"),
-    (train_vae_scratch, ["--shapes3d", "--data-dir", "nowhere"], "no Shapes3D file"),
+    (train_vae_scratch, ["--shapes3d", "--data-dir", "nowhere"], "3dshapes.h5"),
     (evaluate, [], "--exp"),
     (evaluate, ["--exp", "nowhere"], "no checkpoint"),
     (sample_vae, ["--exp", "nowhere", "-g", "VAE_CARS"], "invalid choice"),
