@@ -3,6 +3,11 @@
     python inv_flow/timing.py --table 7                        sizes 16..256, L = 2, K = 32, batch 100
     python inv_flow/timing.py --table 10                       kernels 2..11 on 32x32 images
     python inv_flow/timing.py --table 7 --layers inverse finc --sizes 16 32 --repeats 3 --coupling_width 64
+    python inv_flow/timing.py --share                          what the inverse layers take of the MNIST flow's step
+
+`--share` times the training step of the MNIST flow (L = 2, K = 16, 28x28, its spline activations), its inverse
+convolutions alone (forward and backward of each on the input that it gets inside the flow), and the same flow's step
+without them, alternately; it writes <out>/timing_share.csv.
 
 Random images; one row a (layer, size, kernel): forward only, training step, latency of one sample, time of a batch of
 samples (medians in milliseconds, with the standard deviation), peak memory of the training step (on the CPU: growth of
@@ -23,6 +28,7 @@ import torch
 from common.checkpoint import atomic_write
 from common.errors import UserError, run_command
 from common.launch import pick_device
+from inv_flow.layers.inv_conv import InverseConv2d
 from inv_flow.model import create_model
 from inv_flow.train.config import LAYERS, Config, layer_choice
 
@@ -85,6 +91,70 @@ def time_flow(config: Config, batch: int, repeats: int, device: torch.device) ->
     return row
 
 
+def step_share(config: Config, batch: int, repeats: int, device: torch.device) -> dict[str, float]:
+    """What the inverse convolutions of the flow `config` take of its training step.
+
+    Medians in milliseconds: `step_ms`; `layers_ms`, forward and backward of every inverse convolution on the input
+    that it gets inside the flow; `without_ms`, the step of the flow with --layer none. `share` = layers / step;
+    `share_difference` = 1 - without / step. Raises UserError when the flow has no inverse convolution.
+    """
+    torch.manual_seed(config.seed)
+    model = create_model(config).to(device)
+    without = create_model(config.replace(**layer_choice("none"))).to(device)
+    images = torch.randint(0, 256, (batch, *config.image_size), device=device).float()
+    inputs: list[tuple[torch.nn.Module, torch.Tensor]] = []
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args: inputs.append((module, args[0].detach().requires_grad_()))
+        )
+        for module in model.modules()
+        if isinstance(module, InverseConv2d)
+    ]
+    if not handles:
+        raise UserError("this flow has no inverse convolution; name --layers inverse")
+    with torch.no_grad():
+        model.log_prob(images)
+    for handle in handles:
+        handle.remove()
+
+    def step(flow: torch.nn.Module) -> None:
+        flow.zero_grad(set_to_none=True)
+        (-flow.log_prob(images).mean()).backward()
+
+    def layers() -> None:
+        for layer, x in inputs:
+            layer.weight.grad = x.grad = None
+            y, _ = layer(x)
+            y.backward(x)  # any gradient of that shape costs the same
+
+    actions = {"step": lambda: step(model), "layers": layers, "without": lambda: step(without)}
+    times: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(repeats):
+        for name, action in actions.items():
+            times[name].append(measure(action, device, 1)[0])
+    row = {f"{name}_ms": round(statistics.median(values), 2) for name, values in times.items()}
+    return row | {
+        "count": len(inputs),
+        "share": round(row["layers_ms"] / row["step_ms"], 4),
+        "share_difference": round(1 - row["without_ms"] / row["step_ms"], 4),
+    }
+
+
+def share_table(args: argparse.Namespace, device: torch.device) -> None:
+    """Measure `step_share` for --coupling_width and the first of --layers, print it and write timing_share.csv."""
+    config = Config().replace(
+        **layer_choice(args.layers[0]), image_size=(1, 28, 28), num_blocks=2, block_size=16, conv1x1=args.conv1x1,
+        coupling_width=args.coupling_width, split_width=args.coupling_width,
+    )  # fmt: skip
+    row = {"coupling_width": args.coupling_width, "batch": args.batch, "device": device.type,
+           "threads": torch.get_num_threads(), **step_share(config, args.batch, args.repeats, device)}  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    path = Path(args.out) / "timing_share.csv"
+    with atomic_write(path) as file:
+        file.write(f"{','.join(row)}\n{','.join(map(str, row.values()))}\n".encode())
+    print(path)
+
+
 def reset_peak(device: torch.device) -> float:
     """Start a new measurement of the peak; returns what to subtract from it (MB): on the CPU what the process holds."""
     if device.type == "cuda":
@@ -139,12 +209,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--coupling_width", type=int, default=512)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--share", action="store_true", help="the inverse layers' share of the MNIST flow's step")
+    parser.add_argument("--conv1x1", action="store_true", help="with --share: a 1x1 convolution in each step")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="runs/inv_flow/timing")
     args = parser.parse_args(argv)
     if min(args.batch, args.repeats, *(args.sizes or [1]), *(args.kernels or [1])) < 1:
         raise UserError("batch, repeats, sizes and kernels must be positive")
     device = pick_device(args.device)
+    if args.share:
+        return share_table(args, device)
     path = Path(args.out) / f"timing_table{args.table}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -450,6 +450,30 @@ def test_timing_writes_rows_once_and_a_plot(tmp_path, capsys):
         timing.main([*argv, "--sizes", "0"])
 
 
+def test_share_of_the_inverse_layers_in_a_step(tmp_path):
+    argv = [
+        "--share",
+        "--coupling_width",
+        "8",
+        "--batch",
+        "2",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    timing.main(argv)
+    with open(tmp_path / "timing_share.csv", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert int(row["count"]) == 32  # L = 2 levels of K = 16 steps
+    assert float(row["share"]) == pytest.approx(float(row["layers_ms"]) / float(row["step_ms"]), abs=1e-4)
+    assert 0 < float(row["share"]) < 1
+    with pytest.raises(UserError, match="no inverse convolution"):
+        timing.main([*argv, "--layers", "none"])
+
+
 @pytest.mark.parametrize("name", toy_2d.DENSITIES)
 def test_toy_densities_lie_in_the_picture(name):
     import numpy as np

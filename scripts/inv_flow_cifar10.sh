@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Inverse-Flow on CIFAR-10 with the paper's settings (Table 6: L = 2, K = 16), one process a GPU.
+# Environment: GPUS (number of processes on this machine, 1), LAYER (inverse), SEED (0), DATA_ROOT (<repository>/data),
+# TORCHRUN (torchrun). Further options are passed on. Results land below the current folder, in runs/inv_flow/.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export DATA_ROOT=${DATA_ROOT:-$root/data}
+exec "${TORCHRUN:-torchrun}" --standalone --nproc_per_node="${GPUS:-1}" "$root/inv_flow/inv_flow_cifar10_multi_GPUs.py" \
+    --layer "${LAYER:-inverse}" --seed "${SEED:-0}" "$@"
