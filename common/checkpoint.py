@@ -5,12 +5,17 @@ config).
 """
 
 import errno
+import glob
 import json
 import os
 import pickle
 import random
 import re
+import socket
 import tempfile
+import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, disk_full
 
 FORMAT_VERSION = 1
+STALE_SECONDS = 86_400  # a temporary file of another machine is taken for abandoned after a day
 _KEYS = ("format_version", "kind", "state")
 
 
@@ -31,12 +37,15 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the name `path` only when the block ends well.
 
     Written to a temporary file in the same folder, flushed to the disk, renamed. On any error the temporary file is
-    removed and an older `path` stays as it was. Raises UserError when the disk is full or the folder cannot be written.
+    removed and an older `path` stays as it was; what a killed process left behind is removed by the next write.
+    Raises UserError when the disk is full or the folder cannot be written.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        _remove_abandoned(path)
+        mark = f"{_host()}-{os.getpid()}-"
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.{mark}", suffix=".tmp", dir=path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     try:
@@ -49,10 +58,41 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
         _sync_folder(path.parent)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if _disk_full(error):
+        if disk_full(error):
             kept = "; the older file is kept" if path.exists() else ""
             raise UserError(f"cannot write {path}: the disk is full (or over its quota){kept}") from error
         raise
+
+
+def _host() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files of `path` whose writer was killed: a dead process here, or a day old elsewhere."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        found = re.fullmatch(r"([0-9a-f]{8})-(\d+)-[^.]*", left.name[len(path.name) + 2 : -len(".tmp")])
+        if found is None:
+            continue
+        try:
+            if found[1] == _host():
+                gone = not _is_running(int(found[2]))
+            else:
+                gone = time.time() - left.stat().st_mtime > STALE_SECONDS
+            if gone:
+                left.unlink()
+        except OSError:  # another process was faster, or the file is not ours to remove
+            continue
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _umask() -> int:
@@ -73,14 +113,31 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _disk_full(error: BaseException) -> bool:
-    # torch wraps a failed write of its archive into RuntimeError and keeps the cause as context
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+def append_text(path: str | Path, text: str) -> None:
+    """Add whole lines to a file: all of `text` or nothing. Raises UserError when the disk is full."""
+    data = text.encode()
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            try:
+                written = file.write(data)
+                while written < len(data):  # a nearly full disk takes a part, and refuses the rest
+                    written += file.write(data[written:])
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        if disk_full(error):
+            raise UserError(
+                f"cannot write {path}: the disk is full (or over its quota); older rows are kept"
+            ) from error
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def whole_lines(path: str | Path) -> str:
+    """The text of a file without an unfinished last line, which a crash of the machine may leave behind."""
+    text = Path(path).read_bytes().decode("utf-8")
+    return text[: text.rfind("\n") + 1]
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -133,7 +190,10 @@ def load_tensors(path: str | Path, map_location: Any = "cpu") -> Any:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        _refuse_compression(path)
         return torch.load(path, map_location=map_location, weights_only=True)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it is damaged, or holds more than tensors and plain values ({str(error)[:80]})"
@@ -144,6 +204,14 @@ def load_tensors(path: str | Path, map_location: Any = "cpu") -> Any:
         raise UserError(
             f"{path} is truncated or is no PyTorch file ({type(error).__name__}); use an older checkpoint"
         ) from error
+
+
+def _refuse_compression(path: Path) -> None:
+    """torch.save stores its members as they are; compressed ones could fill the memory from a small file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise UserError(f"{path} is refused: a PyTorch file has no compressed members")
 
 
 def load_state(path: str | Path, kind: str, map_location: Any = "cpu") -> dict[str, Any]:
@@ -203,7 +271,6 @@ def save_weights(path: str | Path, tensors: dict[str, Tensor], config: dict[str,
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the config that `save_weights` wrote. Raises UserError for missing or damaged files."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(path)
@@ -211,7 +278,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"no weights at {path}")
     try:
         tensors = load_file(path)
-    except (SafetensorError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # SafetensorError, and what a lying header does to PyTorch
         raise UserError(f"{path} is damaged or is no safetensors file ({str(error)[:80]})") from error
     config = read_json(path.with_suffix(".json"))
     if not isinstance(config, dict):

@@ -1,6 +1,7 @@
 """Errors that a user can mend, and how a script turns them into one line and an exit code."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +17,10 @@ class UserError(Exception):
     """
 
 
+class MissingDataError(UserError):
+    """A data set is not there. A command that can do without it may say so and go on."""
+
+
 class NonFiniteError(ArithmeticError):
     """A loss, a gradient or a weight stopped being finite. The message names the step and the layer."""
 
@@ -26,8 +31,22 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is that of a full disk, an exceeded quota or file size limit."""
+    # torch wraps a failed write of its archive into RuntimeError and keeps the cause as context
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def run_command(main: Callable[[], object]) -> int:
-    """Run a script's `main` and return its exit code: 0, 2 (`UserError`), 3 (`NonFiniteError`) or 130 (Ctrl-C).
+    """Run a script's `main` and return its exit code: 0, 2 (`UserError`), 3 (`NonFiniteError`) or 130 (interrupted).
+
+    A trainer that SIGTERM or Ctrl-C reaches saves its state and raises KeyboardInterrupt: 130, so that nothing which
+    follows takes the run for a finished one.
 
     Scripts end with `sys.exit(run_command(main))`. Any other exception is a defect of ours and keeps its traceback.
     """
@@ -49,3 +68,9 @@ def run_command(main: Callable[[], object]) -> int:
         # is quiet
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        name = getattr(error, "filename", None) or "a file"
+        print(f"error: cannot write {name}: the disk is full (or over its quota); free some space", file=sys.stderr)
+        return EXIT_USER_ERROR

@@ -7,9 +7,13 @@ TensorBoard.
 import csv
 import datetime
 import io
+import os
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +21,8 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from common.checkpoint import atomic_write, write_json
-from common.errors import UserError
+from common.checkpoint import append_text, atomic_write, whole_lines, write_json
+from common.errors import UserError, disk_full
 
 T = TypeVar("T")
 
@@ -45,7 +49,7 @@ class Run:
     ):
         self.folder, self.config, self.enabled = Path(folder), config, enabled
         self._columns: list[str] = ["step"]
-        self._metrics = self._log = self._board = self._wandb = None
+        self._board = self._wandb = None
         if not enabled:
             return
         old = [self.folder / name for name in ("config.json", "metrics.csv")]
@@ -63,11 +67,8 @@ class Run:
             raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}") from error
         write_json(self.folder / "config.json", config)
         self._open_metrics(resume_step if resume else None)
-        self._log = open(self.folder / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(self.folder / "tb"), purge_step=resume_step if resume else None)
+            self._board = Board(self.folder / "tb", resume_step if resume else None)
         if wandb:
             try:
                 import wandb as client
@@ -91,11 +92,8 @@ class Run:
         writer = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        if self._metrics:
-            self._metrics.close()
         with atomic_write(self.folder / "metrics.csv") as file:
             file.write(text.getvalue().encode())
-        self._metrics = open(self.folder / "metrics.csv", "a", encoding="utf-8", newline="")  # noqa: SIM115
 
     def log(self, step: int, **scalars: float | Tensor) -> None:
         """One row of metrics.csv and one TensorBoard point a scalar. A new name adds a column; earlier rows leave it
@@ -109,11 +107,11 @@ class Run:
             rows = _read_rows(self.folder / "metrics.csv")[1]
             self._columns += new
             self._write_all(rows)
-        csv.DictWriter(self._metrics, self._columns, restval="", lineterminator="\n").writerow({"step": step, **values})
-        self._metrics.flush()
+        line = io.StringIO()
+        csv.DictWriter(line, self._columns, restval="", lineterminator="\n").writerow({"step": step, **values})
+        append_text(self.folder / "metrics.csv", line.getvalue())
         if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, float(value), step)
+            self._board.scalars(values, step)
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -122,8 +120,7 @@ class Run:
         if not self.enabled:
             return
         tqdm.write(text, file=sys.stderr)
-        self._log.write(f"{datetime.datetime.now().isoformat(timespec='seconds')} {text}\n")
-        self._log.flush()
+        append_text(self.folder / "log.txt", f"{datetime.datetime.now().isoformat(timespec='seconds')} {text}\n")
 
     def image(self, tag: str, picture: Tensor | np.ndarray, step: int) -> None:
         """A (C, H, W) or (H, W, C) uint8 picture for TensorBoard."""
@@ -133,7 +130,7 @@ class Run:
         if array.dtype != np.uint8 or array.ndim != 3:
             raise ValueError(f"expected a uint8 picture with three axes, got {array.dtype} {array.shape}")
         formats = "CHW" if array.shape[0] in (1, 3) else "HWC"
-        self._board.add_image(tag, array, step, dataformats=formats)
+        self._board.image(tag, array, formats, step)
 
     def progress(
         self, items: Iterable[T], total: int | None = None, desc: str | None = None, initial: int = 0
@@ -146,14 +143,81 @@ class Run:
 
     def close(self) -> None:
         """Flush and close every file."""
-        for part in (self._metrics, self._log, self._board):
-            if part:
-                part.close()
+        if self._board:
+            self._board.close()
         if self._wandb:
             self._wandb.finish()
-        self._metrics = self._log = self._board = self._wandb = None
+        self._board = self._wandb = None
 
     def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class Board:
+    """TensorBoard events, written by the caller's own thread.
+
+    tensorboardX's SummaryWriter writes from a thread behind a queue of ten: on a full disk the thread ends with a
+    traceback and the training waits for the queue for ever.
+    """
+
+    FLUSH_SECONDS = 10.0
+
+    def __init__(self, folder: Path, resume_step: int | None = None):
+        from tensorboardX import summary
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import RecordWriter
+
+        self._summary, self._proto = summary, event_pb2
+        self._name = folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._flushed, self._failed = time.monotonic(), False
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = RecordWriter(str(self._name))
+        self._add(file_version="brain.Event:2")
+        if resume_step is not None:  # TensorBoard hides what an interrupted run wrote from this step on
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(step=resume_step + 1, session_log=start)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            what = "the disk is full (or over its quota)" if disk_full(error) else error.strerror
+            raise UserError(f"cannot write {self._name}: {what}") from error
+
+    def _add(self, **content: Any) -> None:
+        event = self._proto.Event(wall_time=time.time(), **content)
+        with self._writing():
+            self._file.write(event.SerializeToString())
+            if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+                self._file.flush()
+                self._flushed = time.monotonic()
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """A point of every curve."""
+        for name, value in values.items():
+            self._add(summary=self._summary.scalar(name, float(value)), step=step)
+
+    def image(self, tag: str, array: np.ndarray, formats: str, step: int) -> None:
+        """A uint8 picture."""
+        self._add(summary=self._summary.image(tag, array, dataformats=formats), step=step)
+
+    def close(self) -> None:
+        """Write what is held back; a disk that was full before is not reported again."""
+        failed = self._failed
+        try:
+            with self._writing():
+                self._file.close()
+        except UserError:
+            if not failed:
+                raise
+
+    def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, *_) -> None:
@@ -168,13 +232,11 @@ def _number(value: float | int | Tensor | np.generic) -> float | int:
 
 
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            rows = list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged ({error}); move it away to go on") from error
-        columns = list(reader.fieldnames or ["step"])
+    try:
+        reader = csv.DictReader(io.StringIO(whole_lines(path), newline=""))
+        rows, columns = list(reader), list(reader.fieldnames or ["step"])
+    except (csv.Error, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}); move it away to go on") from error
     if "step" not in columns or any(None in row or not (row["step"] or "").lstrip("-").isdigit() for row in rows):
         raise UserError(f"{path} is not a metrics file of this repository; move it away to go on")
     return columns, rows

@@ -35,6 +35,7 @@ from common.checkpoint import atomic_write, load_into, load_weights, save_weight
 from common.errors import UserError, run_command
 from common.images import mosaic, save_image
 from common.launch import check_finite, pick_device, seed_everything
+from common.run import Board
 from glancenet import osr
 from glancenet.mnist_objective import CONCEPTS, KNOWN_DIGITS, MODELS, Terms
 from glancenet.options import Parser, boolean
@@ -113,8 +114,7 @@ def train(
             break
         check_finite(sums[0], step, model)
         if board is not None:
-            for name, value in zip(Terms._fields, (sums / seen).tolist(), strict=True):
-                board.add_scalar(name, value, epoch)
+            board.scalars(dict(zip(Terms._fields, (sums / seen).tolist(), strict=True)), epoch)
     return terms
 
 
@@ -355,8 +355,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     train_digits, test_digits = load_digits(o.data_root, device)
     if o.limit:
         train_digits, test_digits = (Digits(d.x[: o.limit], d.y[: o.limit]) for d in (train_digits, test_digits))
-    from tensorboardX import SummaryWriter
-
     rows: list[dict] = []
     for seed in o.seeds:
         for key in o.models:
@@ -368,7 +366,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             if o.reuse and path.is_file():
                 load_into(model, load_weights(path)[0], path)
             else:
-                with SummaryWriter(str(folder / "tensorboard_runs" / model.name)) as board:
+                with Board(folder / "tensorboard_runs" / model.name) as board:
                     train(model, key, train_digits, o.epochs or PUBLISHED_EPOCHS[key], seed, board, o.max_iter)
                 save_weights(path, dict(model.state_dict()), {"model": key, **vars(o)})
             found, seen = leakage_rows(model, key, train_digits, test_digits, o)

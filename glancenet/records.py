@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-from common.checkpoint import atomic_write
+from common.checkpoint import append_text, atomic_write, whole_lines
 from common.errors import UserError
 
 
@@ -43,8 +43,7 @@ class Table:
         """Add a row; a missing column stays empty, an unknown one is an error of ours."""
         text = io.StringIO()
         csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerow(row)
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(text.getvalue())
+        append_text(self.path, text.getvalue())
         self.rows += 1
 
 
@@ -52,12 +51,11 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file. Raises UserError when it is missing or holds no table."""
     if not path.is_file():
         raise UserError(f"{path} is missing; is this the log folder of a finished run?")
-    with open(path, encoding="utf-8", newline="") as file:
-        try:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged ({error})") from error
+    try:
+        reader = csv.DictReader(io.StringIO(whole_lines(path), newline=""))
+        rows = list(reader)
+    except (csv.Error, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error})") from error
     if not reader.fieldnames:
         raise UserError(f"{path} is empty")
     return rows

@@ -187,7 +187,7 @@ def train(args: argparse.Namespace, config: Config) -> None:
                 save()
             if stop:
                 run.info(f"stopped at iteration {iteration}; go on with --resume --out {folder}")
-                return
+                raise KeyboardInterrupt  # exit code 130: the run is not finished
             if args.eval_every and iteration % args.eval_every == 0 and iteration < args.max_iter:
                 noise = rng_state()  # an evaluation leaves the training's random numbers as they were
                 result = evaluate(model, source, held_out[: args.eval_images], seed=args.seed, iteration=iteration)

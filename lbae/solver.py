@@ -144,7 +144,7 @@ def _train(params: Params, folder: Path, dist: Distributed) -> None:
                         state = full_state(model, optimizer, progress, config)
                         save_state(folder / "models" / "last.cp", KIND, **state)
                     log.say(f"stopped in epoch {epoch} after batch {b + 1} of {len(batches)}; `l` resumes there")
-                    return
+                    raise KeyboardInterrupt  # exit code 130: the run is not finished
 
             sync_buffers(model, dist)
             found = run_set(params, model, tests, test_set, dist, seed=epoch)
@@ -167,9 +167,9 @@ def _train(params: Params, folder: Path, dist: Distributed) -> None:
                 write_checkpoints(folder, state, improved, params.keep_last_models)
             dist.barrier()
             log.say(f"epoch {epoch}: test reco_loss {found.loss:.4f}{' (best)' if improved else ''}")
-            if dist.any(bool(stop)):
+            if dist.any(bool(stop)) and progress.epoch < params.epochs_max:
                 log.say(f"stopped after epoch {epoch}; `l` resumes there")
-                return
+                raise KeyboardInterrupt
 
 
 @dataclass

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from common.checkpoint import append_text
 from common.run import Run
 
 
@@ -25,8 +26,9 @@ class TextLog:
         logs = folder / "log"
         logs.mkdir(parents=True, exist_ok=True)
         self.k = next(k for k in itertools.count() if not (logs / f"{prefix}-log-{k}.txt").exists())
-        self.records = open(logs / f"{prefix}-log-{self.k}.txt", "w", encoding="utf-8")  # noqa: SIM115
-        self.lines = open(logs / f"{prefix}-stdout-{self.k}.txt", "w", encoding="utf-8")  # noqa: SIM115
+        self.records, self.lines = logs / f"{prefix}-log-{self.k}.txt", logs / f"{prefix}-stdout-{self.k}.txt"
+        for path in (self.records, self.lines):
+            append_text(path, "")
         self._start_row()
 
     def _start_row(self) -> None:
@@ -36,7 +38,7 @@ class TextLog:
         """A line for people."""
         if not self.enabled:
             return
-        print(text, file=self.lines, flush=True)
+        append_text(self.lines, f"{text}\n")
         if self.run:
             self.run.info(text)
         else:
@@ -49,10 +51,10 @@ class TextLog:
         new = [name for name in scalars if name not in self.columns]
         if new:
             self.columns += new
-            print(f"\nts epoch iter stage {' '.join(self.columns)}", file=self.records)
+            append_text(self.records, f"\nts epoch iter stage {' '.join(self.columns)}\n")
         values = " ".join(str(scalars.get(name, 0)) for name in self.columns)
         seconds = time.perf_counter() - self.start
-        print(f"{seconds:.3f} {epoch} {iter} {stage} {values}", file=self.records, flush=True)
+        append_text(self.records, f"{seconds:.3f} {epoch} {iter} {stage} {values}\n")
         if self.run:
             self.run.log(iter, epoch=epoch, **{f"losses/{stage}_{name}": value for name, value in scalars.items()})
         if stage == "Train":
@@ -71,13 +73,8 @@ class TextLog:
             self.say(f"{seconds:.0f}s  {epoch}  {iter / 1000:.1f}  {pace:.1f}  {means}")
             self._start_row()
 
-    def close(self) -> None:
-        if self.enabled:
-            self.records.close()
-            self.lines.close()
-
     def __enter__(self) -> "TextLog":
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
+        """Every line is on the disk already."""

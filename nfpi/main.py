@@ -31,7 +31,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from common.checkpoint import load_state, write_json
-from common.errors import NonFiniteError, UserError, run_command
+from common.errors import NonFiniteError, UserError, disk_full, run_command
 from common.launch import Distributed, seed_everything
 from common.run import Run
 from nfpi import augment, cnn
@@ -103,8 +103,8 @@ def experiment(cfg: DictConfig, output: Path) -> dict:
                     cfg.seed,
                 )
                 weights = train_flow(cfg, train, fit, test, dist, run, state)
-                if weights is None:
-                    return results
+                if weights is None:  # a signal stopped the training, and its state is saved
+                    raise KeyboardInterrupt
             if weights:
                 model = ConditionalFlow.load(weights, dist.device)
                 check_model(model, cfg, weights)
@@ -179,11 +179,17 @@ def main(argv: list[str] | None = None) -> None:
 
     def job(cfg: DictConfig) -> None:
         # hydra would turn these into a traceback and exit code 1
+        if any(isinstance(failure, KeyboardInterrupt) for failure in failures):
+            return
         try:
             if multirun:
                 resolve(folder, name, list(HydraConfig.get().overrides.task))
             experiment(cfg, Path(HydraConfig.get().runtime.output_dir))
         except (UserError, NonFiniteError, KeyboardInterrupt) as error:
+            failures.append(error)
+        except OSError as error:
+            if not disk_full(error):
+                raise
             failures.append(error)
 
     extra = [search_path(), "hydra/job_logging=none", "hydra/hydra_logging=none"]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import load_into, load_state, restore_rng, rng_state, save_state, save_weights
+from common.checkpoint import append_text, load_into, load_state, restore_rng, rng_state, save_state, save_weights
 from common.errors import NonFiniteError, UserError
 from common.images import mosaic, save_image
 from common.launch import Distributed, StopSignal, check_finite
@@ -104,7 +104,7 @@ class Experiment:
                     self.run_log.info(
                         f"stopped in epoch {self.epoch + 1} at batch {self.batch}; --resume goes on from there"
                     )
-                    break
+                    raise KeyboardInterrupt  # exit code 130: the run is not finished
                 self._end_epoch()
         return self.metrics
 
@@ -399,11 +399,8 @@ class Experiment:
         if not self.dist.is_main:
             return
         path = self.folder / "timing.csv"
-        new = not path.exists()
-        with open(path, "a", encoding="utf-8") as file:
-            if new:
-                file.write("epoch,what,value\n")
-            file.writelines(f"{self.epoch},{name},{value:.4f}\n" for name, value in values.items())
+        head = "" if path.exists() else "epoch,what,value\n"
+        append_text(path, head + "".join(f"{self.epoch},{name},{value:.4f}\n" for name, value in values.items()))
 
 
 def _batches(loader: Any, epoch: int, start: int) -> Iterator[Any]:

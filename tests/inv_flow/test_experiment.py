@@ -131,7 +131,8 @@ def test_resume_is_exact(steps, more, tmp_path):
     inv_flow_mnist.main(arguments(whole, *more))
     experiment = build(configured(parts, *more))
     experiment.loaders["train"] = StopAfter(experiment.loaders["train"], steps)
-    experiment.run()
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run()
     assert experiment.step == steps
     torch.manual_seed(99)  # a new process knows nothing of the old one's generators
     inv_flow_mnist.main(arguments(parts, *more, "--resume"))

@@ -113,7 +113,8 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path, vae):
 
     watcher = threading.Thread(target=stop_after_some_batches)
     watcher.start()
-    mnist.main([*TINY, *extra, f"exp={folder}", "epochs_max=2"])
+    with pytest.raises(KeyboardInterrupt):
+        mnist.main([*TINY, *extra, f"exp={folder}", "epochs_max=2"])
     watcher.join()
     stopped = read_checkpoint(folder / "models/last.cp")
     assert (stopped["epoch"], stopped["batch"]) != (1, 0)

@@ -168,7 +168,8 @@ def test_stopped_run_resumes_exactly(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "StopSignal", StopAfter)
-        main.main([*base, "extra=parts"])
+        with pytest.raises(KeyboardInterrupt):
+            main.main([*base, "extra=parts"])
     parts = folder("parts")
     assert not (parts / "checkpoints/flow.safetensors").exists()
     state = next((parts / "checkpoints").glob("state_*.pt"))
