@@ -4,7 +4,8 @@ GlanceNets, figure 3, first row: accuracy, alignment (DCI) and explicitness agai
 published comparison is confounded: the scripts for MPI3D and CelebA weigh concepts against classes by 7000 / 1000 for
 GlanceNet and by 2 / 1 for the bottleneck, and the warm-ups differ. So every model is trained under several settings:
 
-  published    the dSprites scripts: concept and class weight 100 each, own warm-ups, class loss alone after epoch 20
+  published    the dSprites scripts: concept and class weight 100 each, own warm-ups, class loss alone after epoch 20 of
+               27 (after the same share of the steps when --max_iter is given)
   fair_<r>     both models: class weight 100, concept weight 100 r, the same warm-up and schedule, all losses to the end
   mpi3d        weights of the MPI3D and CelebA scripts: GlanceNet 1000 / 7000, bottleneck 1 / 2
 
@@ -47,10 +48,29 @@ BASE += ["--evaluation_metric", "dci", "--evaluate_iter", "125000", "--test_iter
 VAE = ["--decoder", "SimpleConv64", "--w_kld", "1", "--w_recon", "1", "--conditional_prior", "true"]
 
 
-def weights(setting: str, model: str) -> list[str]:
-    """The flags in which the settings differ. Raises UserError for an unknown setting."""
+def published_share(overrides: list[str]) -> float:
+    """Iterations of this comparison over the published 250,000: 1, or less or more with `--max_iter` in the overrides.
+
+    Raises UserError when its value is no positive number.
+    """
+    if "--max_iter" not in overrides:
+        return 1.0
+    value = next(iter(overrides[overrides.index("--max_iter") + 1 :]), "")
+    try:
+        share = float(value) / float(BASE[BASE.index("--max_iter") + 1])
+    except ValueError:
+        share = 0.0
+    if not 0 < share < float("inf"):
+        raise UserError(f"--max_iter {value!r}: expected a positive number of iterations")
+    return share
+
+
+def weights(setting: str, model: str, share: float = 1.0) -> list[str]:
+    """The flags in which the settings differ, for `share` of the published iterations. Raises UserError for an unknown
+    setting.
+    """
     if setting == "published":
-        return ["--label_weight", "100", "--classification_epoch", "20"]
+        return ["--label_weight", "100", "--classification_epoch", f"{20 * share:.6g}"]
     if setting == "mpi3d":
         label, latent = ("1000", "7000") if model == "GlanceNet" else ("1", "2")
         return ["--label_weight", label, "--latent_weight", latent]
@@ -75,7 +95,15 @@ def run_one(
     if (out / "checkpoints" / name / "model.safetensors").exists() and (log / "commandline_args.txt").exists():
         return log
     words = ["--alg", model, "--dset_name", o.dset_name, *BASE, *(VAE if model == "GlanceNet" else [])]
-    words += [*weights(setting, model), "--masking_fact", f"{supervision:g}", "--seed", str(seed), "--device", o.device]
+    words += [
+        *weights(setting, model, published_share(overrides)),
+        "--masking_fact",
+        f"{supervision:g}",
+        "--seed",
+        str(seed),
+        "--device",
+        o.device,
+    ]
     words += ["--dset_dir", o.dset_dir] if o.dset_dir else []
     return training.main([*words, *place, *overrides])
 

@@ -272,12 +272,12 @@ class Trainer:
         batches = self.data.train.batches(
             o.batch_size, self.device, order, start, drop_last=True, pin=o.pin_memory, workers=o.num_workers
         )
-        classes_only = o.classification_epoch is not None and self.epoch + 1 > o.classification_epoch
+        tail = float("inf") if o.classification_epoch is None else o.classification_epoch * self.per_epoch
         bar = self.run.progress(batches, total=self.per_epoch, desc=f"epoch {self.epoch + 1}", initial=start)
         began = time.perf_counter()
         for i, batch in enumerate(bar, start):
             second = self._second(order, i) if self.model.discriminator is not None else None
-            terms, z = self.model.train_step(batch, self.step, self.optimizers, second, classes_only)
+            terms, z = self.model.train_step(batch, self.step, self.optimizers, second, self.step >= tail)
             self.step += 1
             self.epoch_sum += terms.total
             self.epoch_steps += 1

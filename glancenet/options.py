@@ -165,7 +165,8 @@ def make_parser(prog: str = "glancenet/main.py", description: str = "") -> Parse
         "--classification_epoch",
         type=float,
         default=None,
-        help="after this many epochs only the class loss is trained (the published default, 1, ruins the VAE)",
+        help="after this many epochs (2.5: halfway through the third) only the class loss is trained; the published "
+        "default, 1, ruins the VAE",
     )
     g.add_argument(
         "--controlled_capacity_increase", type=boolean, default=False, help="train w_kld |KL - C| with growing C"

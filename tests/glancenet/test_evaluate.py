@@ -136,11 +136,15 @@ def test_comparison_of_settings(tmp_path):
         assert {row["model"] for row in table} == {"GlanceNet", "CBNM"}
     options = json.loads((tmp_path / "out/logs/sprites__CBNM/fair_7_CBNM_100_1/commandline_args.txt").read_text())
     assert (options["label_weight"], options["latent_weight"]) == (100, 700)
+    options = json.loads((tmp_path / "out/logs/sprites__CBNM/published_CBNM_100_1/commandline_args.txt").read_text())
+    assert options["classification_epoch"] == pytest.approx(20 * 8 / 250000), "the published share of the run"
     assert compare.main(words) == tables
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "fair_7, 100 %: GlanceNet - CBNM: accuracy" in text
     with pytest.raises(UserError, match="fair_<ratio>"):
         compare.main(["--settings", "unfair"])
+    with pytest.raises(UserError, match="--max_iter 'many'"):
+        compare.published_share(["--max_iter", "many"])
 
 
 def test_benchmark_compares_the_same_computation():

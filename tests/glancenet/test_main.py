@@ -172,6 +172,21 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(command, tmp_path, monkey
     assert load_state(folder / "final", training.KIND)["iter"] == 8 and (folder / "model.safetensors").exists()
 
 
+def test_class_loss_alone_from_the_middle_of_an_epoch(command, tmp_path, monkeypatch):
+    from glancenet.algorithms import Algorithm
+
+    seen, step = [], Algorithm.train_step
+
+    def spy(self, batch, index, optimizers, second, classes_only):
+        seen.append((index, classes_only))
+        return step(self, batch, index, optimizers, second, classes_only)
+
+    monkeypatch.setattr(Algorithm, "train_step", spy)
+    words = ["--alg", "CBNM", "--max_epoch", "2", "--file_save", "false", "--classification_epoch", "1.25"]
+    training.main(command(tmp_path, *words))
+    assert seen == [(i, i >= 5) for i in range(8)], "epochs of 4 steps"
+
+
 def test_same_seed_gives_the_same_run_and_another_does_not(command, tmp_path):
     def weights(name: str, seed: str) -> dict:
         words = command(
