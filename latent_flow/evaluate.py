@@ -13,15 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from common.checkpoint import load_state, write_json
+from common.checkpoint import load_into, load_state, load_weights, write_json
 from common.errors import UserError, run_command
 from common.launch import pick_device
+from common.released import released
 from latent_flow import metrics
 from latent_flow.data import FrameSequences, open_source, split_rows
 from latent_flow.model import Config, LatentFlow
 from latent_flow.options import Parser, positive
 from latent_flow.vp_score import vp_score
+
+RELEASE, RELEASE_FOLDER = "mnist_supervised_w32", Path("runs/latent_flow/released")
 
 
 def evaluate(
@@ -145,19 +149,38 @@ def _likelihood_lines(result: dict) -> list[str]:
     ]
 
 
+def read_run(path: str | Path) -> tuple[dict[str, Tensor], dict, dict, int]:
+    """Weights, model configuration, options and iteration of a run folder (its final.pt, else its checkpoint.pt), or of
+    a .safetensors file of `latent_flow.release`."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        tensors, stored = load_weights(path)
+        if not {"model", "args", "iteration"} <= stored.keys():
+            raise UserError(f"{path} was not written by `python -m latent_flow.release`")
+        return tensors, stored["model"], stored["args"], stored["iteration"]
+    if (path / "final.pt").is_file():
+        state = load_state(path / "final.pt", "latent_flow_weights")
+        return state["model"], state["config"], state["args"], state["args"]["max_iter"]
+    state = load_state(path / "checkpoint.pt", "latent_flow")
+    return state["model"], state["config"], state["args"], state["iteration"]
+
+
 def load_run(path: str | Path, device: torch.device) -> tuple[LatentFlow, dict, int]:
-    """Model, options and iteration of a run folder (its final.pt, else its checkpoint.pt)."""
-    folder = Path(path)
-    final = folder / "final.pt"
-    if final.is_file():
-        state = load_state(final, "latent_flow_weights")
-        iteration = state["args"]["max_iter"]
-    else:
-        state = load_state(folder / "checkpoint.pt", "latent_flow")
-        iteration = state["iteration"]
-    model = LatentFlow(Config(**state["config"]))
-    model.load_state_dict(state["model"])
-    return model.to(device).eval(), state["args"], iteration
+    """Model, options and iteration of what `read_run` reads."""
+    tensors, config, options, iteration = read_run(path)
+    model = LatentFlow(Config(**config))
+    load_into(model, tensors, path)
+    return model.to(device).eval(), options, iteration
+
+
+def run_or_release(exp: str | None) -> tuple[Path, Path, bool]:
+    """What to load, the folder to write to, and whether it is the released model: taken, and said, without `--exp`."""
+    if exp is not None:
+        return Path(exp), Path(exp), False
+    release = released("latent_flow", RELEASE)
+    print(f"{release.notice('no --exp')} (files in {RELEASE_FOLDER})", flush=True)
+    RELEASE_FOLDER.mkdir(parents=True, exist_ok=True)
+    return release.path, RELEASE_FOLDER, True
 
 
 def main(argv: list[str] | None = None) -> None:

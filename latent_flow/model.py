@@ -3,12 +3,14 @@
 Axes: T steps, B samples, C channels, N pixels a side, K flows, D latent units, H spike heads.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.launch import Distributed
 from latent_flow import objective
 from latent_flow.encoders import (
     CoefficientEncoder,
@@ -153,21 +155,20 @@ def training_step(
     noise: Noise | None = None,
     amp: bool = False,
     generator: torch.Generator | None = None,
+    dist: Distributed | None = None,
 ) -> dict[str, Tensor]:
     """Losses of one batch of frames (T+1, B, C, N, N) in [0, 1]: the entries of `objective.LOSSES`, scalars.
 
     labels: the flow of each sample (B,), or one number for the whole batch (then only that flow is evaluated);
     needed by the supervised variant and by `index_labels`. `amp`: bfloat16 in the convolutional networks only.
-    `generator`: source of the log-determinant's probes.
+    `generator`: source of the log-determinant's probes. `dist`: processes that share the work of the convolutional
+    networks; each is given the whole batch, draws the same noise and returns the same losses.
     """
     config, noise = model.config, noise or Noise()
     steps, batch = len(frames) - 1, frames.shape[1]
     upstream = config.objective == "upstream"
-    device = frames.device.type
-
-    with torch.autocast(device, torch.bfloat16, enabled=amp):
-        mean, log_var = model.vae.encode(frames[0])
-    mean, log_var = mean.to(frames.dtype), log_var.to(frames.dtype)
+    network = Network(frames.device.type, frames.dtype, amp, dist or Distributed(frames.device))
+    mean, log_var = network(model.vae.encode, frames[0])
     z = reparameterize(mean, log_var, noise.eps)
 
     losses = {name: frames.new_zeros(()) for name in objective.LOSSES}
@@ -178,9 +179,9 @@ def training_step(
         else:
             coefficients = Coefficients(constant_coefficients(labels, config.flows, steps, frames.dtype))
     elif config.variant == "weakly":
-        coefficients = _weak_coefficients(model, frames, labels, iteration, noise, amp, losses)
+        coefficients = _weak_coefficients(model, frames, labels, iteration, noise, network, losses)
     else:
-        coefficients = _sparse_coefficients(model, frames, iteration, noise, amp, losses)
+        coefficients = _sparse_coefficients(model, frames, iteration, noise, network, losses)
 
     flows = model.stacked(steps, only)
     with_log_det = not upstream and config.path_kl == "marginal"
@@ -194,9 +195,8 @@ def training_step(
         generator,
     )
 
-    with torch.autocast(device, torch.bfloat16, enabled=amp):
-        logits = model.vae.decoder.logits(path.z.flatten(0, 1))  # all frames in one call
-    losses["loss_recon"] = objective.reconstruction(logits.to(frames.dtype).unflatten(0, (steps + 1, batch)), frames)
+    logits = network(model.vae.decoder.logits, path.z.flatten(0, 1))  # all frames in one call
+    losses["loss_recon"] = objective.reconstruction(logits.unflatten(0, (steps + 1, batch)), frames)
     losses["loss_kl0"] = objective.gaussian_kl(mean, log_var).mean()
     if upstream:
         losses["loss_pde"] = objective.upstream_pde_loss(path, flows, coefficients)
@@ -210,12 +210,30 @@ def training_step(
     return losses
 
 
-def _weak_coefficients(model, frames, labels, iteration, noise, amp, losses) -> Coefficients:
+@dataclass
+class Network:
+    """How a convolutional network is called: in bfloat16 with `amp`, by all processes together."""
+
+    device: str
+    dtype: torch.dtype
+    amp: bool
+    dist: Distributed
+
+    def __call__(self, network: Callable[[Tensor], Tensor | tuple[Tensor, ...]], x: Tensor):
+        """network(x) in the type of the frames."""
+
+        def call(rows: Tensor) -> Tensor | tuple[Tensor, ...]:
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
+                out = network(rows)
+            return out.to(self.dtype) if isinstance(out, Tensor) else tuple(part.to(self.dtype) for part in out)
+
+        return self.dist.over_rows(call, x)
+
+
+def _weak_coefficients(model, frames, labels, iteration, noise, network, losses) -> Coefficients:
     """Infer one flow a sequence (straight-through one-hot) and add the index loss."""
     config = model.config
-    with torch.autocast(frames.device.type, torch.bfloat16, enabled=amp):
-        logits = model.reconstructor(frames.transpose(0, 1).flatten(1, 2))
-    logits = logits.to(frames.dtype)
+    logits = network(model.reconstructor, frames.transpose(0, 1).flatten(1, 2))
     tau = temperature(iteration) if noise.tau is None else noise.tau
     one_hot = gumbel_softmax(logits, tau, noise.uniform)
     if config.objective == "upstream":
@@ -228,16 +246,15 @@ def _weak_coefficients(model, frames, labels, iteration, noise, amp, losses) -> 
     return Coefficients(one_hot.expand(len(frames) - 1, -1, -1))
 
 
-def _sparse_coefficients(model, frames, iteration, noise, amp, losses) -> Coefficients:
+def _sparse_coefficients(model, frames, iteration, noise, network, losses) -> Coefficients:
     """Infer spikes (and from `slab_start` on speeds) of every step and add their divergences."""
     config = model.config
     steps, batch = len(frames) - 1, frames.shape[1]
     slab_on = iteration >= config.slab_start
     pairs = model.pairs(frames)
-    with torch.autocast(frames.device.type, torch.bfloat16, enabled=amp):
-        logits = model.reconstructor.spike_logits(pairs)
-        speed = model.reconstructor.slab(pairs) if slab_on else None
-    logits = logits.to(frames.dtype).unflatten(0, (steps, batch)).transpose(1, 2)  # (T, H, B, K)
+    logits = network(model.reconstructor.spike_logits, pairs)
+    speed = network(model.reconstructor.slab, pairs) if slab_on else None
+    logits = logits.unflatten(0, (steps, batch)).transpose(1, 2)  # (T, H, B, K)
     tau = temperature(iteration) if noise.tau is None else noise.tau
     spikes = relaxed_bernoulli(logits, tau, noise.uniform, link=model.link)
     if config.objective == "upstream":
@@ -245,7 +262,7 @@ def _sparse_coefficients(model, frames, iteration, noise, amp, losses) -> Coeffi
     else:
         losses["loss_spike"] = config.spike_weight * objective.spike_loss(logits, spikes, config.p_on, config.p_stay)
     if slab_on:
-        speed = speed.to(frames.dtype).unflatten(0, (steps, batch))
+        speed = speed.unflatten(0, (steps, batch))
         losses["loss_slab"] = objective.slab_loss(speed)
     c1 = spikes[:, 0] * speed if slab_on else spikes[:, 0]
     if config.single_control:

@@ -148,6 +148,7 @@ def training_parser(variant: str, description: str, datasets: tuple[str, ...]) -
     add("--eval-images", type=positive, default=2000, help="validation images of an evaluation")
     parser.add_switch("--tensorboard", default=False, help="also write TensorBoard events")
     add("--seed", type=int, default=0)
+    parser.add_switch("--deterministic", default=False, help="refuse kernels whose result varies between runs")
     add("--device", default=None, help="auto, cpu, cuda, cuda:<i>, mps")
     parser.add_switch("--cuda", default=None, help="--no-cuda is the same as --device cpu")
     add("--out", default=None, help="folder of the run (default: runs/latent_flow/<name>)")

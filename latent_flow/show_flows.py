@@ -2,10 +2,12 @@
 
     python -m latent_flow.show_flows --exp RUN                       # into RUN/pictures
     python -m latent_flow.show_flows --exp RUN --samples 5 --zoom 2 --out DIR
+    python -m latent_flow.show_flows                                 # the released MNIST model
 
 Per transformation NAME: NAME.gif (upper row the truth, lower row the model moved from x_0 alone) and NAME.png (the same
 frames from left to right, a pair of rows a sample). Supervised runs also get A_then_B.gif (flow A for the first half of
 the steps, then B) and A_and_B.gif (both at once). 200 ms a frame.
+Where the released model's data set is not there, sequences start at codes of the prior, and there is no truth to show.
 """
 
 import sys
@@ -15,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError, run_command
+from common.errors import MissingDataError, UserError, run_command
 from common.images import save_gif, save_image, to_uint8
 from common.launch import pick_device
 from latent_flow import metrics
 from latent_flow.data import FrameSequences, open_source, split_rows
-from latent_flow.evaluate import load_run
+from latent_flow.evaluate import load_run, run_or_release
 from latent_flow.model import LatentFlow
 from latent_flow.options import Parser, positive
 from latent_flow.rollout import rollout
+from latent_flow.transforms import NAMES
+from latent_flow.traverse_latent_space_vae import prior_codes
 
 
 def rows_of(frames: Tensor, zoom: int) -> np.ndarray:
@@ -35,28 +39,58 @@ def rows_of(frames: Tensor, zoom: int) -> np.ndarray:
     return np.concatenate(list(pixels.transpose(1, 0, 3, 4, 2)), axis=2)
 
 
-def write(folder: Path, name: str, truth: Tensor, ours: Tensor, zoom: int) -> None:
-    """The GIF and the grid of one pair of sequences (T+1, B, C, N, N)."""
-    both = [np.concatenate(pair) for pair in zip(rows_of(truth, zoom), rows_of(ours, zoom), strict=True)]
-    save_gif(folder / f"{name}.gif", both, fps=5)
+def write(folder: Path, name: str, sequences: list[Tensor], zoom: int) -> None:
+    """The GIF and the grid of sequences (T+1, B, C, N, N), one above the other: the truth and the model's."""
+    rows = [rows_of(frames, zoom) for frames in sequences]
+    save_gif(folder / f"{name}.gif", [np.concatenate(parts) for parts in zip(*rows, strict=True)], fps=5)
     lines = []
-    for b in range(truth.shape[1]):
-        for frames in (truth, ours):
+    for b in range(sequences[0].shape[1]):
+        for frames in sequences:
             lines.append(np.concatenate(list(rows_of(frames[:, b : b + 1], zoom)), axis=1))
     save_image(folder / f"{name}.png", np.concatenate(lines))
 
 
+def moved(model: LatentFlow, z: Tensor, coefficients: metrics.Coefficients) -> Tensor:
+    """The model's frames (T+1, B, C, N, N) from codes (B, D) by coefficients of T steps."""
+    path = rollout(model.stacked(len(coefficients.c1)), z, coefficients.c1, coefficients.c2)
+    return metrics.decode(model, path.z)
+
+
 def predicted(model: LatentFlow, frames: Tensor, coefficients: metrics.Coefficients) -> Tensor:
     """The model's frames from x_0 and the coefficients: (T+1, B, C, N, N)."""
-    path = rollout(model.stacked(len(frames) - 1), model.vae.encode(frames[0])[0], coefficients.c1, coefficients.c2)
-    return metrics.decode(model, path.z)
+    return moved(model, model.vae.encode(frames[0])[0], coefficients)
+
+
+def compositions(names: tuple[str, ...], steps: int) -> list[tuple[str, tuple[int, int], Tensor]]:
+    """Name, flows (a, b) and coefficients (T, K) of every switch of two flows half-way and every superposition."""
+    found, half, flows = [], steps // 2, torch.eye(len(names))
+    for a in range(len(names)):
+        for b in range(len(names)):
+            if a != b:
+                c = torch.cat([flows[a].expand(half, -1), flows[b].expand(steps - half, -1)])
+                found.append((f"{names[a]}_then_{names[b]}", (a, b), c))
+            if a < b:
+                found.append((f"{names[a]}_and_{names[b]}", (a, b), (flows[a] + flows[b]).expand(steps, -1)))
+    return found
+
+
+def from_prior(model: LatentFlow, out: Path, samples: int, zoom: int) -> None:
+    """What a supervised model's flows do to codes from the prior: one flow, two in turn, two at once."""
+    config, device = model.config, next(model.parameters()).device
+    digits = config.channels == 3 and config.flows == len(NAMES)
+    names = NAMES if digits else tuple(f"flow_{k}" for k in range(config.flows))
+    z = prior_codes(model, samples).to(device)
+    single = [(name, (k, k), torch.eye(config.flows)[k].expand(config.steps, -1)) for k, name in enumerate(names)]
+    for name, _, c in [*single, *compositions(names, config.steps)]:
+        write(out, name, [moved(model, z, metrics.Coefficients(c[:, None].expand(-1, samples, -1).to(z)))], zoom)
+    print(f"{samples} codes of the prior along {config.flows} flows: {out}")
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Command line of the pictures."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--exp", required=True, help="folder of a run")
+    parser.add_argument("--exp", default=None, help="folder of a run (default: the released model)")
     parser.add_argument("--samples", type=positive, default=5)
     parser.add_argument("--first", type=int, default=0, help="the first validation image shown")
     parser.add_argument("--zoom", type=positive, default=2, help="enlarge every pixel so many times")
@@ -65,44 +99,45 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse(argv)
     device = pick_device(args.device)
-    model, options, iteration = load_run(args.exp, device)
+    weights, exp, is_release = run_or_release(args.exp)
+    model, options, iteration = load_run(weights, device)
     config = model.config
-    source = open_source(
-        config.dataset,
-        config.steps,
-        size=config.image_size,
-        root=args.data_dir or options["data_dir"],
-        device=device,
-        centre=options["warp_centre"],
-    )
+    out = Path(args.out) if args.out else exp / "pictures"
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        source = open_source(
+            config.dataset,
+            config.steps,
+            size=config.image_size,
+            root=args.data_dir or options["data_dir"],
+            device=device,
+            centre=options["warp_centre"],
+        )
+    except MissingDataError as error:
+        if not is_release:
+            raise
+        print(f"codes from the prior in place of images, since {error}")
+        from_prior(model, out, args.samples, args.zoom)
+        return
     if isinstance(source, FrameSequences):
         raise UserError("no transformation of these frames is known: use traverse_latent_space_vae")
     rows = split_rows(len(source), options["seed"])[1][args.first :][: args.samples]
     if len(rows) < args.samples:
         raise UserError(f"--first {args.first}: fewer than {args.samples} validation images remain")
-    out = Path(args.out or Path(args.exp) / "pictures")
-    out.mkdir(parents=True, exist_ok=True)
     slab = config.objective == "upstream" or iteration >= config.slab_start
     names = metrics.known_transformations(model, source)
     for k, name in enumerate(names):
         frames = metrics.one_transformation(model, source, rows, k, config.steps)
-        write(out, name, frames, predicted(model, frames, metrics.coefficients_of(model, frames, k, slab)), args.zoom)
+        ours = predicted(model, frames, metrics.coefficients_of(model, frames, k, slab))
+        write(out, name, [frames, ours], args.zoom)
     if config.variant == "supervised" and config.flows == len(names):
-        half = config.steps // 2
-        for a in range(len(names)):
-            for b in range(len(names)):
-                order = torch.tensor([a] * half + [b] * (config.steps - half))
-                c = torch.nn.functional.one_hot(order, config.flows).float()[:, None].expand(-1, len(rows), -1)
-                truth = source.chosen(rows, order)
-                if a != b:
-                    moved = predicted(model, truth, metrics.Coefficients(c.to(truth)))
-                    write(out, f"{names[a]}_then_{names[b]}", truth, moved, args.zoom)
-                if a < b:
-                    truth = source.superposed(rows, (a, b), config.steps)
-                    c = torch.zeros(config.steps, len(rows), config.flows)
-                    c[..., [a, b]] = 1
-                    moved = predicted(model, truth, metrics.Coefficients(c.to(truth)))
-                    write(out, f"{names[a]}_and_{names[b]}", truth, moved, args.zoom)
+        for name, flows, c in compositions(names, config.steps):
+            if "_then_" in name:
+                truth = source.chosen(rows, c.argmax(1))
+            else:
+                truth = source.superposed(rows, flows, config.steps)
+            coefficients = metrics.Coefficients(c[:, None].expand(-1, len(rows), -1).to(truth))
+            write(out, name, [truth, predicted(model, truth, coefficients)], args.zoom)
     print(f"{len(rows)} samples of {len(names)} transformations: {out}")
 
 

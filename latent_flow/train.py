@@ -1,8 +1,9 @@
 """The training loop that the four scripts share; they differ in their variant, data sets and defaults.
 
-A run folder receives args.json, config.json, metrics.csv, log.txt, checkpoint.pt (everything, for an exact resume),
-final.pt (weights and configuration) and eval.json. Batches, transformations and spikes are pure functions of
-(seed, iteration); the remaining noise comes from torch's generator, whose state is in the checkpoint.
+A run folder receives args.json, config.json, metrics.csv, timing.csv, log.txt, checkpoint.pt (everything, for an exact
+resume), final.pt (weights and configuration) and eval.json. Batches, transformations and spikes are pure functions of
+(seed, iteration); the remaining noise comes from torch's generator, whose state is in the checkpoint. Under torchrun
+the convolutional networks work on shares of the batch, the flows and the objective on the whole of it.
 """
 
 import argparse
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from common.batches import Batches
-from common.checkpoint import load_state, restore_rng, rng_state, save_state, write_json
+from common.checkpoint import append_text, load_state, restore_rng, rng_state, save_state, write_json
 from common.errors import UserError
-from common.launch import StopSignal, check_finite, pick_device, seed_everything
+from common.launch import Distributed, StopSignal, check_finite, seed_everything
 from common.run import Run
 from latent_flow.data import FrameSequences, open_source, split_rows
 from latent_flow.encoders import temperature
@@ -87,6 +88,14 @@ def make_optimizer(model: LatentFlow, args: argparse.Namespace) -> torch.optim.A
 
 def train(args: argparse.Namespace, config: Config) -> None:
     """Train one model as `args` say; see the module's docstring for what is written."""
+    dist = Distributed.start(args.device)
+    try:
+        _train(args, config, dist)
+    finally:
+        dist.close()
+
+
+def _train(args: argparse.Namespace, config: Config, dist: Distributed) -> None:
     folder = Path(args.out)
     checkpoint = folder / "checkpoint.pt"
     state = load_state(checkpoint, KIND) if args.resume else None
@@ -94,8 +103,8 @@ def train(args: argparse.Namespace, config: Config) -> None:
         changed = [name for name, value in config.as_dict().items() if state["config"].get(name) != value]
         raise UserError(f"{checkpoint} was made with other settings ({', '.join(changed)}); resume with the same ones")
 
-    device = pick_device(args.device)
-    seed_everything(args.seed)
+    device = dist.device
+    seed_everything(args.seed, args.deterministic)  # the same on every process: they draw the same noise
     source = open_source(
         config.dataset,
         config.steps,
@@ -114,6 +123,8 @@ def train(args: argparse.Namespace, config: Config) -> None:
     rows, held_out = split_rows(len(source), args.seed)
     if args.batch_size > len(rows):
         raise UserError(f"--batch-size {args.batch_size} exceeds the {len(rows)} training items; lower it")
+    if args.batch_size % dist.world:
+        raise UserError(f"--batch-size {args.batch_size} must be a multiple of the {dist.world} processes")
     order = Batches(Rows(rows), args.batch_size, seed=args.seed)
 
     model = LatentFlow(config).to(device)
@@ -135,14 +146,25 @@ def train(args: argparse.Namespace, config: Config) -> None:
             resume_step=iteration,
             overwrite=args.overwrite,
             tensorboard=args.tensorboard,
+            enabled=dist.is_main,
         ) as run,
         StopSignal() as stop,
     ):
-        write_json(folder / "args.json", options)
+        if dist.is_main:
+            write_json(folder / "args.json", options)
+            if state is None:
+                (folder / "timing.csv").unlink(missing_ok=True)
         parameters = sum(p.numel() for p in model.parameters())
-        run.info(f"{config.variant} {config.dataset}: {parameters:,} parameters, {len(rows):,} items, {device}")
+        run.info(
+            f"{config.variant} {config.dataset}: {parameters:,} parameters, {len(rows):,} items, {dist.world} "
+            f"process(es) on {device}"
+        )
+        networks = [part for part in (model.vae, model.reconstructor) if part is not None]
+        shared = [p for part in networks for p in part.parameters()]
 
         def save() -> None:
+            if not dist.is_main:
+                return
             save_state(
                 checkpoint,
                 KIND,
@@ -164,9 +186,10 @@ def train(args: argparse.Namespace, config: Config) -> None:
             place = (iteration - 1) % len(order) * args.batch_size
             frames, labels = draw_batch(source, visiting[place : place + args.batch_size], config, args, iteration)
 
-            losses = training_step(model, frames, labels, iteration, amp=args.amp)
+            losses = training_step(model, frames, labels, iteration, amp=args.amp, dist=dist)
             optimizer.zero_grad(set_to_none=True)
             losses["loss_total"].backward()
+            dist.sum_gradients(shared)  # those of the flows are complete: every process moves the whole batch
             optimizer.step()
 
             if iteration % args.log_freq == 0 or iteration == last:
@@ -178,17 +201,21 @@ def train(args: argparse.Namespace, config: Config) -> None:
                     iteration=iteration,
                     **losses,
                     temperature=temperature(iteration) if model.reconstructor is not None else 1.0,
-                    sec_per_iter=seconds,
                 )
+                if dist.is_main:
+                    head = "" if (folder / "timing.csv").exists() else "iteration,sec_per_iter\n"
+                    append_text(folder / "timing.csv", f"{head}{iteration},{seconds:.6f}\n")
                 total, recon = losses["loss_total"].item(), losses["loss_recon"].item()
                 run.info(f"iteration {iteration}: total {total:.3f} recon {recon:.3f} ({seconds:.3f} s/it)")
-            if iteration % args.ckp_freq == 0 or stop:
+            stopped = dist.any(stop)
+            if iteration % args.ckp_freq == 0 or stopped:
                 check_finite(losses["loss_total"], iteration, model)
                 save()
-            if stop:
+            if stopped:
                 run.info(f"stopped at iteration {iteration}; go on with --resume --out {folder}")
                 raise KeyboardInterrupt  # exit code 130: the run is not finished
-            if args.eval_every and iteration % args.eval_every == 0 and iteration < args.max_iter:
+            due = args.eval_every and iteration % args.eval_every == 0 and iteration < args.max_iter
+            if due and dist.is_main:
                 noise = rng_state()  # an evaluation leaves the training's random numbers as they were
                 result = evaluate(model, source, held_out[: args.eval_images], seed=args.seed, iteration=iteration)
                 write_json(folder / f"eval_{iteration}.json", result)
@@ -196,6 +223,8 @@ def train(args: argparse.Namespace, config: Config) -> None:
         save()
         if iteration < args.max_iter:
             run.info(f"{iteration} of {args.max_iter} iterations done; go on with --resume --out {folder}")
+            return
+        if not dist.is_main:
             return
         save_state(
             folder / "final.pt", f"{KIND}_weights", config=config.as_dict(), args=options, model=model.state_dict()

@@ -3,6 +3,7 @@
     python -m latent_flow.traverse_latent_space_vae --exp RUN --pool VAE_MNIST_VIS --gif   # codes of sample_vae
     python -m latent_flow.traverse_latent_space_vae --exp RUN --gif                        # encoded validation images
     python -m latent_flow.traverse_latent_space_vae --exp RUN --compose --gif              # also switch and superpose
+    python -m latent_flow.traverse_latent_space_vae --gif                                  # the released MNIST model
 
 Written in RUN/results/<pool>/<2S>_<eps>_<2S eps>/<code>/ with S = --shift-steps: original_image.jpg,
 paths_images/path_KKK/NNNNNN.jpg (most negative ... original ... most positive), paths_images/wave_KKK.txt (potential u
@@ -21,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from common.checkpoint import atomic_write, load_tensors
-from common.errors import UserError, run_command
+from common.errors import MissingDataError, UserError, run_command
 from common.images import save_gif, save_image, to_uint8
 from common.launch import pick_device
 from latent_flow.data import FrameSequences, open_source, split_rows
-from latent_flow.evaluate import load_run
+from latent_flow.evaluate import load_run, run_or_release
 from latent_flow.fields import StackedFlows
 from latent_flow.model import LatentFlow
 from latent_flow.options import Parser, positive
@@ -81,6 +82,11 @@ def pictures_of(model: LatentFlow, codes: Tensor, batch: int) -> np.ndarray:
     """Decode codes (N, D) to uint8 pictures (N, H, W, C), rounded."""
     images = torch.cat([model.vae.inference(part) for part in codes.split(batch)])
     return to_uint8(images).transpose(0, 2, 3, 1)
+
+
+def prior_codes(model: LatentFlow, count: int, seed: int = 0) -> Tensor:
+    """Codes (count, D) from N(0, I), on the CPU."""
+    return torch.randn(count, model.config.latent_size, generator=torch.Generator().manual_seed(seed))
 
 
 def collage(originals: list[np.ndarray], moving: list[np.ndarray], size: int) -> list[np.ndarray]:
@@ -165,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of the traversal."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--exp", required=True, help="folder of a run")
+    add("--exp", default=None, help="folder of a run (default: the released model)")
     add("--pool", default=None, help="pool of latent codes, in <exp>/latent_codes/; default: encoded validation images")
     add("--codes", type=positive, default=5, help="without --pool: how many images to encode")
     add("--shift-steps", type=positive, default=16, help="steps in all: half of them in each direction")
@@ -194,18 +200,25 @@ def main(argv: list[str] | None = None) -> None:
     if args.compose and not args.gif:
         raise UserError("--compose writes GIFs: add --gif")
     device = pick_device("cpu" if args.cuda is False else "cuda" if args.cuda else args.device)
-    model, options, _ = load_run(args.exp, device)
+    source, exp, is_release = run_or_release(args.exp)
+    model, options, _ = load_run(source, device)
     if args.shapes3d is not None and args.shapes3d != (model.config.dataset == "shapes3d"):
-        raise UserError(f"{args.exp} was trained on {model.config.dataset}: leave --shapes3d out")
+        raise UserError(f"{source} was trained on {model.config.dataset}: leave --shapes3d out")
     if not args.vae_scratch:
         raise UserError("an untrained decoder shows nothing: leave --no-vae_scratch out")
     flows = model.stacked(args.shift_steps)
     if args.pool:
-        codes = read_pool(Path(args.exp) / "latent_codes" / args.pool, model.config.latent_size)
+        codes = read_pool(exp / "latent_codes" / args.pool, model.config.latent_size)
     else:
-        codes = encode_images(model, options, args.codes, args.data_dir, device)
+        try:
+            codes = encode_images(model, options, args.codes, args.data_dir, device)
+        except MissingDataError as error:
+            if not is_release:
+                raise
+            print(f"codes from the prior in place of encoded images, since {error}")
+            codes = [(code_name(z[None]), z[None]) for z in prior_codes(model, args.codes)]
     label = f"{2 * args.shift_steps}_{args.eps:g}_{2 * args.shift_steps * args.eps:g}"
-    out = Path(args.exp) / "results" / (args.pool or "encoded") / label
+    out = exp / "results" / (args.pool or "encoded") / label
     shown, kept = [], []
     for name, code in codes:
         z = code.to(device)

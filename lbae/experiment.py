@@ -18,13 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import atomic_write, load_into, load_state, load_tensors, save_state, save_weights
+from common.checkpoint import (
+    atomic_write,
+    load_into,
+    load_state,
+    load_tensors,
+    read_json,
+    save_state,
+    save_weights,
+    write_json,
+)
 from common.errors import UserError
+from common.released import released
 from lbae.describe import newest_config
 from lbae.model import LBAE
-from lbae.parameters import MODEL, TRAINING, Params, experiment_name, fields_of, from_saved, parse
+from lbae.parameters import MODEL, TRAINING, Params, experiment_name, fields_of, from_saved, keys_of, parse
 
 KIND = "lbae"
+RELEASES = {"mnist_bae": "mnist_bae_w16"}  # what evaluation takes while there is no experiment of one's own
 
 
 def resolve(configs: Mapping[str, Mapping[str, Any]], script: str | Path, argv: list[str]) -> tuple[Params, Path]:
@@ -32,7 +43,8 @@ def resolve(configs: Mapping[str, Mapping[str, Any]], script: str | Path, argv: 
 
     Defaults < the configuration `cfg` (the script's first one when not named) < what the experiment saved (the model
     when evaluating, the training too when resuming) < the command line. The folder is `exp=`; else the current one if
-    it is an experiment; else `<folder of the script>/<name>`. Raises UserError for a configuration of another script.
+    it is an experiment; else `<folder of the script>/<name>`; where that is not there, an evaluation of MNIST takes the
+    released model. Raises UserError for a configuration of another script.
     """
     given = parse(argv, Params)
     params = _build(configs, given, {})
@@ -41,11 +53,35 @@ def resolve(configs: Mapping[str, Mapping[str, Any]], script: str | Path, argv: 
     if not (params.eval or resumes):
         return params, folder
     if not folder.is_dir():
-        raise UserError(f"no experiment at {folder}; train it first, or name one by exp=")
+        reason = f"no experiment at {folder}"
+        if not params.eval or params.exp or params.reload is not None or params.cfg not in RELEASES:
+            raise UserError(f"{reason}; train it first, or name one by exp=")
+        folder = _released_experiment(RELEASES[params.cfg], folder, given, reason)
     saved = from_saved(newest_config(folder), (MODEL,) if params.eval else (MODEL, TRAINING))
     if {"cfg"} <= given.keys() & saved.keys() and given["cfg"] != saved["cfg"]:
         raise UserError(f"cfg={given['cfg']}, but {folder} holds a {saved['cfg']} experiment")
     return _build(configs, given, saved), folder
+
+
+def _released_experiment(name: str, folder: Path, given: dict[str, Any], reason: str) -> Path:
+    """The experiment `<folder>-released`, made of the weights that ship; says so in one line.
+
+    Raises UserError when the command line asks for another network or other data than the release's.
+    """
+    from lbae.release import unpack  # it needs this module
+
+    release = released("lbae", name)
+    stored = read_json(release.path.with_suffix(".json"))
+    elsewhere = {"data_root", "train_images", "test_images"}  # these say nothing about the weights
+    asked = {key: value for key, value in given.items() if key in keys_of(MODEL) - elsewhere}
+    release.refuse(asked, stored, reason)
+    target = folder.with_name(f"{folder.name}-released")
+    mark = target / "release.json"
+    if not (mark.is_file() and read_json(mark).get("sha256") == release.sha256):
+        unpack(release.path, target, renew=True)
+        write_json(mark, {"release": release.name, "sha256": release.sha256})
+    print(release.notice(reason), f"(files in {target})", flush=True)
+    return target
 
 
 def _build(configs: Mapping[str, Mapping[str, Any]], given: dict[str, Any], saved: dict[str, Any]) -> Params:

@@ -41,9 +41,12 @@ def pack(folder: Path, target: Path) -> None:
     save_weights(target, tensors, {**config, "release": facts})
 
 
-def unpack(source: Path, folder: Path) -> None:
-    """Make the experiment `folder` of a packed file. Raises UserError when it exists or the file is another one."""
-    if folder.exists() and any(folder.iterdir()):
+def unpack(source: Path, folder: Path, renew: bool = False) -> None:
+    """Make the experiment `folder` of a packed file; `renew` writes over an unpacked one.
+
+    Raises UserError when the folder holds something (and not `renew`), or the file is another one.
+    """
+    if not renew and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty; name another folder")
     tensors, config = load_weights(source)
     facts = config.pop("release", None)

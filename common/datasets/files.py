@@ -19,15 +19,15 @@ from torchvision.transforms.functional import InterpolationMode
 from common.checkpoint import atomic_write
 from common.datasets.base import ArraySet, ImageSet
 from common.datasets.readers import read_image, reading
-from common.errors import UserError
+from common.errors import MissingDataError, UserError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 
 
-def absent(name: str, expected: Path, also: str = "") -> UserError:
+def absent(name: str, expected: Path, also: str = "") -> MissingDataError:
     """The one line for a data set that is not there."""
     also = f" {also}" if also else ""
-    return UserError(
+    return MissingDataError(
         f"{name} is not there: expected {expected}{also}; "
         f"prepare it by `python -m common.datasets.prepare {name}`, or point DATA_ROOT at it"
     )

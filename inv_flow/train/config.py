@@ -228,7 +228,15 @@ def coerce(name: str, value: Any) -> Any:
 def parse(
     argv: list[str] | None, description: str, preset: dict[str, Any], extra: dict[str, dict] | None = None
 ) -> Config:
-    """The configuration of a script: defaults, then its `preset`, then `--layer`, then the command line.
+    """The configuration of a script; see `parse_given`."""
+    return parse_given(argv, description, preset, extra)[0]
+
+
+def parse_given(
+    argv: list[str] | None, description: str, preset: dict[str, Any], extra: dict[str, dict] | None = None
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a script (defaults, then its `preset`, then `--layer`, then the command line), and the keys
+    that the command line set, those of `--preset` and `--layer` among them.
 
     `--key value` for every key (a bare `--key` switches a boolean on), or `--set key=value`. `extra` maps the names of
     the script's presets to what they change (`--preset`). Raises UserError for anything unknown or ill-typed.
@@ -266,7 +274,7 @@ def parse(
         if not equals:
             raise UserError(f"--set {pair}: expected KEY=VALUE")
         given[name] = value
-    changes = dict(preset)
+    changes: dict[str, Any] = {}
     chosen, layer = given.pop("preset", None), given.pop("layer", None)
     if chosen is not None:
         if chosen not in extra:
@@ -277,4 +285,6 @@ def parse(
     if coerce("smoke", given.get("smoke", False)):
         full = base.replace(**changes)
         changes |= SMOKE | {"name": f"{full.name}_smoke", "coupling_width": min(full.coupling_width, 16)}
-    return Config().replace(**changes | given)
+    changes |= given
+    config = base.replace(**changes)
+    return config, {name: getattr(config, name) for name in changes}
