@@ -6,12 +6,14 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from common.errors import NonFiniteError, UserError
 
@@ -129,6 +131,33 @@ class Distributed:
         torch_dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
 
+    def over_rows(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """`function(x)` for a function that treats each row alone: every process works on its share of the rows.
+
+        Each is given all rows and receives all results (a tensor or a tuple of tensors, rows first), so that what
+        follows sees the whole batch. The gradient of x is complete; that of the function's own parameters is this
+        process's part, until `sum_gradients`. Raises UserError when the rows cannot be shared evenly.
+        """
+        if self.world == 1:
+            return function(x)
+        if len(x) % self.world:
+            raise UserError(f"batch size {len(x)} must be a multiple of the {self.world} processes")
+        out = function(_OwnRows.apply(x, self.rank, self.world))
+        if isinstance(out, Tensor):
+            return _AllRows.apply(out, self.rank, self.world)
+        return tuple(_AllRows.apply(part, self.rank, self.world) for part in out)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add up the gradients over the processes, in place."""
+        if self.world == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            flat = torch.cat([g.flatten() for g in gradients])
+            torch_dist.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view(gradient.shape))
+
     def any(self, flag: "bool | StopSignal") -> bool:
         """True on every process when it is true on one: ranks leave a loop together."""
         return bool(flag) if self.world == 1 else bool(self.sum(float(bool(flag))) > 0)
@@ -142,6 +171,73 @@ class Distributed:
         """Leave the process group."""
         if self.world > 1 and torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+
+
+def _gathered(x: Tensor, world: int) -> Tensor:
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world)]
+    torch_dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class _OwnRows(torch.autograd.Function):
+    """This process's share of the rows; the gradient is put together from all processes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rank: int, world: int) -> Tensor:
+        ctx.world, share = world, len(x) // world
+        return x[rank * share : (rank + 1) * share].clone(memory_format=torch.preserve_format)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(gradient, ctx.world), None, None
+
+
+class _AllRows(torch.autograd.Function):
+    """The rows of all processes; each of them computes the same loss from them, so its gradient is its own share."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rank: int, world: int) -> Tensor:
+        ctx.place = rank * len(x), (rank + 1) * len(x)
+        return _gathered(x, world)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        start, stop = ctx.place
+        return gradient[start:stop].contiguous(), None, None
+
+
+class _BatchNormOverProcesses(nn.BatchNorm2d):
+    """Batch normalisation whose statistics are those of the batch over all processes, on any backend.
+
+    PyTorch's SyncBatchNorm needs CUDA. Same names and state as nn.BatchNorm2d.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, H, W), B this process's share."""
+        if not self.training:
+            return super().forward(x)
+        count = x.numel() // x.shape[1] * torch_dist.get_world_size()
+        mean = all_reduce(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def normalise_over_processes(module: nn.Module, dist: Distributed) -> nn.Module:
+    """Let every BatchNorm2d of `module` see the whole batch, of which each process holds an equal share."""
+    if dist.world == 1:
+        return module
+    if dist.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for part in module.modules():
+        if type(part) is nn.BatchNorm2d:
+            part.__class__ = _BatchNormOverProcesses
+    return module
 
 
 class StopSignal:

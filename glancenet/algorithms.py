@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from common.launch import Distributed, normalise_over_processes
 from glancenet import losses
 from glancenet.architectures import DECODERS, DISCRIMINATORS, ENCODERS, LABEL_TILERS, SimpleDiscriminator, find
 
@@ -161,6 +162,7 @@ class Algorithm(nn.Module):
     def __init__(self, o: argparse.Namespace, shape: Shape):
         super().__init__()
         self.w, self.shape, self.z_dim = Weights.of(o), shape, o.z_dim
+        self.dist = Distributed(torch.device("cpu"))  # one process, until `share`
         self.encoder = self._make_encoder(o, 0, shape.channels)
         self.decoder = self._make_decoder(o, o.z_dim)
         self.discriminator: nn.Module | None = None
@@ -222,13 +224,36 @@ class Algorithm(nn.Module):
 
     # ---- forward parts
 
+    def share(self, dist: Distributed) -> None:
+        """From now on encoder and decoder work on this process's part of the rows in training.
+
+        Every process is given the whole batch, draws the same noise and computes the whole objective: terms that
+        compare the rows of a batch are those of one process.
+        """
+        self.dist = dist
+        for part in (self.encoder, self.decoder):
+            if part is not None:
+                normalise_over_processes(part, dist)
+
+    def run_encoder(self, x: Tensor):
+        """The encoder's output for all rows of x."""
+        return self.dist.over_rows(self.encoder, x) if self.training else self.encoder(x)
+
+    def run_decoder(self, z: Tensor) -> Tensor:
+        """The decoder's output for all rows of z."""
+        return self.dist.over_rows(self.decoder, z) if self.training else self.decoder(z)
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose gradient is spread over the processes."""
+        return [p for part in (self.encoder, self.decoder) if part is not None for p in part.parameters()]
+
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(mu, logvar), each (B, D)."""
-        return self.encoder(batch.x)
+        return self.run_encoder(batch.x)
 
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
         """Image logits (B, C, 64, 64)."""
-        return self.decoder(z)
+        return self.run_decoder(z)
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
         """A latent sample (B, D)."""
@@ -277,6 +302,7 @@ class Algorithm(nn.Module):
         terms, z = self.terms(batch, step)
         optimizers["G"].zero_grad(set_to_none=True)
         (terms.prediction if classes_only else terms.total).backward()
+        self.dist.sum_gradients(self.shared_parameters())
         optimizers["G"].step()
         if self.discriminator is not None:
             self._discriminator_step(z.detach(), second, optimizers["PermD"])
@@ -317,14 +343,14 @@ class AE(Algorithm):
             raise UserError(f"--alg AE needs an encoder without a variance, not {o.encoder[0]}; take one of {known}")
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        z = self.encoder(batch.x)
+        z = self.run_encoder(batch.x)
         return z, torch.zeros_like(z)
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
         return mu
 
     def terms(self, batch: Batch, step: int) -> tuple[Terms, Tensor]:
-        z = self.encoder(batch.x)
+        z = self.run_encoder(batch.x)
         recon = self.w.w_recon * losses.reconstruction(self.decode(z, batch), batch.x)
         zero = torch.zeros_like(recon)
         return self._unsupervised(recon, zero, zero), z
@@ -392,7 +418,7 @@ class CBNM(Algorithm):
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(mu, logvar); the variance of a Gaussian encoder is there, but nothing trains it."""
-        out = self.encoder(batch.x)
+        out = self.run_encoder(batch.x)
         return out if self.encoder.gaussian else (out, torch.zeros_like(out))
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -444,10 +470,10 @@ class CVAE(Algorithm):
         return losses.one_hot_labels(batch.codes, list(self.shape.code_sizes)).to(batch.x)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.encoder(torch.cat([batch.x, self.tiler(self.labels(batch))], dim=1))
+        return self.run_encoder(torch.cat([batch.x, self.tiler(self.labels(batch))], dim=1))
 
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
-        return self.decoder(torch.cat([z, self.labels(batch)], dim=1))
+        return self.run_decoder(torch.cat([z, self.labels(batch)], dim=1))
 
 
 class IFCVAE(Algorithm):
@@ -478,7 +504,7 @@ class IFCVAE(Algorithm):
         return losses.multi_label_softmax(self.label_encoder(x), self.sizes)
 
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
-        return self.decoder(torch.cat([z, self.label_probabilities(batch.x).detach()], dim=1))
+        return self.run_decoder(torch.cat([z, self.label_probabilities(batch.x).detach()], dim=1))
 
     def terms(self, batch: Batch, step: int) -> tuple[Terms, Tensor]:
         """The VAE terms; `prediction` = label loss of the reconstruction minus the adversary's loss."""

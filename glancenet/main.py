@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ if __package__ in (None, ""):
 from common.checkpoint import load_into, load_state, restore_rng, rng_state, save_state, save_weights, write_json
 from common.errors import UserError, run_command
 from common.images import save_image
-from common.launch import StopSignal, check_finite, pick_device, seed_everything
+from common.launch import Distributed, StopSignal, check_finite, pick_device, seed_everything
 from common.run import Run
 from glancenet import osr, passes, visual
 from glancenet.algorithms import Algorithm, Batch, Terms, algorithm_class
@@ -167,14 +168,18 @@ def metrics_row(model: Algorithm, terms: Terms, batch: Batch, z: Tensor, step: i
 class Trainer:
     """Everything a run owns; `train` is the loop, the other methods are what happens between steps."""
 
-    def __init__(self, o: argparse.Namespace):
+    def __init__(self, o: argparse.Namespace, dist: Distributed | None = None):
         self.o = o
-        self.device = pick_device(o.device)
-        seed_everything(o.seed, o.deterministic)
+        self.dist = dist or Distributed(pick_device(o.device))
+        self.device = self.dist.device
+        if o.batch_size % self.dist.world:
+            raise UserError(f"--batch_size {o.batch_size} must be a multiple of the {self.dist.world} processes")
+        seed_everything(o.seed, o.deterministic)  # the same on every process: they draw the same noise
         self.data = load_data(o)
         check_metrics(o, self.data)
         self.model = algorithm_class(o.alg)(o, self.data.shape)
         self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.share(self.dist)
         self.optimizers = make_optimizers(self.model, o)
         self.rate = LearningRate(
             self.optimizers["G"], o.lr_G, o.warmup_epochs, o.lr_scheduler, parse_scheduler_args(o.lr_scheduler_args)
@@ -193,7 +198,7 @@ class Trainer:
         self.epoch_steps = 0
         self.epoch_latents: list[tuple[Tensor, Tensor]] = []
         self.epoch_rows = 0
-        self.resumed = False
+        self.resumed = self.interrupted = False
         if o.ckpt_load:
             self._load(o.ckpt_load)
         self.files = self._folders()
@@ -212,7 +217,11 @@ class Trainer:
     def _folders(self) -> Files:
         o, log = self.o, log_folder(self.o)
         pictures = Path(o.test_output_dir if o.test else o.train_output_dir) / o.name
-        return Files(log, log / "train_runs", log / "eval_results", Path(o.ckpt_dir) / o.name, pictures)
+        checkpoints = Path(o.ckpt_dir) / o.name
+        if not self.dist.is_main:  # every process makes the same files; the first one's are kept
+            self._discarded = tempfile.TemporaryDirectory()
+            log, checkpoints, pictures = (Path(self._discarded.name) / name for name in ("log", "ckpt", "pictures"))
+        return Files(log, log / "train_runs", log / "eval_results", checkpoints, pictures)
 
     def _open(self) -> None:
         o, f = self.o, self.files
@@ -222,10 +231,10 @@ class Trainer:
             held = all(part.images.hold(self.device, HOLD_LIMIT) for part in (self.data.train, self.data.test))
         self.run = Run(
             f.log / "run", config, resume=self.resumed, resume_step=self.step if self.resumed else None,
-            overwrite=o.overwrite, wandb="glancenet" if o.use_wandb else None,
+            overwrite=o.overwrite, wandb="glancenet" if o.use_wandb else None, enabled=self.dist.is_main,
         )  # fmt: skip
         write_json(f.log / "commandline_args.txt", config)
-        np.save(f.log / "supervised_rows.npy", self.data.train.rows.numpy()[self.data.train.mask.numpy() > 0])
+        save_arrays(f.log / "supervised_rows.npy", self.data.train.rows.numpy()[self.data.train.mask.numpy() > 0])
         train, val, test = train_columns(self.model)
         keep, keep_epoch = (("iter", self.step), ("epoch", self.epoch)) if self.resumed else (None, None)
         self.tables = {
@@ -251,7 +260,7 @@ class Trainer:
             while self.step < self.last_step and not stopped:
                 self.rate.start_epoch(self.epoch)
                 stopped = self._train_epoch(signal)
-            interrupted = bool(signal)
+            interrupted = self.interrupted
         if interrupted:
             self.run.info(
                 f"stopped by a signal at step {self.step}; go on with --ckpt_load {self.files.checkpoints / 'final'}"
@@ -286,14 +295,15 @@ class Trainer:
             self._remember(z, batch)
             if self._between_steps(terms, batch, z):
                 return True
-            if signal or self.step >= self.last_step:
+            self.interrupted = self.dist.any(signal)
+            if self.interrupted or self.step >= self.last_step:
                 break
         complete = self.step - self.epoch * self.per_epoch >= self.per_epoch
         if complete or self.step >= self.last_step:
             self._report_epoch(time.perf_counter() - began)
         if complete:
             self._next_epoch()
-        return bool(signal)
+        return self.interrupted
 
     @property
     def shown_epoch(self) -> int:
@@ -433,8 +443,8 @@ class Trainer:
         per_class = Table(f.train / "thr_y.csv", ["thr_y"])
         for value in self.thresholds.distance:
             per_class.append({"thr_y": value})
-        np.save(f.evaluation / "centroids.npy", self.thresholds.means)
-        np.save(f.evaluation / "passed.npy", passed)
+        save_arrays(f.evaluation / "centroids.npy", self.thresholds.means)
+        save_arrays(f.evaluation / "passed.npy", passed)
         self.run.info(f"rejection: {passed.mean():.1%} of the {len(passed):,} test images accepted")
 
     def _disentanglement(self) -> None:
@@ -545,6 +555,8 @@ class Trainer:
 
     def save(self, name: str) -> None:
         """The full state as <ckpt_dir>/<name>/<name>."""
+        if not self.dist.is_main:
+            return
         save_state(
             self.files.checkpoints / name, KIND, iter=self.step, epoch=self.epoch, options=vars(self.o),
             model=self.model.state_dict(), optimizers={k: v.state_dict() for k, v in self.optimizers.items()},
@@ -611,6 +623,8 @@ class Trainer:
         if o.file_save:
             self._matrix_picture()
         self.run.close()
+        if not self.dist.is_main:
+            return
         values = {name: float(getattr(scores, name)) for name in names}
         print(json.dumps({**values, **self.metric_values, "log": str(self.files.log)}))
 
@@ -633,11 +647,15 @@ def main(argv: list[str] | None = None) -> Path:
     o = parse(argv)
     logging.basicConfig(level=o.verbose, format="%(levelname)s %(message)s")
     os.environ["DISENTANGLEMENT_LIB_DATA"] = o.dset_dir
-    trainer = Trainer(o)
-    if o.test:
-        trainer.test()
-    else:
-        trainer.train()
+    dist = Distributed.start(o.device)
+    try:
+        trainer = Trainer(o, dist)
+        if o.test:
+            trainer.test()
+        else:
+            trainer.train()
+    finally:
+        dist.close()
     return trainer.files.log
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.batches import Batches
 from common.checkpoint import restore_rng, rng_state, save_state, write_json
 from common.errors import NonFiniteError, UserError
-from common.launch import Distributed, StopSignal, check_finite, seed_everything
+from common.launch import Distributed, StopSignal, check_finite, normalise_over_processes, seed_everything
 from common.run import Run
 from lbae.data import attributes, load_split
 from lbae.describe import newest_config
@@ -92,7 +92,7 @@ def _train(params: Params, folder: Path, dist: Distributed) -> None:
     else:
         progress, changes = Progress(), []
         start_afresh(folder, params.overwrite, dist)
-    module = dist.wrap(model)
+    module = dist.wrap(normalise_over_processes(model, dist))
     if dist.rank:
         torch.manual_seed(params.seed + 1000003 * dist.rank + progress.iter)  # a VAE's noise differs between processes
 

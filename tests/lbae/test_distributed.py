@@ -1,4 +1,4 @@
-"""Two processes under torchrun: loss and gradient over the total batch, complete latents, exact resume."""
+"""Two processes under torchrun: the losses of one, complete latents, exact resume."""
 
 import csv
 import os
@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.batches import Batches
 from lbae import mnist
-from lbae.data import load_split
-from lbae.evaluation import as_input
-from lbae.experiment import Latents, build_model, read_checkpoint
-from lbae.model import losses
-from lbae.parameters import Params
+from lbae.experiment import Latents, read_checkpoint
 
 KEYS = {"cfg": "mnist_bae", "dataset": "digits", "width": 2, "zsize": 16, "batch_size": 64, "batch_size_test": 64,
         "lr": 1e-2, "train_images": 192, "test_images": 50, "device": "cpu", "dec_in_channels": 1,
@@ -42,32 +37,32 @@ def two(tmp_path_factory) -> Path:
     return folder
 
 
-def test_steps_are_those_of_the_total_batch(two):
-    """Both halves see the same weights and normalise by their own statistics; their gradients are averaged."""
-    torch.manual_seed(Params().seed)
-    params = Params(**KEYS)
-    model = build_model(params).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=params.lr)
-    expected = []
-    for images, _ in Batches(load_split(params, "train"), 64, params.seed).epoch(0):
-        optimizer.zero_grad()
-        values = []
-        for half in (1, 0):  # the first half last: it leaves its running statistics, which are unused here
-            x = as_input(images[32 * half : 32 * half + 32])
-            xr, encoded = model(x)
-            loss = losses(xr, x, encoded, True)["loss"].mean() / 2
-            loss.backward()
-            values.append(float(loss.detach()))
-        optimizer.step()
-        expected.append(sum(values))
-    torch.testing.assert_close(torch.tensor(train_losses(two)), torch.tensor(expected), rtol=1e-4, atol=0)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one") / "exp"
+    mnist.main([*(f"{key}={value}" for key, value in KEYS.items()), f"exp={folder}", "epochs_max=1"])
+    return folder
 
 
-def test_latents_are_complete_and_in_order(two, tmp_path):
-    mnist.main([*(f"{key}={value}" for key, value in KEYS.items()), f"exp={tmp_path / 'one'}", "epochs_max=1"])
-    one, both = (Latents.load(folder / "latents-last.npz") for folder in (tmp_path / "one", two))
-    assert torch.equal(one.labels, both.labels)
-    assert torch.equal(*(Latents.load(folder / "latents-eval.npz").labels for folder in (tmp_path / "one", two)))
+def test_losses_are_those_of_one_process(one, two):
+    """The batch normalisation sees the whole batch, the gradient is its mean.
+
+    The first loss agrees up to rounding. Adam's first steps turn the sign of a gradient near 0 into a whole step, and a
+    bit whose logit is near 0 flips: the later losses get a tolerance of 1e-3.
+    """
+    losses = torch.tensor([train_losses(folder) for folder in (one, two)])
+    torch.testing.assert_close(losses[1, 0], losses[0, 0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+    first, second = (read_checkpoint(folder / "models/last.cp") for folder in (one, two))
+    for name in ("bn0.running_mean", "bn0.running_var"):
+        torch.testing.assert_close(second["enc"][name], first["enc"][name], rtol=1e-2, atol=1e-3)
+
+
+def test_latents_are_complete_and_in_order(one, two):
+    first, both = (Latents.load(folder / "latents-last.npz") for folder in (one, two))
+    assert torch.equal(first.labels, both.labels)
+    assert (first.codes == both.codes).double().mean() > 0.99
+    assert torch.equal(*(Latents.load(folder / "latents-eval.npz").labels for folder in (one, two)))
     assert read_checkpoint(two / "models/last.cp")["iter"] == 192
 
 
