@@ -319,14 +319,16 @@ def table_section(rows: list[Row], commands: Commands) -> list[str]:
     runs: dict[tuple, list[Row]] = {}
     for row in rows:
         runs.setdefault(line_key(row), []).append(row)
+    measured_first = sorted(runs.values(), key=lambda found: found[0]["ours"] is None)
     one_data = len({row["data"] for row in rows}) == 1
+    facts = [key for key in ("n", "minutes") if any(row[key] is not None for row in rows)]
     head = ["model, setting"] if one_data else ["model, setting", "data"]
     for metric, unit, direction in columns:
         name = metric + (f", {unit}" if unit else "") + DIRECTIONS[direction]
         head += [f"{name}: paper", "ours"] if (metric, unit, direction) in with_paper else [name]
-    head += ["protocol", "items", "minutes", "command"]
+    head += ["protocol", *({"n": "items", "minutes": "minutes"}[key] for key in facts), "command"]
     lines = []
-    for found in runs.values():
+    for found in measured_first:
         first = found[0]
         line = [first["setting"]] if one_data else [first["setting"], first["data"]]
         by_column = {column_key(row): row for row in found}
@@ -334,9 +336,9 @@ def table_section(rows: list[Row], commands: Commands) -> list[str]:
             row = by_column.get(column)
             line += [paper_cell(row) if row else "–"] if column in with_paper else []
             line += [our_cell(row) if row else "–"]
-        items = "–" if first["n"] is None else f"{first['n']:,}"
-        minutes = "–" if first["minutes"] is None else f"{first['minutes']:g}"
-        line += [first["protocol"], items, minutes, f"[{commands.number(first)}]"]
+        shown = {"n": "–" if first["n"] is None else f"{first['n']:,}"}
+        shown["minutes"] = "–" if first["minutes"] is None else f"{first['minutes']:g}"
+        line += [first["protocol"], *(shown[key] for key in facts), f"[{commands.number(first)}]"]
         lines.append(line)
     out = [f"### {rows[0]['table']}", ""]
     if one_data:
@@ -370,7 +372,8 @@ How to read it:
   says.
 * **small** means that the same code ran on the paper's kind of data, but with a smaller network, fewer iterations or
   fewer images, as the line says. Such a number shows that the method works and how it orders; it is no number of the
-  paper's table and neither confirms nor refutes it. **differs** means a run of the paper's size with another protocol.
+  paper's table and neither confirms nor refutes it. **differs** means another protocol or a number beside the paper's
+  tables, as the line says.
 * **not yet run** means what it says; the command of the line would make the number. These lines are the list of what is
   left to do.
 * "a ± b (k)" is mean and sample standard deviation over k seeds; a number alone is one seed. Minutes are those of one
