@@ -91,7 +91,8 @@ def find_mnist() -> Path | None:
 
 DATA = {
     "digits": "scikit-learn's digits: 1,797 images of 8x8 pixels and 17 grey levels, a fifth of them for testing",
-    "sprites": "sprites rendered here: 3 shapes, 4 scales, 12 x 12 positions, one orientation; 1,728 images of 64x64",
+    "sprites": "sprites rendered here: 3 shapes, 4 scales, 12 x 12 positions, one orientation (1,728 images of 64x64); "
+    "for the leakage 20 orientations at the centre (training) and in two corners (1,500 test images)",
     "mnist": "real MNIST from the data folder",
 }
 
@@ -143,7 +144,7 @@ def lbae(out: str, mnist: bool) -> Paper:
 
 
 def glancenet(out: str, mnist: bool) -> Paper:
-    """GlanceNet, concept bottleneck and an untrained network on sprites; with MNIST the parity leakage too."""
+    """GlanceNet, concept bottleneck, an untrained network and position leakage on sprites; parity leakage on MNIST."""
     base = f"{out}/glancenet"
     common = (
         "--dset_name sprites --dset_dir data --sprites_sizes 3 4 1 12 12 --include_labels 1 2 4 5 "
@@ -175,6 +176,24 @@ def glancenet(out: str, mnist: bool) -> Paper:
             "evaluate",
             command(f"python glancenet/evaluate.py {base}/logs --out {base}/evaluation"),
             makes=(f"{base}/evaluation/runs.csv",),
+        ),
+        Step(
+            "make leakage sprites",
+            command(
+                "python glancenet/prepare_dsprites_leakage.py --source sprites --sizes 3 6 20 32 32 --test_images 1500 "
+                f"--out {base}/data"
+            ),
+            makes=(f"{base}/data/dsprites_leakage_train.npz", f"{base}/data/dsprites_leakage_test.npz"),
+        ),
+        Step(
+            "position leakage",
+            command(
+                f"python glancenet/leakage.py --dset_dir {base}/data --models cbnm glancenet --out {base}/leakage "
+                "--device cpu -- --encoder PadlessGaussianConv64 --decoder ShallowLinear --max_epoch 20 "
+                "--warmup_epochs 0 --test_iter 180"
+            ),
+            makes=(f"{base}/leakage/leakage.json", f"{base}/leakage/pca.png"),
+            clears=(f"{base}/leakage",),
         ),
     ]
     if mnist:

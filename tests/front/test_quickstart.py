@@ -276,6 +276,9 @@ def fake_runs(out: Path) -> None:
         for rejection in ("none", "both checks", "distance")
     ]
     write(out / "glancenet/parity/results.json", json.dumps({"summary": summary}))
+    summary = [{**row, "rejection": row["rejection"].removesuffix(" checks")} for row in summary]
+    write(out / "glancenet/leakage/leakage.json", json.dumps({"summary": summary}))
+    picture(out / "glancenet/leakage/pca.png")
     picture(out / "glancenet/parity/leakage.png")
     kinds = ("model", "unmoved", "identity", "black")
     errors = {name: {kind: {"mean": 100.5 + k} for k, kind in enumerate(kinds)} for name in ("scale", "hue")}
