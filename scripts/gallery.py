@@ -165,8 +165,8 @@ def lbae(run: Path) -> Section:
         [Picture([(path, captions[key])], captions[key], 320) for key, path in mosaics.items()]
         + [
             Picture(
-                [(exp / "PR.png", "Curves of precision against recall for the four samplers")],
-                "Precision against recall of four ways to make codes: the larger the area below a curve, the better.",
+                [(exp / "PR.png", "Curves of precision against recall of real images and four samplers")],
+                "Precision against recall of real images and of four ways to make codes: a larger area is better.",
                 420,
                 plot=True,
             )
@@ -545,7 +545,8 @@ def figure(part: Picture, name: str, out: Path) -> str:
         address = "/".join(quote(piece) for piece in target.relative_to(out).parts)
         kind = ' class="plot"' if part.plot else ""
         images.append(f'<img src="{escape(address)}" alt="{escape(alternative)}" width="{part.width}"{kind}>')
-    return f"<figure><div>{''.join(images)}</div><figcaption>{escape(part.caption)}</figcaption></figure>"
+    room = f' style="width: {max(part.width, 300)}px"' if len(images) == 1 else ""
+    return f"<figure{room}><div>{''.join(images)}</div><figcaption>{escape(part.caption)}</figcaption></figure>"
 
 
 def how(outcome: Any, out: Path) -> str:
@@ -578,7 +579,7 @@ def section(outcome: Any, build: Callable[[Path], Section] | None, out: Path) ->
     except Exception as problem:  # one unreadable result must not take the page with it
         error, body = error or f"page: {type(problem).__name__}: {problem}", ""
     parts += [f'<section id="{escape(name)}">', f"<h2>{escape(head)}</h2>"]
-    parts += [f"<p class=error>This paper did not finish: {escape(error)}</p>"] if error else []
+    parts += [f"<p class=error>Not complete: {escape(error)}</p>"] if error else []
     parts += [body, f"<p class=note>Data: {escape(outcome.paper.data)}.</p>" if outcome.paper.data else ""]
     parts += [
         f"<p class=note>More, and runs of real size: {escape(name)}/README.md and RESULTS.md in the repository.</p>"
@@ -614,7 +615,7 @@ def write_page(
 <p>Five papers, each trained, evaluated and drawn on this machine by its own scripts. These are <strong>small
 runs</strong> of minutes: they show that every part works, next to what needs no learning, and are no results of the
 papers. Measured rows of the papers' tables are in <code>RESULTS.md</code> and in each paper's README.</p>
-<p class=soft>{seconds[0] / 60:.1f} minutes ({seconds[1] / 60:.1f} of CPU time), two papers side by side. In the
+<p class=soft>All steps one after the other: {seconds[0] / 60:.1f} minutes, {seconds[1] / 60:.1f} of CPU time. In the
 tables <strong>bold</strong> is what the paper proposes and <em>italic</em> what needs no learning. Point at a number to
 see its file.</p>
 <nav>{links}</nav>

@@ -129,15 +129,20 @@ def lbae(out: str, mnist: bool) -> Paper:
         clears=(f"{exp}/results.txt", f"{exp}/generated"),
         folder=exp,
     )
+    fewer = " train_images=2000" if mnist else ""
     real = Step(
         "write real images",
-        command(f"python lbae/mnist.py l eval eval_train device=cpu exp={exp}"),
+        command(f"python lbae/mnist.py l eval eval_train{fewer} device=cpu exp={exp}"),
         makes=(f"{out}/lbae/{name}_train",),
+        clears=(f"{out}/lbae/{name}_train",),
     )
+    samples = ",".join(f"generated/samples_{method}" for method in ("cov", "int", "independent", "random"))
     score = Step(
-        "score real images",
-        command(f"python {root}/lbae/eval.py s=../{name}_eval t=../{name}_train feat=pixel-pca64 device=cpu"),
-        makes=(f"{exp}/results.txt",),
+        "score real images too",
+        command(
+            f"python {root}/lbae/eval.py s=../{name}_eval t=../{name}_train,{samples},reco feat=pixel-pca64 device=cpu"
+        ),
+        makes=(f"{exp}/results.txt", f"{exp}/PR.png"),
         folder=exp,
     )
     return Paper("lbae", (train, generate, real, score), DATA[name])
@@ -213,12 +218,13 @@ def glancenet(out: str, mnist: bool) -> Paper:
 def latent_flow(out: str, mnist: bool) -> Paper:
     """Supervised flows of scale, rotation and hue: train, evaluate beside trivial baselines, draw."""
     run, name = f"{out}/latent_flow/run", ("mnist" if mnist else "digits")
-    sizes = "--latent-size 32 --max-iter 1400" if mnist else "--dataset digits --max-iter 3000"
+    sizes = "" if mnist else "--dataset digits --image-size 28 "
     train = Step(
         "train",
         command(
-            f"python -m latent_flow.train_vae_scratch {sizes} --batch-size 32 --lr-vae 2e-3 --support-set-lr 1e-3 "
-            f"--log-freq 100 --ckp-freq 200 --eval-images 10 --device cpu --out {run}"
+            f"python -m latent_flow.train_vae_scratch {sizes}--latent-size 32 --max-iter 1600 --batch-size 16 "
+            "--lr-vae 2e-3 --support-set-lr 1e-3 --log-freq 100 --ckp-freq 200 --eval-images 10 --device cpu "
+            f"--out {run}"
         ),
         makes=(f"{run}/final.pt",),
         clears=(run,),
@@ -328,7 +334,7 @@ class Runner:
                 outcome.records.append(record)
         except StepError as error:
             outcome.error = str(error)
-            self.say(paper.name, f"FAILED: {error}")
+            self.say(paper.name, str(error) if self.stopping.is_set() else f"FAILED: {error}")
         except Exception as error:  # a defect of this script must not take the other papers with it
             outcome.error = f"{type(error).__name__}: {error}"
             self.say(paper.name, f"FAILED: {outcome.error}")
@@ -479,7 +485,7 @@ def known_outcomes(out: Path, papers: list[Paper]) -> list[Outcome]:
         records = [read_record(path) for path in sorted((out / "steps" / paper.name).glob("*.json"))]
         records = [record for record in records if record.get("finished")]
         if records:
-            error = "" if len(records) == len(paper.steps) else "not finished; run the quickstart again"
+            error = "" if len(records) == len(paper.steps) else "steps are missing; run the quickstart again"
             outcomes.append(Outcome(paper, records, error))
     return outcomes
 

@@ -434,7 +434,7 @@ def test_an_unreadable_result_costs_its_own_section_only(page, tmp_path):
     path, failures = gallery.write_page(out, outcomes(out))
     assert [name for name, _ in failures] == ["nfpi"]
     text = path.read_text()
-    assert "This paper did not finish: page: JSONDecodeError" in text and "Fréchet distance" in text
+    assert "Not complete: page: JSONDecodeError" in text and "Fréchet distance" in text
 
 
 # --------------------------------------------------------------------------------------------------------------- real
