@@ -328,7 +328,7 @@ while not stop and not pathlib.Path("quick").exists():
 if stop:
     time.sleep(0.3)
     pathlib.Path("saved").write_text(str(int(stop[0])))
-sys.exit(0)  # as the trainers do: a stop that was asked for is no failure
+sys.exit(0)  # some programs call a stop that was asked for no failure
 """
 
 
