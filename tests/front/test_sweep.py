@@ -1,4 +1,7 @@
-"""scripts/sweep.py: one manifest, independent jobs, resumable, shared. Half a quiet minute, most of it imports and hydra; jobs are tiny commands."""
+"""scripts/sweep.py: one manifest, independent jobs, resumable, shared.
+
+Half a quiet minute, most of it imports and hydra: the jobs are tiny commands.
+"""
 
 import json
 import os
