@@ -129,7 +129,7 @@ def problems() -> list[str]:
 def _present() -> list[str]:
     """All files below `checkpoints/` but the manifest and the README, relative to it."""
     files = (path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.is_file())
-    return sorted(file for file in files if file not in (MANIFEST, README))
+    return sorted(file for file in files if file not in (MANIFEST, README) and not file.startswith("."))
 
 
 def update() -> None:
