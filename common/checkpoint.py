@@ -190,7 +190,7 @@ def load_tensors(path: str | Path, map_location: Any = "cpu") -> Any:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        _refuse_compression(path)
+        refuse_compression(path)
         return torch.load(path, map_location=map_location, weights_only=True)
     except UserError:
         raise
@@ -206,7 +206,7 @@ def load_tensors(path: str | Path, map_location: Any = "cpu") -> Any:
         ) from error
 
 
-def _refuse_compression(path: Path) -> None:
+def refuse_compression(path: Path) -> None:
     """torch.save stores its members as they are; compressed ones could fill the memory from a small file."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

@@ -13,9 +13,7 @@ Images stay uint8 where they lie; a batch is turned into floats on the training 
 
 import argparse
 import queue
-import struct
 import threading
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from common.checkpoint import atomic_write
+from common.datasets.readers import NpzFile, reading
 from common.errors import UserError
 from glancenet import labels as rules
 from glancenet.algorithms import Batch, Shape
@@ -46,20 +45,6 @@ CELEBA_FIXED = {"fixed_0": 11281, "fixed_1": 114307, "fixed_2": 10535, "fixed_3"
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def _npz_member(archive: zipfile.ZipFile, path: Path, key: str) -> zipfile.ZipInfo:
-    try:
-        return archive.getinfo(f"{key}.npy")
-    except KeyError:
-        have = ", ".join(name.removesuffix(".npy") for name in archive.namelist())
-        raise UserError(f"{path} has no array {key!r} (it has {have}); prepare it again") from None
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = npy.read_magic(file)
-    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    return read(file)
-
-
 def open_npz(path: Path, key: str, remedy: str) -> np.ndarray:
     """Array `key` of an npz file, memory-mapped. A compressed member is unpacked once to `<path>.<key>.npy`.
 
@@ -68,34 +53,24 @@ def open_npz(path: Path, key: str, remedy: str) -> np.ndarray:
     if not path.is_file():
         raise UserError(f"{path} is missing; make it by: {remedy}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            member = _npz_member(archive, path, key)
-            if member.compress_type == zipfile.ZIP_STORED:
-                return _map_stored(path, member)
-            return _map_unpacked(path, archive, member, key)
-    except (zipfile.BadZipFile, ValueError, EOFError, struct.error) as error:
-        raise UserError(f"{path} is damaged or no npz file ({error}); make it again by: {remedy}") from error
+        archive = NpzFile(path)
+        mapped = archive.mapped(key)
+        return _unpacked(path, archive, key) if mapped is None else mapped
+    except UserError as error:
+        raise UserError(f"{error}; make it again by: {remedy}") from error
 
 
-def _map_stored(path: Path, member: zipfile.ZipInfo) -> np.ndarray:
-    with open(path, "rb") as file:
-        file.seek(member.header_offset)
-        head = file.read(30)
-        name_length, extra_length = struct.unpack("<26xHH", head)
-        file.seek(member.header_offset + 30 + name_length + extra_length)
-        shape, fortran, dtype = _read_header(file)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-
-
-def _map_unpacked(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, key: str) -> np.ndarray:
-    unpacked = path.with_name(f"{path.name}.{key}.npy")
-    if not unpacked.exists() or unpacked.stat().st_mtime < path.stat().st_mtime:
-        with archive.open(member) as source, atomic_write(unpacked) as target:
-            while block := source.read(1 << 22):
-                target.write(block)
-    return np.load(unpacked, mmap_mode="r", allow_pickle=False)
+def _unpacked(path: Path, archive: NpzFile, key: str) -> np.ndarray:
+    target = path.with_name(f"{path.name}.{key}.npy")
+    if not target.exists() or target.stat().st_mtime < path.stat().st_mtime:
+        shape, dtype = archive.header(key)  # what it claims is what the archive says it holds
+        with atomic_write(target) as file:
+            header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            npy.write_array_header_1_0(file, header)
+            for block in archive.blocks(key):
+                file.write(block.tobytes())
+    with reading(target, "npy"):
+        return np.load(target, mmap_mode="r", allow_pickle=False)
 
 
 class Images:
@@ -453,9 +428,7 @@ def load_celeba(o: argparse.Namespace) -> ConceptData:
         raise UserError(
             f"{path}: attributes {attributes.shape} do not belong to {len(images)} images; make it by: {remedy}"
         )
-    with zipfile.ZipFile(path) as archive:
-        stored = "splits.npy" in archive.namelist()
-    if stored:
+    if "splits" in NpzFile(path):
         ends = np.asarray(open_npz(path, "splits", remedy))
     elif len(images) == CELEBA_TOTAL:
         ends = np.array([CELEBA_TRAIN_END, CELEBA_VAL_END])

@@ -236,10 +236,13 @@ class Trainer:
         write_json(f.log / "commandline_args.txt", config)
         save_arrays(f.log / "supervised_rows.npy", self.data.train.rows.numpy()[self.data.train.mask.numpy() > 0])
         train, val, test = train_columns(self.model)
-        keep, keep_epoch = (("iter", self.step), ("epoch", self.epoch)) if self.resumed else (None, None)
+        keep = ("iter", self.step) if self.resumed else None
+        metrics = Table(f.train / "metrics.csv", train, keep)
+        # a row a test point, as in metrics.csv: its epoch alone does not say whether it was written by then
+        rows = metrics.rows if self.resumed else None
         self.tables = {
-            "metrics": Table(f.train / "metrics.csv", train, keep),
-            "val": Table(f.train / "val_metrics.csv", val, keep_epoch),
+            "metrics": metrics,
+            "val": Table(f.train / "val_metrics.csv", val, keep_rows=rows),
             "test": Table(f.evaluation / "test_metrics.csv", test, keep),
         }
         self.dis_columns = [f"eval_{name}" for name in o.evaluation_metric]

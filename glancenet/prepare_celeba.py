@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.datasets.readers import read_image
 from common.errors import UserError, run_command
 from glancenet.cluster import fit_and_save
 from glancenet.labels import CELEBA_ATTRIBUTES, celeba_kept_rows
@@ -56,11 +57,7 @@ def _lines(path: Path) -> list[str]:
 
 def image(path: Path) -> np.ndarray:
     """The central square of a CelebA image at 64 x 64: uint8 (64, 64, 3)."""
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} is missing or no image ({error})") from error
+    picture = read_image(path, 3)
     left, top = (picture.width - CROP) // 2, (picture.height - CROP) // 2
     if left < 0 or top < 0:
         raise UserError(f"{path} is {picture.width} x {picture.height}; the aligned images are 178 x 218")

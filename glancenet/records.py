@@ -11,6 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from common.checkpoint import append_text, atomic_write, whole_lines
+from common.datasets.readers import DAMAGE, read_array
 from common.errors import UserError
 
 
@@ -73,9 +74,10 @@ def load_arrays(path: Path, n: int) -> list[np.ndarray]:
     if not path.is_file():
         raise UserError(f"{path} is missing; is this the log folder of a finished run?")
     try:
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            return [np.load(file, allow_pickle=False) for _ in range(n)]
-    except (ValueError, EOFError, OSError) as error:
+            return [read_array(file, size - file.tell()) for _ in range(n)]
+    except DAMAGE as error:
         raise UserError(f"{path} is truncated or holds other records ({error})") from error
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from common import datasets
 from common.datasets.base import FactorSet
+from common.datasets.readers import read_image
 from common.errors import UserError, suggest
 from latent_flow import transforms
 
@@ -246,14 +247,10 @@ class FrameSequences:
 
 def read_picture(path: Path, size: int) -> np.ndarray:
     """One RGB picture as uint8 (3, size, size); UserError for a file that is no picture."""
-    try:
-        with Image.open(path) as picture:
-            rgb = picture.convert("RGB")
-            if rgb.size != (size, size):
-                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
-            return np.asarray(rgb).transpose(2, 0, 1)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable picture ({error}); delete or replace it") from error
+    rgb = read_image(path, 3)
+    if rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb).transpose(2, 0, 1)
 
 
 class FactorPictures(FactorSet):

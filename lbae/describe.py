@@ -23,7 +23,7 @@ def newest_config(folder: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); restore or delete it") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold a configuration")
@@ -42,7 +42,10 @@ def describe(folder: Path) -> tuple[str, Path, list[str]]:
             f"{folder.resolve()} has no saved configuration, and its name says no data set ({', '.join(SCRIPTS)})"
         )
     dataset = config.get("dataset") or script
-    crop = int(config.get("img_crop_size") or 0)
+    try:
+        crop = int(config.get("img_crop_size") or 0)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder.resolve()}: img_crop_size of its configuration is no number") from error
     vae = config.get("vae") or "-vae-" in folder.resolve().name
     reference = Path("..") / (f"{dataset}_{crop}_eval" if crop else f"{dataset}_eval")
     return script, reference, ["random"] if vae else ["cov", "random", "int"]

@@ -7,14 +7,17 @@ tar) is checked member by member, unpacked beside its destination, moved there i
 
 import argparse
 import hashlib
+import lzma
 import shutil
 import stat
+import struct
 import sys
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -22,6 +25,10 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from common.errors import UserError, run_command
+
+# what zipfile and tarfile raise on damaged bytes (RuntimeError: an encrypted or unsupported member)
+DAMAGE = (OSError, EOFError, ValueError, LookupError, RuntimeError, MemoryError, OverflowError, struct.error,
+          zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError)  # fmt: skip
 
 BLOCK = 1 << 20
 HERE = Path(__file__).resolve().parent
@@ -134,7 +141,7 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
                 raise UserError(
                     f"{archive.name} is {'a web page' if page else 'neither a zip nor a tar file'}; see its URL"
                 )
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+        except DAMAGE as error:
             raise UserError(f"{archive.name} is damaged ({error}); download it again") from error
         members = sorted(place.iterdir())
         for member in members:
@@ -158,9 +165,14 @@ def _unpack_zip(archive: Path, place: Path) -> None:
         for member in file.infolist():
             kind = stat.S_IFMT(member.external_attr >> 16)
             _check_member(archive, member.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+        if sum(member.file_size for member in file.infolist()) > shutil.disk_usage(place).free:
+            raise UserError(f"{archive.name} unpacks to more than the free space of {place.parent}; make room")
         if bad := file.testzip():
             raise zipfile.BadZipFile(f"member '{bad}'")
-        file.extractall(place)
+        for member in file.infolist():
+            path = Path(file.extract(member, place))
+            if path.is_file() and path.stat().st_size != member.file_size:
+                raise zipfile.BadZipFile(f"member '{member.filename}' has another size")
 
 
 def _unpack_tar(archive: Path, place: Path) -> None:
@@ -168,6 +180,8 @@ def _unpack_tar(archive: Path, place: Path) -> None:
         members = file.getmembers()
         for member in members:
             _check_member(archive, member.name, member.isfile() or member.isdir())
+        if sum(member.size for member in members) > shutil.disk_usage(place).free:
+            raise UserError(f"{archive.name} unpacks to more than the free space of {place.parent}; make room")
         file.extractall(place, members, filter="data")
 
 

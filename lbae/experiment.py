@@ -8,7 +8,6 @@ Published pickles (latents*.pk) are read by an unpickler that knows arrays and n
 """
 
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,10 @@ from common.checkpoint import (
     save_weights,
     write_json,
 )
+from common.datasets.readers import read_npz
 from common.errors import UserError
 from common.released import released
+from common.unpickle import ARRAYS, read_pickle
 from lbae.describe import newest_config
 from lbae.model import LBAE
 from lbae.parameters import MODEL, TRAINING, Params, experiment_name, fields_of, from_saved, keys_of, parse
@@ -213,11 +214,13 @@ class Latents:
                 return cls._from_pickle(pickled)
             raise UserError(f"no latents at {path}; train first, or ask for latents=refresh")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                codes = torch.from_numpy(file["codes"])
-                codes = unpack_bits(codes, int(file["zsize"])) if bool(file["binary"]) else codes
-                labels = torch.from_numpy(file["labels"])
-                return cls(codes, labels, int(file["epoch"]), int(file["iter"]), str(file["source"]))
+            file = read_npz(path)
+            codes = torch.from_numpy(file["codes"])
+            codes = unpack_bits(codes, int(file["zsize"])) if bool(file["binary"]) else codes
+            labels = torch.from_numpy(file["labels"])
+            if codes.ndim != 2 or len(codes) != len(labels):
+                raise ValueError("as many codes as labels are expected")
+            return cls(codes, labels, int(file["epoch"]), int(file["iter"]), str(file["source"]))
         except (
             Exception
         ) as error:  # zipfile, zlib, struct, EOF, key and value errors: a damaged file raises any of them
@@ -237,28 +240,9 @@ class Latents:
         return cls(codes, labels, source="published pickle")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds lists, numbers, strings and numpy arrays; every other name is refused."""
-
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-        (f"numpy.{core}.{module}", name)
-        for core in ("core", "_core")
-        for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
-    }
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"refers to {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
-
 def read_arrays_pickle(path: Path, count: int) -> list[np.ndarray]:
     """A pickled list of `count` numpy arrays. Raises UserError for anything else; no code of the file is run."""
-    try:
-        with open(path, "rb") as file:
-            value = _ArrayUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a damaged pickle raises many types
-        raise UserError(f"{path} is refused: {str(error)[:120] or type(error).__name__}") from error
+    value = read_pickle(path, ARRAYS)
     if not isinstance(value, (list, tuple)) or len(value) != count or not all(isinstance(v, np.ndarray) for v in value):
         raise UserError(f"{path} does not hold a list of {count} arrays")
     return list(value)

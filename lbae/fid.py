@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from common.datasets.readers import reading
 from common.errors import UserError, run_command
 from common.metrics import Statistics, load_images, make_extractor
 from common.metrics.inputs import SUFFIXES
@@ -41,7 +42,7 @@ def chunks(folder: Path) -> Iterator[torch.Tensor]:
     for start in range(0, len(names), CHUNK):
         pictures = []
         for path in names[start : start + CHUNK]:
-            with Image.open(path) as picture:
+            with reading(path, "an image"), Image.open(path) as picture:
                 array = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
             pictures.append(np.atleast_3d(array).transpose(2, 0, 1))
         yield torch.from_numpy(np.stack(pictures))

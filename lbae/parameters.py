@@ -102,6 +102,7 @@ class Params:
     cuda_device: int = option(-1, "with device=auto or cuda: index of the GPU", low=-1)
     workers: int = option(0, "processes that load images", low=0)
     hold: bool = option(True, "keep the images in memory, on the device")
+    deterministic: bool = option(False, "refuse kernels whose result varies between runs")
     print_every_batch: int = option(100, "batches between two rows of the table", low=1)
     tensorboard: bool = option(True, "write TensorBoard events")
     wandb: str = option("", "project name: also log to Weights & Biases")

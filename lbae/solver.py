@@ -75,7 +75,7 @@ def train(params: Params, folder: Path) -> None:
 
 
 def _train(params: Params, folder: Path, dist: Distributed) -> None:
-    seed_everything(params.seed)
+    seed_everything(params.seed, params.deterministic)
     train_set, test_set = load_split(params, "train"), load_split(params, "test")
     places = {"workers": params.workers, "rank": dist.rank, "world": dist.world, "device": dist.device,
               "hold": params.hold}  # fmt: skip

@@ -8,6 +8,7 @@ import difflib
 import functools
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -48,6 +49,9 @@ def plain_argv(argv: list[str]) -> list[str]:
     return argv
 
 
+MAX_YAML_BYTES = 1_000_000
+
+
 def config_place(path: str | None, name: str | None) -> tuple[Path, str]:
     """(folder, name) of the chosen file; a relative folder is looked up beside this script, then from where we are.
 
@@ -70,9 +74,28 @@ def config_place(path: str | None, name: str | None) -> tuple[Path, str]:
 def resolve(folder: Path, name: str, overrides: list[str]) -> DictConfig:
     """Compose the configuration as hydra will, and check it. Raises UserError naming the key and the nearest one."""
     _check_override_keys(folder, name, overrides)
+    _check_yaml(folder / f"{name}.yaml")
     cfg = _compose(folder, name, overrides)
-    check(cfg)
+    try:
+        check(cfg)
+    except (AttributeError, KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise UserError(f"configuration {name}: a value has the wrong type ({reason})") from error
     return cfg
+
+
+def _check_yaml(path: Path) -> None:
+    """Refuse what is no small plain mapping: aliases of aliases and deep nesting fill the memory from a short file."""
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise UserError(f"{path} is no configuration: it has more than {MAX_YAML_BYTES:,} bytes")
+        depth = 0
+        for event in yaml.parse(path.read_text(), yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 32:
+                raise UserError(f"{path}: aliases (*name) and deep nesting are not read; write the values out")
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no YAML file ({' '.join(str(error).split())[:160]})") from error
 
 
 def _compose(folder: Path, name: str, overrides: list[str]) -> DictConfig:
@@ -80,8 +103,17 @@ def _compose(folder: Path, name: str, overrides: list[str]) -> DictConfig:
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             return compose(name, overrides=[*overrides, search_path()])
-    except (HydraException, OmegaConfBaseException) as error:
-        text = str(error.__cause__ or error).splitlines()[0]
+    except (
+        OSError,
+        HydraException,
+        OmegaConfBaseException,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:
+        text = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         raise UserError(f"configuration {name}: {text}") from error
 
 

@@ -14,7 +14,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ if __package__ in (None, ""):  # started as a file: the repository's root is not
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_into, save_weights
+from common.checkpoint import load_into, refuse_compression, save_weights
 from common.errors import UserError, run_command
+from common.unpickle import TENSORS, Unpickler
 from nfpi.gaussians import ClassGaussians
 from nfpi.model import CONV_TYPES, FULL_RANK_LIMIT, FlowConfig, MultiScaleFlow
 
@@ -52,25 +53,24 @@ class _Inert:
         """Lists of foreign objects are dropped."""
 
 
-class _TensorsOnly(pickle.Unpickler):
+NAMES = {
+    **TENSORS,
+    ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
+    ("torch", "Size"): tuple,
+}
+
+
+def _stand_in(module: str, name: str) -> Any:
+    """The type of a storage by its name; every other object of the file becomes inert."""
+    return name if module in ("torch", "torch.storage") and name.endswith("Storage") else _Inert
+
+
+class _TensorsOnly(Unpickler):
     """Rebuilds tensors and plain containers; every other class becomes an inert object."""
 
-    def __init__(self, *args, storages, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, file, size: int, storages: Callable[[str], bytes]):
+        super().__init__(file, size, NAMES, _stand_in)
         self.storages = storages
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, requires_grad, hooks: data
-        if module in ("torch", "torch.storage") and name.endswith("Storage"):
-            return name
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        return _Inert
 
     def persistent_load(self, saved):
         _, storage_type, key, _, count = saved
@@ -93,10 +93,6 @@ class _TensorsOnly(pickle.Unpickler):
         return flat
 
 
-def _rebuild(storage: Tensor, offset: int, size, stride, *_) -> Tensor:
-    return torch.as_strided(storage, tuple(size), tuple(stride), offset)
-
-
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors under `state_dict` of a Lightning checkpoint, without running anything that the file names.
 
@@ -106,12 +102,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
+        refuse_compression(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             root = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
+            size = archive.getinfo(f"{root}data.pkl").file_size
             with archive.open(f"{root}data.pkl") as file:
-                content = _TensorsOnly(file, storages=lambda key: archive.read(f"{root}data/{key}")).load()
-    except (zipfile.BadZipFile, StopIteration, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+                content = _TensorsOnly(file, size, lambda key: archive.read(f"{root}data/{key}")).load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged archive or pickle raises nearly every type
         raise UserError(f"{path} is damaged or is no PyTorch checkpoint ({str(error)[:80]})") from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):

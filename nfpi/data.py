@@ -4,11 +4,9 @@ A set is a `Images`: uint8 (N, C, H, W), int64 targets, class names. It comes fr
 that file exists (a dict {"train": {"data", "targets"}, "test": ..., "classes"}), otherwise from `common.datasets`.
 """
 
-import io
 import math
 import os
 import pickle
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from common import unpickle
 from common.checkpoint import atomic_write
 from common.errors import UserError
 from common.images import to_uint8 as _to_uint8
@@ -64,38 +63,15 @@ class Images:
 # ---------------------------------------------------------------- the pickle contract
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Rebuilds tensors, numpy arrays and plain containers; anything else in the file is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda payload: torch.load(io.BytesIO(payload), weights_only=True)
-        allowed = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-        }
-        if (module, name) in allowed:
-            return allowed[module, name]
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            return getattr(np._core.multiarray, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
 def read_pickle(path: str | Path) -> Any:
     """The content of a pickled data set. Only tensors, arrays and plain containers are rebuilt.
 
     Raises UserError for missing, damaged and foreign files.
     """
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            return _ArraysOnly(file).load()
-    except FileNotFoundError:
-        raise UserError(f"no pickled data set at {path}; make it with python nfpi/extract_dataset.py") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or holds more than tensors ({str(error)[:100]}); make it again") from error
+    if not path.is_file():
+        raise UserError(f"no pickled data set at {path}; make it with python nfpi/extract_dataset.py")
+    return unpickle.read_pickle(path, {**unpickle.ARRAYS, **unpickle.TENSORS})
 
 
 def write_pickle(path: str | Path, content: Mapping[str, Any]) -> None:

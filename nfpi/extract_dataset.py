@@ -18,9 +18,10 @@ if __package__ in (None, ""):  # started as a file: the repository's root is not
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from common.datasets.readers import read_image
 from common.errors import UserError, run_command
 from nfpi.data import write_pickle
 
@@ -87,14 +88,10 @@ def from_common(name: str, root: str) -> dict:
 
 
 def _image(path: Path, size: int) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            if size and image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BICUBIC)
-            return np.asarray(image)
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path} is no readable image; remove or replace it") from error
+    image = read_image(path, 3)
+    if size and image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def _listing(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:

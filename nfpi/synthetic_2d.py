@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import write_json
+from common.datasets.readers import read_npz
 from common.errors import UserError, run_command
 from common.images import save_image
 from nfpi import pictures
@@ -40,18 +41,14 @@ def load_cloud(source: str, seed: int = 0) -> tuple[Tensor, Tensor]:
         return generated_cloud(source, seed)
     path = Path(source)
     if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                content = {key: archive[key] for key in archive.files}
-        except FileNotFoundError:
-            raise UserError(f"no file {path}; --data takes a .npz, a pickle, blobs or rings") from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} is damaged or is no .npz file") from error
+        if not path.is_file():
+            raise UserError(f"no file {path}; --data takes a .npz, a pickle, blobs or rings")
+        content = read_npz(path)
     else:
         content = read_pickle(path)
     try:
         x, y = torch.as_tensor(content["x"]).double(), torch.as_tensor(content["y"]).long()
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"{path} has no points 'x' and labels 'y'") from error
     if x.ndim != 2 or x.shape[1] != 2 or y.shape != x.shape[:1] or len(x) == 0:
         raise UserError(f"{path}: expected x (N, 2) and y (N,), got {tuple(x.shape)} and {tuple(y.shape)}")

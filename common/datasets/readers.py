@@ -5,13 +5,13 @@ Each checks what a file claims against what it holds before it allocates, and ra
 
 import ast
 import gzip
-import io
 import math
 import pickle
 import struct
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
+from common.unpickle import ARRAYS, read_pickle
 
 MAX_ELEMENTS = 1 << 36  # no image set that is read here comes near this many bytes
 MAX_PIXELS = 100_000_000
@@ -36,6 +37,7 @@ DAMAGE = (
     SyntaxError,
     RuntimeError,
     struct.error,
+    tokenize.TokenError,
     zlib.error,
     zipfile.BadZipFile,
     pickle.UnpicklingError,
@@ -92,6 +94,49 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     if dtype.hasobject or not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise ValueError(f"holds {dtype} {shape}, not numbers")
     return shape, bool(header["fortran_order"]), dtype
+
+
+def read_array(file: IO[bytes], held: int) -> np.ndarray:
+    """One array of an npy stream that holds at most `held` bytes from where it stands.
+
+    Raises ValueError or EOFError, before memory is taken, when the header claims more, and for Python objects.
+    """
+    begin = file.tell()
+    shape, fortran, dtype = _npy_header(file)
+    size = math.prod(shape) * dtype.itemsize
+    if size > held - (file.tell() - begin):
+        raise ValueError(f"the header claims {size:,} bytes for {shape}, the file holds fewer")
+    content = bytearray(file.read(size))
+    if len(content) != size:
+        raise EOFError(f"{len(content):,} of {size:,} bytes are there")
+    array = np.frombuffer(content, dtype) if size else np.zeros(math.prod(shape), dtype)
+    return array.reshape(shape, order="F" if fortran else "C")
+
+
+def read_npy(path: Path, max_bytes: int = 1 << 33) -> np.ndarray:
+    """The array of an npy file in memory. Raises UserError for another, a damaged or a larger one."""
+    with reading(path, "npy"), open(path, "rb") as file:
+        return read_array(file, min(max_bytes, path.stat().st_size))
+
+
+def read_npz(path: Path, max_bytes: int = 1 << 31, keys: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an npz file (or those of `keys` that it has) in memory.
+
+    Raises UserError for another or a damaged file, and when the arrays exceed `max_bytes`: a compressed file of a few
+    kilobytes may claim any size.
+    """
+    arrays = {}
+    with reading(path, "npz"), zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            key = member.filename.removesuffix(".npy")
+            if keys is not None and key not in keys:
+                continue
+            max_bytes -= member.file_size
+            if max_bytes < 0:
+                raise ValueError(f"'{key}' takes {member.file_size:,} bytes, more than is read here")
+            with archive.open(member) as file:
+                arrays[key] = read_array(file, member.file_size)
+    return arrays
 
 
 class NpzFile:
@@ -166,97 +211,113 @@ class NpzFile:
 # ---------------------------------------------------------------- pickles of arrays
 
 
-class _PickledArray:
-    """Stands for numpy.ndarray while a pickle is read: takes the state that an array pickles and checks its size."""
-
-    array: np.ndarray
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, content = state
-        if isinstance(content, str):  # Python 2 wrote bytes as a latin-1 string
-            content = content.encode("latin1")
-        if not isinstance(dtype, _PickledDtype) or not isinstance(content, bytes):
-            raise pickle.UnpicklingError("an array of objects")
-        if math.prod(shape) * dtype.dtype.itemsize != len(content):
-            raise pickle.UnpicklingError(f"an array {shape} of {len(content)} bytes")
-        self.array = np.frombuffer(content, dtype.dtype).reshape(shape, order="F" if fortran else "C")
-
-
-class _PickledDtype:
-    """Stands for numpy.dtype: plain numbers only."""
-
-    def __init__(self, code: str, *_: Any):
-        self.dtype = np.dtype(code)
-        if self.dtype.kind not in "biuf":
-            raise pickle.UnpicklingError(f"an array of {self.dtype}")
-
-    def __setstate__(self, state: tuple) -> None:
-        if len(state) > 1 and state[1] in ("<", ">"):
-            self.dtype = self.dtype.newbyteorder(state[1])
-
-
-def _new_array(*_: Any) -> _PickledArray:
-    return _PickledArray()
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")
-
-
-# (name, last part of the module): what stands for it
-_ARRAY_PARTS = {
-    ("_reconstruct", "multiarray"): _new_array,
-    ("ndarray", "numpy"): _PickledArray,
-    ("dtype", "numpy"): _PickledDtype,
-    ("encode", "_codecs"): _encode,
-}
-
-
-class _ArrayUnpickler(pickle._Unpickler):
-    """Reads lists, dicts, numbers, strings and number arrays; runs nothing else.
-
-    The reader written in Python: the one in C lets a file of a few bytes claim a memo of gigabytes.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = _ARRAY_PARTS.get((name, module.rsplit(".", 1)[-1]))
-        if known is None or not (module == "_codecs" or module.split(".")[0] == "numpy"):
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no array needs")
-        return known
-
-
 def read_array_pickle(path: Path, max_bytes: int = 1 << 31) -> dict[str, Any]:
     """A pickled dict of lists and number arrays (CIFAR's batches), without running code from it."""
-    with reading(path, "a pickled dict of arrays"):
-        if path.stat().st_size > max_bytes:
-            raise ValueError(f"{path.stat().st_size:,} bytes, more than {max_bytes:,}")
-        content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-        if not isinstance(content, dict):
-            raise ValueError(f"holds a {type(content).__name__}")
-    return {
-        key.decode("latin1") if isinstance(key, bytes) else str(key): value.array if hasattr(value, "array") else value
-        for key, value in content.items()
-    }
+    content = read_pickle(path, ARRAYS, max_bytes)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of arrays: {PREPARE_AGAIN}")
+    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
 
 
 # ---------------------------------------------------------------- mat, images
 
 
-def read_mat(path: Path, keys: tuple[str, ...], max_bytes: int = 1 << 32) -> dict[str, np.ndarray]:
-    """Number arrays of a MATLAB 5 file; their claimed sizes are checked before they are read."""
-    from scipy.io import loadmat, whosmat
-    from scipy.io.matlab import MatReadError
+MAT_MATRIX, MAT_COMPRESSED = 14, 15
+# type of the stored numbers -> dtype; class of the array -> dtype (level 5 MAT-files, tables 1-1 and 1-3)
+MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
 
-    with reading(path, "a MATLAB file"):
-        try:
-            found = {name: (shape, kind) for name, shape, kind in whosmat(path)}
-            for key in keys:
-                shape, kind = found[key]
-                if kind not in ("uint8", "double", "int64", "int32", "uint16") or math.prod(shape) > max_bytes:
-                    raise ValueError(f"'{key}' claims {kind} {shape}")
-            return {key: np.asarray(value) for key, value in loadmat(path, variable_names=keys).items() if key in keys}
-        except MatReadError as error:
-            raise ValueError(str(error)) from error
+
+class _Pieces:
+    """Exactly as many bytes as asked for, of a part of a file that may be compressed."""
+
+    def __init__(self, file: IO[bytes], size: int, compressed: bool):
+        self._file, self._left = file, size
+        self._zlib = zlib.decompressobj() if compressed else None
+
+    def read(self, n: int) -> bytearray:
+        content = bytearray()
+        while len(content) < n:
+            wanted = n - len(content)
+            if self._zlib is None:
+                piece = self._take(wanted)
+            else:
+                piece = self._zlib.decompress(self._zlib.unconsumed_tail or self._take(1 << 16), wanted)
+            content += piece
+            if not piece and not self._left and not (self._zlib and self._zlib.unconsumed_tail):
+                raise EOFError(f"{n:,} bytes are claimed, {len(content):,} are there")
+        return content
+
+    def _take(self, n: int) -> bytes:
+        piece = self._file.read(min(n, self._left, 1 << 24))
+        if not piece:
+            self._left = 0
+        self._left -= len(piece)
+        return piece
+
+
+def _mat_element(source: _Pieces, order: str, limit: int) -> tuple[int, bytearray]:
+    """(type, content without padding) of the next element of at most `limit` bytes."""
+    tag = source.read(8)
+    kind, size = struct.unpack(f"{order}2I", tag)
+    if kind >> 16:  # at most four bytes stand in the tag itself
+        kind, size = kind & 0xFFFF, kind >> 16
+        return kind, tag[4 : 4 + min(size, 4)]
+    if size > limit:
+        raise ValueError(f"an element claims {size:,} bytes, {limit:,} are expected")
+    content = source.read(size)
+    source.read(-size % 8)
+    return kind, content
+
+
+def _mat_array(source: _Pieces, order: str, keys: tuple[str, ...], max_bytes: int) -> tuple[str, np.ndarray] | None:
+    """(name, array) of a matrix element whose tag has been read; None for a name beside `keys`."""
+    _, flags = _mat_element(source, order, 8)
+    _, sizes = _mat_element(source, order, 128)
+    _, name = _mat_element(source, order, 256)
+    if (key := name.decode("latin1")) not in keys:
+        return None
+    kind = struct.unpack(f"{order}I", flags[:4])[0] & 0xFF
+    shape = np.frombuffer(sizes, f"{order}i4").tolist()
+    if kind not in MAT_CLASSES or any(n < 0 for n in shape):
+        raise ValueError(f"'{key}' is no array of numbers")
+    count = math.prod(shape)
+    if count * np.dtype(MAT_CLASSES[kind]).itemsize > max_bytes:
+        raise ValueError(f"'{key}' claims {shape}, more than {max_bytes:,} bytes")
+    tag = source.read(8)
+    stored, size = struct.unpack(f"{order}2I", tag)
+    small = stored >> 16
+    stored, size = (stored & 0xFFFF, small) if small else (stored, size)
+    dtype = np.dtype(MAT_TYPES[stored]).newbyteorder(order)
+    if size != count * dtype.itemsize:
+        raise ValueError(f"'{key}' holds {size:,} bytes for {shape}")
+    content = tag[4 : 4 + size] if small else source.read(size)
+    return key, np.frombuffer(content, dtype).reshape(shape, order="F").astype(MAT_CLASSES[kind], copy=False)
+
+
+def read_mat(path: Path, keys: tuple[str, ...], max_bytes: int = 1 << 32) -> dict[str, np.ndarray]:
+    """The number arrays `keys` of a level 5 MATLAB file; claimed sizes are checked before memory is taken.
+
+    Written here because scipy.io.loadmat ends the process on some damaged files.
+    """
+    found: dict[str, np.ndarray] = {}
+    with reading(path, "a MATLAB file"), open(path, "rb") as file:
+        head = file.read(128)
+        if head[126:] not in (b"IM", b"MI"):
+            raise ValueError("the header is not that of a level 5 MAT-file")
+        order = "<" if head[126:] == b"IM" else ">"
+        while len(found) < len(keys) and len(tag := file.read(8)) == 8:
+            kind, size = struct.unpack(f"{order}2I", tag)
+            after = file.tell() + size
+            source = _Pieces(file, size, kind == MAT_COMPRESSED)
+            if kind == MAT_COMPRESSED:
+                kind = struct.unpack(f"{order}2I", source.read(8))[0]
+            if kind == MAT_MATRIX and (array := _mat_array(source, order, keys, max_bytes)) is not None:
+                found[array[0]] = array[1]
+            file.seek(after)
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"it has no array {', '.join(missing)}")
+    return found
 
 
 def read_image(path: Path, channels: int) -> Image.Image:

@@ -18,7 +18,6 @@ import argparse
 import csv
 import json
 import sys
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -582,19 +581,19 @@ def load_codes(path: str | Path, factor_bins: int | None = None) -> Arrays:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file; give an npz with keys codes (n, D) and factors (n, F)")
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
+    with open(path, "rb") as file:
+        if file.read(6) == b"\x93NUMPY":
             raise UserError(f"{path} holds one bare array; save with np.savez(path, codes=..., factors=...)")
-        with archive:
-            missing = {"codes", "factors"} - set(archive.files)
-            if missing:
-                raise UserError(
-                    f"{path} has no key {' and '.join(sorted(missing))} (it has {', '.join(archive.files)})"
-                )
-            arrays = {key: archive[key] for key in ("codes", "factors", "codes_test", "factors_test") if key in archive}
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    from common.datasets import readers  # PyTorch comes with it
+
+    try:
+        found = readers.read_npz(path)
+    except UserError as error:
         raise UserError(f"{path} is no readable npz file of numbers ({error})") from error
+    missing = {"codes", "factors"} - found.keys()
+    if missing:
+        raise UserError(f"{path} has no key {' and '.join(sorted(missing))} (it has {', '.join(found)})")
+    arrays = {key: found[key] for key in ("codes", "factors", "codes_test", "factors_test") if key in found}
     points = Arrays(**arrays)
     if factor_bins is None:
         return points
@@ -611,8 +610,11 @@ def _append_row(path: Path, row: dict[str, object]) -> None:
     """Add a row to a csv table. Raises UserError when the table has other columns."""
     columns = list(row)
     if path.is_file() and path.stat().st_size:
-        with path.open(newline="") as file:
-            present = next(csv.reader(file))
+        try:
+            with path.open(newline="") as file:
+                present = next(csv.reader(file), [])
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is no table ({error}); name another file") from error
         if present != columns:
             raise UserError(f"{path} has other columns ({', '.join(present)}); name another file")
         new = False

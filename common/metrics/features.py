@@ -446,12 +446,11 @@ def read_weights(path, sha256: str | None = None) -> tuple[dict[str, Tensor], st
     digest = file_sha256(path)
     _check_digest(path, digest, sha256)
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(path), digest
-        except SafetensorError as error:
+        except Exception as error:  # SafetensorError, and what a lying header does to PyTorch
             raise UserError(f"{path}: not a readable .safetensors file ({str(error)[:80]})") from error
     state = load_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -163,10 +163,9 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
+    from common.datasets import readers  # PyTorch comes with it
+
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise ValueError("a single array, not an archive")
-            return {key: archive[key] for key in archive.files}
-    except Exception as error:  # zipfile, zlib, struct, EOF and value errors: a damaged archive raises any of them
-        raise UserError(f"{path}: not a readable .npz file ({str(error)[:100]}); make it again") from error
+        return readers.read_npz(path, max_bytes=1 << 34)
+    except UserError as error:
+        raise UserError(f"{path}: not a readable .npz file ({str(error)[:160]})") from error

@@ -99,10 +99,12 @@ def _from_path(path: Path, limit: int | None, size: int | None, mode: str) -> Te
             )
         return as_images(arrays[named[0] if named else next(iter(arrays))][:limit], str(path))
     if path.suffix == ".npy":
+        from common.datasets import readers  # PyTorch comes with it
+
         try:
-            array = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: not a readable .npy file ({str(error)[:100]})") from error
+            array = readers.read_npy(path)
+        except UserError as error:
+            raise UserError(f"{path}: not a readable .npy file ({str(error)[:160]})") from error
         return as_images(array[:limit] if array.ndim else array, str(path))
     raise UserError(f"{path}: neither a folder of images nor an .npy or .npz file")
 
@@ -131,13 +133,15 @@ def _from_folder(folder: Path, limit: int | None, size: int | None, mode: str) -
 
 def _read_picture(path: Path) -> np.ndarray:
     """(H, W) or (H, W, 3) uint8."""
+    from common.datasets import readers
+
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith(("I", "F")):
                 raise UserError(f"{path}: more than 8 bits a pixel (mode {picture.mode}); convert it to 8 bits")
             grey = picture.mode in ("L", "1", "LA")
             return np.asarray(picture.convert("L" if grey else "RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except readers.DAMAGE as error:
         raise UserError(f"{path}: not a readable image ({str(error)[:100]})") from error
 
 
