@@ -323,7 +323,7 @@ class Runner:
                 title = f"step {number}/{len(paper.steps)} {step.name}"
                 content = json.dumps([digest, step.words, step.folder])
                 digest = hashlib.sha256(content.encode()).hexdigest()
-                marker = self.out / "steps" / paper.name / f"{number}-{step.name.replace(' ', '-')}.json"
+                marker = marker_path(self.out, paper, number, step)
                 record = read_record(marker)
                 same = record.get("digest") == digest
                 if same and record.get("finished") and not again and not self.missing(step):
@@ -444,6 +444,11 @@ def progress(root: Path, step: Step) -> str:
     return ", " + ", ".join(f"{name} {row[name]}" for name in ("epoch", "step", "iter", "iteration") if row.get(name))
 
 
+def marker_path(out: Path, paper: Paper, number: int, step: Step) -> Path:
+    """Where the record of a paper's step stands; steps count from 1."""
+    return out / "steps" / paper.name / f"{number}-{step.name.replace(' ', '-')}.json"
+
+
 def read_record(marker: Path) -> dict[str, Any]:
     """The content of a marker; empty when there is none or it is damaged."""
     try:
@@ -482,7 +487,7 @@ def known_outcomes(out: Path, papers: list[Paper]) -> list[Outcome]:
     """What the markers of earlier calls tell about papers that this call does not run."""
     outcomes = []
     for paper in papers:
-        records = [read_record(path) for path in sorted((out / "steps" / paper.name).glob("*.json"))]
+        records = [read_record(marker_path(out, paper, number, step)) for number, step in enumerate(paper.steps, 1)]
         records = [record for record in records if record.get("finished")]
         if records:
             error = "" if len(records) == len(paper.steps) else "steps are missing; run the quickstart again"

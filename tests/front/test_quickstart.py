@@ -441,7 +441,8 @@ def test_an_unreadable_result_costs_its_own_section_only(page, tmp_path):
 TINY = {
     "epochs_max=40": "epochs_max=1", "width=16": "width=4", "zsize=64": "zsize=16", "batch_size=32": "batch_size=128",
     "--max_epoch": "1", "--test_iter": "10", "--metric_train": "60", "--metric_eval": "30", "--max-iter": "3",
-    "--images": "20", "--epochs": "1", "--sample_epochs": "1", "--eval_epochs": "1", "--block_size": "1",
+    "--images": "20", "--max_iter": "1", "train_images=20000": "train_images=500", "test_images=2000": "test_images=100",
+    "train_images=2000": "train_images=100", "epochs_max=6": "epochs_max=1", "--epochs": "1", "--sample_epochs": "1", "--eval_epochs": "1", "--block_size": "1",
 }  # fmt: skip
 
 
@@ -461,11 +462,11 @@ def tiny(paper: Paper) -> Paper:
     return dataclasses.replace(paper, steps=tuple(steps))
 
 
-def run_tiny(tmp_path: Path, names: list[str]) -> Path:
+def run_tiny(tmp_path: Path, names: list[str], mnist: Path | None = None) -> Path:
     out = tmp_path / "quickstart"
-    papers = [tiny(p) for p in quickstart.plan(os.path.relpath(out, ROOT), False) if p.name in names]
-    runner = Runner(out, {**quickstart.environment(out, None), "PYTHON": sys.executable})
-    done = runner.run(papers, jobs=1)
+    papers = quickstart.plan(os.path.relpath(out, ROOT), mnist is not None)
+    runner = Runner(out, {**quickstart.environment(out, mnist), "PYTHON": sys.executable})
+    done = runner.run([tiny(paper) for paper in papers if paper.name in names], jobs=1)
     assert [(o.paper.name, o.error) for o in done if o.error] == []
     path, failures = gallery.write_page(out, done)
     assert not failures
@@ -484,3 +485,10 @@ def test_all_papers_for_real_and_their_page_in_chromium(tmp_path):
     path = run_tiny(tmp_path, list(gallery.SECTIONS))
     widths = loaded_pictures(path, tmp_path / "profile")
     assert len(widths) >= 25 and all(widths.values()), widths
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_papers_with_real_mnist_for_real(tmp_path):
+    path = run_tiny(tmp_path, ["lbae", "glancenet", "latent_flow"], quickstart.find_mnist())
+    assert "Leakage on MNIST" in path.read_text()
