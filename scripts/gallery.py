@@ -262,7 +262,7 @@ def glancenet(run: Path) -> Section:
         "for each class; classes are read from the concepts alone. It is compared with a concept bottleneck, which has "
         "neither decoder nor prior.",
         "On a set as easy as this the bottleneck learns the concepts as well or better; the paper's comparison needs "
-        "the full sets. What stops the leak is the check of the reconstruction; the distance to the prototypes does not.",
+        "the full sets. The check of the reconstruction stops the leak; the distance to the prototypes does not.",
         tables,
         shown,
     )

@@ -440,9 +440,10 @@ def test_an_unreadable_result_costs_its_own_section_only(page, tmp_path):
 # --------------------------------------------------------------------------------------------------------------- real
 TINY = {
     "epochs_max=40": "epochs_max=1", "width=16": "width=4", "zsize=64": "zsize=16", "batch_size=32": "batch_size=128",
-    "--max_epoch": "1", "--test_iter": "10", "--metric_train": "60", "--metric_eval": "30", "--max-iter": "3",
-    "--images": "20", "--max_iter": "1", "train_images=20000": "train_images=500", "test_images=2000": "test_images=100",
-    "train_images=2000": "train_images=100", "epochs_max=6": "epochs_max=1", "--epochs": "1", "--sample_epochs": "1", "--eval_epochs": "1", "--block_size": "1",
+    "epochs_max=6": "epochs_max=1", "train_images=20000": "train_images=500", "train_images=2000": "train_images=100",
+    "test_images=2000": "test_images=100", "--max_epoch": "1", "--max_iter": "1", "--test_iter": "10",
+    "--metric_train": "60", "--metric_eval": "30", "--max-iter": "3", "--images": "20", "--epochs": "1",
+    "--sample_epochs": "1", "--eval_epochs": "1", "--block_size": "1",
 }  # fmt: skip
 
 
