@@ -37,7 +37,7 @@ SIZES = {7: (16, 32, 64, 128, 256), 10: (32,)}
 KERNELS = {7: (3,), 10: (2, 3, 5, 7, 9, 11)}
 TIMES = ("forward", "train_step", "sample_1", "sample_batch")
 COLUMNS = [
-    "layer", "size", "kernel", "batch", "device", "threads", "parameters",
+    "layer", "channels", "size", "kernel", "batch", "device", "threads", "parameters",
     *(f"{name}_{part}" for name in TIMES for part in ("ms", "std")), "peak_mb",
 ]  # fmt: skip
 
@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", nargs="+", default=["inverse", "finc"], metavar="LAYER", help=", ".join(LAYERS))
     parser.add_argument("--sizes", nargs="+", type=int, help="image sides (default: the table's)")
     parser.add_argument("--kernels", nargs="+", type=int, help="kernel sizes (default: the table's)")
+    parser.add_argument("--channels", type=int, default=3, help="of the images (3; MNIST: 1)")
     parser.add_argument("--num_blocks", type=int, default=2)
     parser.add_argument("--block_size", type=int, default=32)
     parser.add_argument("--coupling_width", type=int, default=512)
@@ -219,8 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", default="runs/inv_flow/timing")
     args = parser.parse_args(argv)
-    if min(args.batch, args.repeats, *(args.sizes or [1]), *(args.kernels or [1])) < 1:
-        raise UserError("batch, repeats, sizes and kernels must be positive")
+    if min(args.batch, args.repeats, args.channels, *(args.sizes or [1]), *(args.kernels or [1])) < 1:
+        raise UserError("batch, repeats, channels, sizes and kernels must be positive")
     device = pick_device(args.device)
     if args.share:
         return share_table(args, device)
@@ -232,17 +233,17 @@ def main(argv: list[str] | None = None) -> None:
             rows = list(csv.DictReader(file))
         if rows and list(rows[0]) != COLUMNS:
             raise UserError(f"{path} has other columns; move it away or name another --out")
-    keys = ("layer", "size", "kernel", "batch", "device", "threads")
+    keys = ("layer", "channels", "size", "kernel", "batch", "device", "threads")
     done = {tuple(row[key] for key in keys) for row in rows}
     for layer in args.layers:
         for size in args.sizes or SIZES[args.table]:
             for kernel in args.kernels or KERNELS[args.table]:
-                names = (layer, size, kernel, args.batch, device.type, torch.get_num_threads())
+                names = (layer, args.channels, size, kernel, args.batch, device.type, torch.get_num_threads())
                 if tuple(map(str, names)) in done:
                     continue
                 mixing = {"conv1x1": True} if args.conv1x1 else {}
                 config = Config().replace(
-                    **layer_choice(layer) | mixing, image_size=(3, size, size), if_kernel_size=kernel,
+                    **layer_choice(layer) | mixing, image_size=(args.channels, size, size), if_kernel_size=kernel,
                     activation="Identity", num_blocks=args.num_blocks, block_size=args.block_size,
                     coupling_width=args.coupling_width,
                 )  # fmt: skip
