@@ -503,6 +503,8 @@ img.plot { image-rendering: auto; }
 pre { background: var(--field); padding: .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.45;
   border-radius: 4px; white-space: pre-wrap; overflow-wrap: anywhere; }
 summary { cursor: pointer; color: var(--mark); }
+@media (max-width: 560px) { table { font-size: .84rem; } th, td { padding-right: .5rem; hyphens: auto; }
+  td:first-child { min-width: 7em; } }
 """
 
 
