@@ -22,6 +22,7 @@ from inv_flow.layers.flow import FlowSequential
 from inv_flow.layers.inv_conv import InverseConv2d, InverseConvUnit, MaskedConv2d
 from inv_flow.layers.preprocess import LogitTransform, Normalization, SigmoidTransform, Squeeze, UnSqueeze
 from inv_flow.layers.selfnorm import SelfNormConv, SelfNormFC
+from nfpi.model import FlowConfig, MultiScaleFlow, contract_cases
 
 
 @dataclass
@@ -91,6 +92,49 @@ CASES = [
     Case("flow-glow", lambda: tiny_flow(False), (1, 8, 8), domain="unit", inverse_tolerance=1e-7),
     Case("flow-inverse-conv", lambda: tiny_flow(True), (1, 8, 8), domain="unit", inverse_tolerance=1e-7),
 ]
+CASES += [Case(name, make, shape[1:], inverse_tolerance=1e-7) for name, make, shape in contract_cases()]
+
+
+class WithSplitPriors(nn.Module):
+    """A whole NFPI flow with split priors as a bijection: images <-> (latent, the split-off halves as their priors'
+    standard normal noise).
+    """
+
+    def __init__(self, **options):
+        super().__init__()
+        small = {"channels": 1, "height": 8, "width": 8, "flows": (1, 1, 1), "blocks": (1, 1, 1), "hidden": (4, 4, 4)}
+        self.flow = MultiScaleFlow(FlowConfig(**small, **options))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        priors = []  # (mean, log_sd) of each split, as the flow computes them
+        hooks = [
+            prior.register_forward_hook(lambda layer, args, out: priors.append(out.chunk(2, 1)))
+            for prior in self.flow.split_coupling_priors
+        ]
+        z, log_det, _, halves = self.flow(x)
+        for hook in hooks:
+            hook.remove()
+        noise = [(half - mean) / log_sd.exp() for half, (mean, log_sd) in zip(halves, priors, strict=True)]
+        self.shapes = [part.shape[1:] for part in noise]
+        scales = sum(log_sd.flatten(1).sum(1) for _, log_sd in priors)
+        return torch.cat([z, *(part.flatten(1) for part in noise)], 1), log_det - scales
+
+    def inverse(self, y: Tensor) -> Tensor:
+        sizes = [self.flow.config.latent_dim, *(shape.numel() for shape in self.shapes)]
+        z, *noise = y.split(sizes, 1)
+        eps = [part.view(-1, *shape) for part, shape in zip(noise, self.shapes, strict=True)]
+        return self.flow.inverse(z, eps=eps[::-1])
+
+
+CASES += [
+    Case("nfpi.spcb", lambda: WithSplitPriors(level_method="spcb"), (1, 8, 8), inverse_tolerance=1e-7),
+    Case(
+        "nfpi.all_levels_idx",
+        lambda: WithSplitPriors(level_method="all_levels_idx", level_idx=2, flow_type="additive"),
+        (1, 8, 8),
+        inverse_tolerance=1e-7,
+    ),
+]
 
 
 def build(case: Case) -> nn.Module:
@@ -122,7 +166,8 @@ def encode(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def decode(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, FlowSequential):
         return layer.decode(layer.encode(x)[0])
-    return layer.reverse(layer(x)[0])
+    inverse = layer.reverse if hasattr(layer, "reverse") else layer.inverse
+    return inverse(layer(x)[0])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
