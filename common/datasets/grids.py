@@ -146,10 +146,11 @@ class Shapes3D(FactorSet):
 
             with reading(self.path, "HDF5"):
                 file = h5py.File(self.path, "r")
-                if "images" not in file:
+                images = file.get("images")
+                if not isinstance(images, h5py.Dataset):
                     file.close()
                     raise ValueError("it has no dataset 'images'")
-                self._images = file["images"]
+                self._images = images
         return self._images
 
     def __getstate__(self) -> dict:

@@ -1,0 +1,92 @@
+"""Trainers as processes of their own, which a test may kill: forked from a server that has imported PyTorch once.
+
+A fork of the test's own process would inherit its CUDA context and autograd threads; a fresh interpreter costs seconds.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TRAINERS = {
+    "lbae": "lbae.mnist",
+    "glancenet": "glancenet.main",
+    "latent_flow": "latent_flow.train_vae_scratch",
+    "inv_flow": "inv_flow.inv_flow_mnist",
+    "nfpi": "nfpi.main",
+}
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["front.children", "common.run", *TRAINERS.values()])
+
+
+def start(target, *arguments) -> BaseProcess:
+    """Call `target(*arguments)`, a function of a module that can be imported by name, in a new process."""
+    child = _context.Process(target=target, args=arguments)
+    child.start()
+    return child
+
+
+def finish(child: BaseProcess, seconds: float = 300) -> int:
+    """The exit code; minus the signal's number when one ended the process."""
+    child.join(seconds)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+        raise TimeoutError(f"the process did not end within {seconds:g} s")
+    return child.exitcode
+
+
+def train(paper: str, argv: list[str], folder: str, stop: tuple[int, int] | None = None, limit: int | None = None):
+    """The paper's command in `folder`, its output in `folder`/output.txt; ends with the command's exit code.
+
+    stop = (step, signal): the process gets the signal when that step has been logged. limit: the largest size that a
+    file may take, which gives the error of a full disk (EFBIG, which the code treats as ENOSPC).
+    """
+    import torch
+
+    from common.errors import run_command
+    from common.run import Run
+
+    torch.set_num_threads(1)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1), os.dup2(output, 2)
+    if stop is not None:
+        log, pending = Run.log, [stop]
+
+        def log_and_stop(self, step, **values):
+            log(self, step, **values)
+            if pending and step >= pending[0][0]:
+                os.kill(os.getpid(), pending.pop()[1])
+
+        Run.log = log_and_stop
+    if limit is not None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    main = importlib.import_module(TRAINERS[paper]).main
+    code = run_command(lambda: main(argv))
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
+
+
+def save_for_ever(folder: str, i: int):
+    """Write a state, weights and a picture again and again, each with one number all over."""
+    import numpy as np
+    import torch
+
+    from common.checkpoint import save_state, save_weights
+    from common.images import save_image
+
+    while True:
+        save_weights(f"{folder}/weights.safetensors", {"x": torch.full((50_000,), float(i))}, {"width": 4})
+        save_image(f"{folder}/picture.png", np.full((64, 64), i % 256, np.uint8))
+        save_state(f"{folder}/state.pt", "test", x=torch.full((50_000,), float(i)), i=i)
+        i += 1
