@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -310,7 +311,9 @@ def latent_flow(run: Path) -> Section:
     ]
     pictures = run / "run" / "pictures"
     shown = []
-    for path in sorted(pictures.glob("*.gif"), key=lambda path: ("_" in path.stem, path.stem)):
+    singles = [pictures / f"{name}.gif" for name in measured]
+    composed = [pictures / f"{name}.gif" for name in ("rotation_then_hue", "rotation_and_hue")]
+    for path in [*singles, *(path for path in composed if path.exists())]:
         title = path.stem.replace("_", " ")
         caption = f"{title}: upper row the true sequences, lower row the model, which saw the first frame only."
         shown.append(Picture([(path, f"Animation of digits under {title}, truth above model")], caption, 340))
@@ -323,7 +326,8 @@ def latent_flow(run: Path) -> Section:
         "Song, Keller, Sebe, Welling, NeurIPS 2023; Song, Keller, Yue, Perona, Welling, 2024",
         "A variational autoencoder encodes the first frame of a sequence; the latents of all later frames are reached "
         "by learned vector fields, one for each kind of transformation (scale, rotation, hue).",
-        "The unsupervised and weakly supervised variants and the paper's sizes are in the paper's folder.",
+        "After so few steps the network draws little more than a mean digit; what is learned is how it moves (turns, "
+        "changes its colour, less so its size). The other variants and the paper's sizes are in the paper's folder.",
         [
             Table(
                 "Equivariance error, validation images: absolute pixel error summed over all frames (lower is better)",
@@ -626,7 +630,7 @@ see its file.</p>
 {chr(10).join(parts)}
 <section id="again"><h2>Again, by hand</h2>
 <p>The commands above run in the repository's root after these lines:</p>
-<pre>source .venv/bin/activate
+<pre>source {escape(shlex.quote(os.path.relpath(sys.prefix)))}/bin/activate
 {escape(exports)}</pre>
 </section>
 </body>

@@ -283,7 +283,7 @@ def fake_runs(out: Path) -> None:
     kinds = ("model", "unmoved", "identity", "black")
     errors = {name: {kind: {"mean": 100.5 + k} for k, kind in enumerate(kinds)} for name in ("scale", "hue")}
     write(out / "latent_flow/run/eval.json", json.dumps({"equivariance": errors}))
-    for name in ("scale.gif", "hue.gif", "scale_then_hue.gif", "scale.png"):
+    for name in ("scale.gif", "hue.gif", "rotation_then_hue.gif", "scale.png"):
         picture(out / "latent_flow/run/pictures" / name, name.endswith("gif"))
     for layer in ("inverse", "none"):
         write(out / f"inv_flow/{layer}/metrics.csv", "step,test_bpd\n1,3.25\n2,\n3,2.171717\n4,\n")
