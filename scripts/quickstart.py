@@ -243,7 +243,8 @@ def latent_flow(out: str, mnist: bool) -> Paper:
         makes=(f"{run}/pictures/rotation.gif",),
         clears=(f"{run}/pictures",),
     )
-    return Paper("latent_flow", (train, evaluate, draw), DATA[name])
+    data = DATA[name] if mnist else f"{DATA[name]}, enlarged to 28x28"
+    return Paper("latent_flow", (train, evaluate, draw), data)
 
 
 def inv_flow(out: str) -> Paper:
