@@ -78,7 +78,7 @@ def test_folder_of_frames(tmp_path):
     assert frames.shape == (4, 2, 3, 16, 16)
     assert torch.equal((frames[:, 0, 0, 0, 0] * 255).round().int(), torch.tensor([10, 20, 30, 40], dtype=torch.int32))
     (tmp_path / "b" / "001.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match="001.png as an image.*damaged"):
+    with pytest.raises(UserError, match=r"001\.png as an image.*damaged"):
         source.sequences(np.array([3]))
     with pytest.raises(UserError, match="frames that one sequence needs"):
         FrameSequences(tmp_path, 9, 16)
