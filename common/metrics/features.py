@@ -363,11 +363,12 @@ def _train_lenet(path: Path, dataset: str, root, epochs: int, mode: str, progres
     """Train on the CPU (one result for all devices) by Adam, batches of 128, seed 0; write weights and config."""
     from common import datasets
 
-    images, targets = datasets.load(dataset, root=root, split="train").arrays()
-    if targets.ndim != 1:
+    images = datasets.load(dataset, root=root, split="train")
+    if images.targets.ndim != 1:  # before any image is read: the sprites take 3 GB
         raise UserError(
             f"lenet: data set {dataset} has no single class per image; choose mnist or another labelled set"
         )
+    images, targets = images.arrays()
     images = torch.cat([resize(part.float(), 32, mode) for part in images.split(1024)]) / 127.5 - 1
     classes = int(targets.max()) + 1
     with torch.random.fork_rng(devices=[]):

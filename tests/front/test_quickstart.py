@@ -65,7 +65,7 @@ def two_steps(code: str = "", second: str = "") -> Paper:
 def test_done_steps_are_skipped_and_a_changed_command_repeats_what_follows(runner, tmp_path):
     outcome = runner.run_paper(two_steps())
     assert not outcome.error and [record["finished"] for record in outcome.records] == [True, True]
-    assert all(record["cpu_seconds"] >= 0 and record["seconds"] > 0 for record in outcome.records)
+    assert all(record["cpu_seconds"] >= 0 and record["seconds"] >= 0 for record in outcome.records)  # rounded to tenths
     again = runner.run_paper(two_steps())
     assert again.records == outcome.records and len(lines(tmp_path / "a")) == len(lines(tmp_path / "b")) == 1
     runner.run_paper(two_steps(second="1"))  # the second alone
