@@ -25,7 +25,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.checkpoint import atomic_write
+from common.checkpoint import atomic_write, read_json, write_json
 from common.errors import UserError, run_command
 from glancenet import main as training
 from glancenet.evaluate import FIGURE, aggregate, markdown, run_scores, write_csv
@@ -87,12 +87,18 @@ def weights(setting: str, model: str, share: float = 1.0) -> list[str]:
 def run_one(
     setting: str, model: str, supervision: float, seed: int, o: argparse.Namespace, overrides: list[str]
 ) -> Path:
-    """Train one model unless its run is finished; returns the log folder."""
+    """Train one model unless its run is finished; returns the log folder.
+
+    Raises UserError when the finished run was made with other overrides.
+    """
     out, name = Path(o.out), f"{setting}_{model}_{supervision:g}_{seed}"
     place = ["--name", name, "--ckpt_dir", str(out / "checkpoints"), "--log_dir", str(out / "logs"), "--out_path", name]
     place += ["--train_output_dir", str(out / "pictures"), "--overwrite", "true"]
     log = out / "logs" / f"{o.dset_name}__{model}" / name
+    made_with = out / "checkpoints" / name / "overrides.json"
     if (out / "checkpoints" / name / "model.safetensors").exists() and (log / "commandline_args.txt").exists():
+        if made_with.exists() and read_json(made_with) != overrides:
+            raise UserError(f"{made_with.parent} was trained with other options; name another --out or remove it")
         return log
     words = ["--alg", model, "--dset_name", o.dset_name, *BASE, *(VAE if model == "GlanceNet" else [])]
     words += [
@@ -105,6 +111,7 @@ def run_one(
         o.device,
     ]
     words += ["--dset_dir", o.dset_dir] if o.dset_dir else []
+    write_json(made_with, overrides)
     return training.main([*words, *place, *overrides])
 
 

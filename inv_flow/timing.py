@@ -36,8 +36,13 @@ from inv_flow.train.config import LAYERS, Config, layer_choice
 SIZES = {7: (16, 32, 64, 128, 256), 10: (32,)}
 KERNELS = {7: (3,), 10: (2, 3, 5, 7, 9, 11)}
 TIMES = ("forward", "train_step", "sample_1", "sample_batch")
+# what a row was measured of; a row with the same ones is not measured again
+KEYS = (
+    "layer", "channels", "size", "kernel", "num_blocks", "block_size", "coupling_width", "conv1x1", "batch", "device",
+    "threads",
+)  # fmt: skip
 COLUMNS = [
-    "layer", "channels", "size", "kernel", "batch", "device", "threads", "parameters",
+    *KEYS, "parameters",
     *(f"{name}_{part}" for name in TIMES for part in ("ms", "std")), "peak_mb",
 ]  # fmt: skip
 
@@ -233,12 +238,13 @@ def main(argv: list[str] | None = None) -> None:
             rows = list(csv.DictReader(file))
         if rows and list(rows[0]) != COLUMNS:
             raise UserError(f"{path} has other columns; move it away or name another --out")
-    keys = ("layer", "channels", "size", "kernel", "batch", "device", "threads")
-    done = {tuple(row[key] for key in keys) for row in rows}
+    done = {tuple(row[key] for key in KEYS) for row in rows}
+    shape = (args.num_blocks, args.block_size, args.coupling_width, int(args.conv1x1))
+    where = (*shape, args.batch, device.type, torch.get_num_threads())
     for layer in args.layers:
         for size in args.sizes or SIZES[args.table]:
             for kernel in args.kernels or KERNELS[args.table]:
-                names = (layer, args.channels, size, kernel, args.batch, device.type, torch.get_num_threads())
+                names = (layer, args.channels, size, kernel, *where)
                 if tuple(map(str, names)) in done:
                     continue
                 mixing = {"conv1x1": True} if args.conv1x1 else {}
@@ -247,12 +253,14 @@ def main(argv: list[str] | None = None) -> None:
                     activation="Identity", num_blocks=args.num_blocks, block_size=args.block_size,
                     coupling_width=args.coupling_width,
                 )  # fmt: skip
-                row = dict(zip(keys, names, strict=True)) | time_flow(config, args.batch, args.repeats, device)
+                row = dict(zip(KEYS, names, strict=True)) | time_flow(config, args.batch, args.repeats, device)
                 rows.append({key: str(row[key]) for key in COLUMNS})
                 text = [",".join(COLUMNS), *(",".join(row[key] for key in COLUMNS) for row in rows)]
                 with atomic_write(path) as file:
                     file.write(("\n".join(text) + "\n").encode())
                 print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    same = (str(args.channels), *map(str, where))  # one curve a layer: the rows of this configuration
+    rows = [row for row in rows if (row["channels"], *(row[key] for key in KEYS[4:])) == same]
     plot(path.with_suffix(".png"), rows, "size" if args.table == 7 else "kernel")
     print(f"{path} and {path.with_suffix('.png')}")
 

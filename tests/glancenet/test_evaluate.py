@@ -139,6 +139,8 @@ def test_comparison_of_settings(tmp_path):
     options = json.loads((tmp_path / "out/logs/sprites__CBNM/published_CBNM_100_1/commandline_args.txt").read_text())
     assert options["classification_epoch"] == pytest.approx(20 * 8 / 250000), "the published share of the run"
     assert compare.main(words) == tables
+    with pytest.raises(UserError, match="other options"):
+        compare.main([*words, "--lr_G", "0.5"])
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "fair_7, 100 %: GlanceNet - CBNM: accuracy" in text
     with pytest.raises(UserError, match="fair_<ratio>"):

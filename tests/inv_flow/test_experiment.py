@@ -447,6 +447,11 @@ def test_timing_writes_rows_once_and_a_plot(tmp_path, capsys):
     capsys.readouterr()
     timing.main([*argv, "--table", "7", "--layers", "inverse", "--sizes", "8"])  # measured already
     assert (tmp_path / "timing_table7.csv").read_bytes() == before
+    timing.main([*argv, "--table", "7", "--layers", "inverse", "--sizes", "8", "--conv1x1"])  # another flow: measured
+    with open(tmp_path / "timing_table7.csv", encoding="utf-8") as file:
+        again = list(csv.DictReader(file))
+    assert again[:-1] == table and (again[-1]["conv1x1"], again[0]["conv1x1"]) == ("1", "0")
+    assert int(again[-1]["parameters"]) > int(again[0]["parameters"])
     with pytest.raises(UserError, match="positive"):
         timing.main([*argv, "--sizes", "0"])
 
