@@ -1,23 +1,27 @@
 """Seconds of one training step of each variant at the paper's size: the plain transcription against this code.
 
-    python -m latent_flow.benchmark                               # batch 128, all variants (minutes on a CPU)
+    python -m latent_flow.benchmark                               # batch 128, all variants (an hour on a CPU)
     python -m latent_flow.benchmark --batch-size 16 --variants supervised weakly
     python -m latent_flow.benchmark --logdet                      # cost of the log-determinants instead
 
 A step is forward, backward and Adam. `ref` is `reference.training_step_ref` with one Adam a part and, as published,
 anomaly detection for the supervised variant. `same` is the fast step with `--objective upstream`, `paper` the default
-objective, `amp` the default objective with bfloat16 convolutions. CPU seconds of this process, so that other load
-does not count.
+objective, `amp` the default objective with `--amp`. Each runs in a process of its own, the fast ones with the memory
+setting of the training loop. Two lines a variant: CPU seconds of that process, which other load changes least, and
+seconds on the clock.
 """
 
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 
 from common.errors import run_command
+from common.launch import keep_freed_memory
 from latent_flow.fields import Flows
 from latent_flow.model import VARIANTS, Config, LatentFlow, Noise, training_step
 from latent_flow.options import Parser, positive
@@ -25,17 +29,20 @@ from latent_flow.reference import training_step_ref
 from latent_flow.rollout import log_abs_det
 from latent_flow.train import make_optimizer
 
+CASES = ("ref", "same", "paper", "amp")
 
-def seconds(step: Callable[[], None], repeat: int, warm: bool = True) -> float:
-    """The fastest of `repeat` runs after one warm-up, in CPU seconds of this process."""
-    if warm:
+
+def seconds(step: Callable[[], None], repeat: int) -> tuple[float, float]:
+    """CPU seconds of this process and seconds on the clock: the least of `repeat` runs, after a warm-up if above 1."""
+    if repeat > 1:
         step()
-    best = float("inf")
+    cpu, wall = [], []
     for _ in range(repeat):
-        start = time.process_time()
+        start = time.process_time(), time.perf_counter()
         step()
-        best = min(best, time.process_time() - start)
-    return best
+        cpu.append(time.process_time() - start[0])
+        wall.append(time.perf_counter() - start[1])
+    return min(cpu), min(wall)
 
 
 def noise_for(model: LatentFlow, steps: int, batch: int) -> Noise:
@@ -79,29 +86,35 @@ def fast_step(model: LatentFlow, frames: torch.Tensor, noise: Noise, amp: bool) 
     return step
 
 
-def benchmark_steps(variants: list[str], batch: int, latent: int, repeat: int) -> list[str]:
-    """One line a variant: seconds of the reference, of the fast step, and their ratios."""
-    lines = [
-        f"{'variant':>13} {'batch':>5} {'ref':>8} {'same':>8} {'paper':>8} {'amp':>8}   ref/same ref/paper ref/amp"
-    ]
+def benchmark_case(case: str, variant: str, batch: int, latent: int, repeat: int, threads: int) -> tuple[float, float]:
+    """Seconds of one step of one case, as `seconds` gives them."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = Config(variant=variant, latent_size=latent, objective="upstream" if case in ("ref", "same") else "paper")
+    model = LatentFlow(config)
+    frames = torch.rand(config.steps + 1, batch, config.channels, config.image_size, config.image_size)
+    noise = noise_for(model, config.steps, batch)
+    if case == "ref":
+        return seconds(reference_step(model, frames, noise), repeat)
+    keep_freed_memory()
+    return seconds(fast_step(model, frames, noise, case == "amp"), repeat)
+
+
+def benchmark_steps(variants: list[str], batch: int, latent: int, repeat: int, threads: int) -> list[str]:
+    """Two lines a variant: CPU and clock seconds of the reference and of the fast steps, and their ratios."""
+    columns = " ".join(f"{case:>8}" for case in CASES)
+    lines = [f"{'variant':>13} {'batch':>5} {'clock':>5} {columns}   ref/same ref/paper ref/amp ({threads} threads)"]
     print(lines[0], flush=True)
     for variant in variants:
-        torch.manual_seed(0)
         times = []
-        for objective, amp in (("ref", False), ("upstream", False), ("paper", False), ("paper", True)):
-            config = Config(
-                variant=variant, latent_size=latent, objective="paper" if objective == "paper" else "upstream"
-            )
-            model = LatentFlow(config)
-            frames = torch.rand(config.steps + 1, batch, config.channels, config.image_size, config.image_size)
-            noise = noise_for(model, config.steps, batch)
-            if objective == "ref":
-                times.append(seconds(reference_step(model, frames, noise), repeat, warm=repeat > 1))
-            else:
-                times.append(seconds(fast_step(model, frames, noise, amp), repeat, warm=repeat > 1))
-        ratios = "   ".join(f"{times[0] / value:.2f}" for value in times[1:])
-        lines.append(f"{variant:>13} {batch:>5} " + " ".join(f"{value:>8.2f}" for value in times) + f"   {ratios}")
-        print(lines[-1], flush=True)
+        for case in CASES:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                times.append(pool.submit(benchmark_case, case, variant, batch, latent, repeat, threads).result())
+        for clock, values in zip(("cpu", "wall"), zip(*times, strict=True), strict=True):
+            ratios = "   ".join(f"{values[0] / value:.2f}" for value in values[1:])
+            shown = " ".join(f"{value:>8.2f}" for value in values)
+            lines.append(f"{variant:>13} {batch:>5} {clock:>5} {shown}   {ratios}")
+            print(lines[-1], flush=True)
     return lines
 
 
@@ -117,7 +130,7 @@ def benchmark_log_det(batch: int, latent: int, repeat: int) -> list[str]:
             start = z.clone().requires_grad_()
             log_abs_det(flows(torch.arange(2)).at(start, 1), c, c, mode).sum().backward()
 
-        lines.append(f"{mode:>11} B={batch} D={latent}: {seconds(step, repeat):.3f} s")
+        lines.append(f"{mode:>11} B={batch} D={latent}: {seconds(step, repeat)[0]:.3f} s")
         print(lines[-1], flush=True)
     return lines
 
@@ -128,13 +141,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch-size", type=positive, default=128)
     parser.add_argument("--latent-size", type=positive, default=324)
-    parser.add_argument("--repeat", type=positive, default=1, help="above 1: a warm-up, then the fastest of so many")
+    parser.add_argument("--repeat", type=positive, default=2, help="above 1: a warm-up, then the fastest of so many")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_switch("--logdet", default=False, help="time the log-determinants")
     args = parser.parse(argv)
     if args.logdet:
         benchmark_log_det(args.batch_size, args.latent_size, args.repeat)
     else:
-        benchmark_steps(args.variants, args.batch_size, args.latent_size, args.repeat)
+        benchmark_steps(args.variants, args.batch_size, args.latent_size, args.repeat, args.threads)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
+from latent_flow.fast_conv import DoublingConvTranspose2d, HalvingConv2d
 
 
 class CoveringConv2d(nn.Conv2d):
@@ -26,10 +27,14 @@ class SpreadingConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """x (B, C, 1, 1) -> (B, out, N, N)."""
-        out = x.flatten(1) @ self.weight.flatten(1)  # (B, out * N * N)
-        out = out.unflatten(1, (self.out_channels, *self.kernel_size)) + self.bias[:, None, None]
-        # the strided layers that follow run faster with channels last
-        return out.contiguous(memory_format=torch.channels_last) if out.shape[-1] > 1 else out
+        x, weight, shape = x.flatten(1), self.weight.flatten(1), (self.out_channels, *self.kernel_size)
+        if x.device.type == "cpu" and shape[-1] > 1:
+            # the batch innermost in memory, as the strided layers that follow want it
+            bias = self.bias.repeat_interleave(shape[1] * shape[2])[:, None]
+            return torch.addmm(bias, weight.T, x.T.contiguous()).T.unflatten(1, shape)
+        out = (x @ weight).unflatten(1, shape) + self.bias[:, None, None]
+        # cuDNN's strided layers run faster with channels last
+        return out.contiguous(memory_format=torch.channels_last) if shape[-1] > 1 else out
 
 
 class View(nn.Module):
@@ -49,9 +54,9 @@ def trunk(channels: int, width: int, size: int, out: int) -> nn.Sequential:
     """Three convolutions to 1 x 1 and two of kernel 1, shared by all encoders of small images."""
     _divisible(size, 4)
     return nn.Sequential(
-        nn.Conv2d(channels, width, 4, 2, 1),
+        HalvingConv2d(channels, width),
         nn.ReLU(),
-        nn.Conv2d(width, 2 * width, 4, 2, 1),
+        HalvingConv2d(width, 2 * width),
         nn.ReLU(),
         CoveringConv2d(2 * width, 3 * width, size // 4),
         nn.ReLU(),
@@ -66,7 +71,7 @@ def deep_trunk(channels: int, width: int, size: int) -> nn.Sequential:
     _divisible(size, 16)
     layers: list[nn.Module] = []
     for stage in range(4):
-        layers += [nn.Conv2d(channels if stage == 0 else width, width, 4, 2, 1), nn.ReLU()]
+        layers += [HalvingConv2d(channels if stage == 0 else width, width), nn.ReLU()]
         layers += [nn.Conv2d(width, width, 3, 1, 1), nn.ReLU()]
     layers += [CoveringConv2d(width, width, size // 16), nn.ReLU()]
     layers += [CoveringConv2d(width, width, 1), nn.ReLU(), CoveringConv2d(width, width, 1)]
@@ -149,9 +154,9 @@ class ConvVAE(ImageVAE):
                 nn.ReLU(),
                 SpreadingConvTranspose2d(3 * s, 2 * s, size // 4),
                 nn.ReLU(),
-                nn.ConvTranspose2d(2 * s, s, 4, 2, 1),
+                DoublingConvTranspose2d(2 * s, s),
                 nn.ReLU(),
-                nn.ConvTranspose2d(s, channels, 4, 2, 1),
+                DoublingConvTranspose2d(s, channels),
             ]
         )
         super().__init__(encoder, decoder, log_var_bound)
@@ -168,7 +173,7 @@ class ConvVAE2(ImageVAE):
         layers += [SpreadingConvTranspose2d(s, s, size // 16), nn.ReLU()]
         for stage in range(4):
             last = stage == 3
-            layers += [nn.ConvTranspose2d(s, s, 4, 2, 1), nn.ReLU()]
+            layers += [DoublingConvTranspose2d(s, s), nn.ReLU()]
             layers += [nn.ConvTranspose2d(s, channels if last else s, 3, 1, 1)] + ([] if last else [nn.ReLU()])
         super().__init__(encoder, BernoulliDecoder(layers), log_var_bound)
 

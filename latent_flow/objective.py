@@ -4,6 +4,7 @@ Sum over pixels and latent units, mean over samples, all weights 1 unless said. 
 why, stands in README.md. Axes: T steps, B samples, K flows, D latent units.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -110,8 +111,8 @@ def index_loss(logits: Tensor, entropy_weight: float = 1.0) -> Tensor:
     Its negative is the information between sequence and flow (up to log K): all flows used, each sequence sure.
     """
     log_q = torch.log_softmax(logits, dim=-1)
-    mean = log_q.exp().mean(0)
-    balance = (mean * torch.log(mean * len(mean))).sum()
+    log_mean = torch.logsumexp(log_q, 0) - math.log(len(log_q))  # finite where the mean itself underflows
+    balance = (log_mean.exp() * (log_mean + math.log(len(log_mean)))).sum()
     entropy = -(log_q.exp() * log_q).sum(-1).mean()
     return balance + entropy_weight * entropy
 

@@ -23,6 +23,8 @@ def layers_ref(layers, x: Tensor) -> Tensor:
             x = F.conv_transpose2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
         elif isinstance(layer, torch.nn.Conv2d):
             x = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+        elif isinstance(layer, torch.nn.ReLU):
+            x = F.relu(x)
         else:
             x = layer(x)
     return x

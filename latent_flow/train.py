@@ -18,7 +18,7 @@ from torch import Tensor
 from common.batches import Batches
 from common.checkpoint import append_text, load_state, restore_rng, rng_state, save_state, write_json
 from common.errors import UserError
-from common.launch import Distributed, StopSignal, check_finite, seed_everything
+from common.launch import Distributed, StopSignal, check_finite, keep_freed_memory, seed_everything
 from common.run import Run
 from latent_flow.data import FrameSequences, open_source, split_rows
 from latent_flow.encoders import temperature
@@ -89,6 +89,8 @@ def make_optimizer(model: LatentFlow, args: argparse.Namespace) -> torch.optim.A
 def train(args: argparse.Namespace, config: Config) -> None:
     """Train one model as `args` say; see the module's docstring for what is written."""
     dist = Distributed.start(args.device)
+    if dist.device.type == "cpu":
+        keep_freed_memory()
     try:
         _train(args, config, dist)
     finally:

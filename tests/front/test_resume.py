@@ -18,8 +18,8 @@ Costs about 50 CPU seconds.
 import signal
 
 import pytest
-import torch
 from front.commands import EPOCH, PAPERS, final_state, output, resume, run
+from same_state import same
 
 MIDDLE, END = EPOCH - 1, EPOCH  # steps done when the signal comes
 CASES = [
@@ -45,22 +45,6 @@ def whole(tmp_path_factory):
         return made[paper]
 
     return get
-
-
-def same(a, b, where="state"):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for index, pair in enumerate(zip(a, b, strict=True)):
-            same(*pair, f"{where}[{index}]")
-    else:
-        assert a == b, where
 
 
 @pytest.mark.parametrize(("paper", "place", "sent", "workers"), CASES)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from same_state import same
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.checkpoint import load_state, save_state
@@ -100,22 +101,6 @@ class StopAfter:
             if index == self.n:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
-
-
-def same(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for index, pair in enumerate(zip(a, b, strict=True)):
-            same(*pair, f"{where}[{index}]")
-    else:
-        assert a == b, where
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,11 @@ def test_index_loss_bounds():
     collapsed[:, 0] = 50
     assert abs(objective.index_loss(collapsed).item() - math.log(3)) < 1e-6
     assert abs(objective.index_loss(torch.zeros(12, 3)).item() - math.log(3)) < 1e-6  # balanced but unsure
+    logits = (sure * 10).requires_grad_()  # sure to the point that a probability underflows
+    loss = objective.index_loss(torch.cat([logits[:1], logits[:1]]))
+    loss.backward()
+    assert abs(loss.item() - math.log(3)) < 1e-6
+    assert logits.grad.isfinite().all()
 
 
 def test_dense_layers_equal_convolutions():
