@@ -154,8 +154,8 @@ class ConvVAE(ImageVAE):
                 nn.ReLU(),
                 SpreadingConvTranspose2d(3 * s, 2 * s, size // 4),
                 nn.ReLU(),
-                DoublingConvTranspose2d(2 * s, s),
-                nn.ReLU(),
+                DoublingConvTranspose2d(2 * s, s, relu=True),
+                nn.Identity(),  # keeps the numbers of the published layers
                 DoublingConvTranspose2d(s, channels),
             ]
         )
@@ -173,7 +173,7 @@ class ConvVAE2(ImageVAE):
         layers += [SpreadingConvTranspose2d(s, s, size // 16), nn.ReLU()]
         for stage in range(4):
             last = stage == 3
-            layers += [DoublingConvTranspose2d(s, s), nn.ReLU()]
+            layers += [DoublingConvTranspose2d(s, s, relu=True), nn.Identity()]  # keeps the published numbers
             layers += [nn.ConvTranspose2d(s, channels if last else s, 3, 1, 1)] + ([] if last else [nn.ReLU()])
         super().__init__(encoder, BernoulliDecoder(layers), log_var_bound)
 

@@ -94,8 +94,8 @@ class Plan:
             values = values.view(c, self.tile, self.tile, self.tiles, self.tiles, -1).permute(0, 3, 1, 4, 2, 5)
         x.copy_(values.reshape(c, n, n, -1)[:, : self.size, : self.size])
 
-    def to_pixels(self, at_points: Tensor, image: Tensor, bias: Tensor) -> None:
-        """Products (P, 4 * O, L) -> large images (O, 2N, 2N, b), plus `bias` (O,)."""
+    def to_pixels(self, at_points: Tensor, image: Tensor, bias: Tensor, relu: bool = False) -> None:
+        """Products (P, 4 * O, L) -> large images (O, 2N, 2N, b), plus `bias` (O,), through a ReLU if `relu`."""
         channels, n, batch = len(image), self.size, image.shape[-1]
         at_points = at_points.unflatten(1, (4, -1))
         for index, (y, x) in enumerate(PARITIES):
@@ -104,7 +104,8 @@ class Plan:
             if self.tiles > 1:
                 part = self._add_tiles(part, batch)[:, 1 - y : n + 1 - y, 1 - x : n + 1 - x]
             parity = image[:, 1 - y :: 2, 1 - x :: 2]
-            torch.add(part.reshape(parity.shape), bias[:, None, None, None], out=parity)
+            part = part.reshape(parity.shape).add_(bias[:, None, None, None])
+            parity.copy_(part.relu_() if relu else part)
 
     def to_pixels_adjoint(self, image: Tensor) -> Tensor:
         """Large images (O, 2N, 2N, b) -> (P, 4 * O, L), in the scratch `large`: transposed `to_pixels`."""
@@ -180,36 +181,38 @@ def multiply(name: str, a: Tensor, b: Tensor, add: bool = False) -> Tensor:
 
 
 class ConvTranspose(torch.autograd.Function):
-    """x (C, N, N, B), weight (C, O, 4, 4), bias (O,) -> (O, 2N, 2N, B)."""
+    """x (C, N, N, B), weight (C, O, 4, 4), bias (O,) -> (O, 2N, 2N, B), through a ReLU if `relu`."""
 
     @staticmethod
     @torch.amp.custom_fwd(cast_inputs=torch.float32, device_type="cpu")
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tensor:
         """To the points, multiply, back to pixels."""
         ctx.plan = p = plan(x.shape[1], x.dtype)
         w_points = p.weight_to_points(weight)
-        ctx.save_for_backward(x, w_points)
         image = x.new_empty(weight.shape[1], 2 * p.size, 2 * p.size, x.shape[-1])
         for part in p.parts(x.shape[-1]):
-            p.to_pixels(multiply("large", w_points, p.to_points(x[..., part])), image[..., part], bias)
+            p.to_pixels(multiply("large", w_points, p.to_points(x[..., part])), image[..., part], bias, relu)
+        ctx.save_for_backward(x, w_points, image if relu else None)
         return image
 
     @staticmethod
     @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor, None]:
         """The adjoint convolution, and the products of both sides."""
-        (x, w_points), p = ctx.saved_tensors, ctx.plan
+        (x, w_points, image), p = ctx.saved_tensors, ctx.plan
         x_grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        w_grad = None
+        w_grad, bias_grad = None, grad.new_zeros(len(grad))
         for part in p.parts(x.shape[-1]):
-            g_points = p.to_pixels_adjoint(grad[..., part])
+            g = grad[..., part] if image is None else torch.where(image[..., part] > 0, grad[..., part], 0.0)
+            bias_grad += g.sum((1, 2, 3))
+            g_points = p.to_pixels_adjoint(g)
             if ctx.needs_input_grad[1]:
                 w_grad = multiply("weight", g_points, p.to_points(x[..., part]).mT, add=part.start > 0)
             if x_grad is not None:
                 p.to_points_adjoint(multiply("small", w_points.mT, g_points), x_grad[..., part])
         w_grad = None if w_grad is None else p.weight_to_points_adjoint(w_grad)
-        return x_grad, w_grad, grad.flatten(1).sum(1)
+        return x_grad, w_grad, bias_grad, None
 
 
 class Conv(torch.autograd.Function):
@@ -310,17 +313,18 @@ class HalvingConv2d(nn.Conv2d):
 
 
 class DoublingConvTranspose2d(nn.ConvTranspose2d):
-    """Transposed convolution 4x4, stride 2, padding 1: N x N -> 2N x 2N."""
+    """Transposed convolution 4x4, stride 2, padding 1: N x N -> 2N x 2N; `relu` adds a ReLU."""
 
-    def __init__(self, channels: int, out: int):
+    def __init__(self, channels: int, out: int, relu: bool = False):
         super().__init__(channels, out, 4, 2, 1)
+        self.relu = relu
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """x (B, C, N, N) -> (B, out, 2N, 2N)."""
-        if not is_open(x, self.weight):
-            return super().forward(x)
-        if worth_it(x, self.weight, x.shape[-1]):
-            return ConvTranspose.apply(batch_last(x), self.weight, self.bias).permute(3, 0, 1, 2)
-        if 16 * self.out_channels <= self.in_channels:
-            return ThinConvTranspose.apply(batch_last(x), self.weight, self.bias).permute(3, 0, 1, 2)
-        return super().forward(x)
+        if is_open(x, self.weight) and worth_it(x, self.weight, x.shape[-1]):
+            return ConvTranspose.apply(batch_last(x), self.weight, self.bias, self.relu).permute(3, 0, 1, 2)
+        if is_open(x, self.weight) and 16 * self.out_channels <= self.in_channels:
+            out = ThinConvTranspose.apply(batch_last(x), self.weight, self.bias).permute(3, 0, 1, 2)
+        else:
+            out = super().forward(x)
+        return F.relu(out) if self.relu else out

@@ -63,6 +63,21 @@ def test_values_and_gradients_equal_the_plain_operations(size, batch):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-10)
 
 
+@pytest.mark.parametrize(("size", "batch"), [(7, 3), (7, 500), (8, 3)])
+def test_with_a_relu(size, batch):
+    x, _g, weight, _c_bias, bias = problem(size, batch)
+    got = ConvTranspose.apply(batch_last(x), weight, bias, True).permute(3, 0, 1, 2)
+    want = conv_transpose_ref(x, weight, bias).relu()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+    factor = torch.randn_like(want)
+    for a, b in zip(
+        torch.autograd.grad(got, (x, weight, bias), factor),
+        torch.autograd.grad(want, (x, weight, bias), factor),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-10)
+
+
 @pytest.mark.parametrize("function", [ConvTranspose, ThinConvTranspose, Conv])
 @pytest.mark.parametrize("size", [4, 5, 7])
 def test_gradcheck(function, size):
