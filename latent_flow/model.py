@@ -160,7 +160,8 @@ def training_step(
     """Losses of one batch of frames (T+1, B, C, N, N) in [0, 1]: the entries of `objective.LOSSES`, scalars.
 
     labels: the flow of each sample (B,), or one number for the whole batch (then only that flow is evaluated);
-    needed by the supervised variant and by `index_labels`. `amp`: bfloat16 in the convolutional networks only.
+    needed by the supervised variant and by `index_labels`. `amp`: bfloat16 in the convolutional networks only, on
+    the CPU without the layers of `fast_conv.py`.
     `generator`: source of the log-determinant's probes. `dist`: processes that share the work of the convolutional
     networks; each is given the whole batch, draws the same noise and returns the same losses.
     """
