@@ -2,7 +2,9 @@
 
     python -m latent_flow.benchmark                               # batch 128, all variants (an hour on a CPU)
     python -m latent_flow.benchmark --batch-size 16 --variants supervised weakly
+    python -m latent_flow.benchmark --no-keep-memory              # what the training loop's memory setting saves
     python -m latent_flow.benchmark --logdet                      # cost of the log-determinants instead
+    python -m latent_flow.benchmark --errors --latent-size 128 --batch-size 16   # float32 gradients against float64
 
 A step is forward, backward and Adam. `ref` is `reference.training_step_ref` with one Adam a part and, as published,
 anomaly detection for the supervised variant. `same` is the fast step with `--objective upstream`, `paper` the default
@@ -11,6 +13,7 @@ setting of the training loop. Two lines a variant: CPU seconds of that process, 
 seconds on the clock.
 """
 
+import copy
 import sys
 import time
 from argparse import Namespace
@@ -22,6 +25,7 @@ import torch
 
 from common.errors import run_command
 from common.launch import keep_freed_memory
+from latent_flow import fast_conv
 from latent_flow.fields import Flows
 from latent_flow.model import VARIANTS, Config, LatentFlow, Noise, training_step
 from latent_flow.options import Parser, positive
@@ -86,7 +90,9 @@ def fast_step(model: LatentFlow, frames: torch.Tensor, noise: Noise, amp: bool) 
     return step
 
 
-def benchmark_case(case: str, variant: str, batch: int, latent: int, repeat: int, threads: int) -> tuple[float, float]:
+def benchmark_case(
+    case: str, variant: str, batch: int, latent: int, repeat: int, threads: int, keep_memory: bool
+) -> tuple[float, float]:
     """Seconds of one step of one case, as `seconds` gives them."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -96,11 +102,14 @@ def benchmark_case(case: str, variant: str, batch: int, latent: int, repeat: int
     noise = noise_for(model, config.steps, batch)
     if case == "ref":
         return seconds(reference_step(model, frames, noise), repeat)
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     return seconds(fast_step(model, frames, noise, case == "amp"), repeat)
 
 
-def benchmark_steps(variants: list[str], batch: int, latent: int, repeat: int, threads: int) -> list[str]:
+def benchmark_steps(
+    variants: list[str], batch: int, latent: int, repeat: int, threads: int, keep_memory: bool = True
+) -> list[str]:
     """Two lines a variant: CPU and clock seconds of the reference and of the fast steps, and their ratios."""
     columns = " ".join(f"{case:>8}" for case in CASES)
     lines = [f"{'variant':>13} {'batch':>5} {'clock':>5} {columns}   ref/same ref/paper ref/amp ({threads} threads)"]
@@ -109,7 +118,8 @@ def benchmark_steps(variants: list[str], batch: int, latent: int, repeat: int, t
         times = []
         for case in CASES:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                times.append(pool.submit(benchmark_case, case, variant, batch, latent, repeat, threads).result())
+                case_args = (case, variant, batch, latent, repeat, threads, keep_memory)
+                times.append(pool.submit(benchmark_case, *case_args).result())
         for clock, values in zip(("cpu", "wall"), zip(*times, strict=True), strict=True):
             ratios = "   ".join(f"{values[0] / value:.2f}" for value in values[1:])
             shown = " ".join(f"{value:>8.2f}" for value in values)
@@ -135,6 +145,36 @@ def benchmark_log_det(batch: int, latent: int, repeat: int) -> list[str]:
     return lines
 
 
+def gradients(model: LatentFlow, frames: torch.Tensor, noise: Noise, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Gradients of one step of the default objective in `dtype`, as float64."""
+    model, noise = copy.deepcopy(model).to(dtype), Noise(noise.eps.to(dtype), noise.uniform.to(dtype), noise.tau)
+    labels, probes = torch.arange(frames.shape[1]) % model.config.flows, torch.Generator().manual_seed(1)
+    training_step(model, frames.to(dtype), labels, 1, noise, generator=probes)["loss_total"].backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def float32_errors(batch: int, latent: int, seeds: int = 5) -> list[str]:
+    """Relative error of each float32 gradient of a supervised step against float64: quantiles over the parameters of
+    several random models, with the fast and with the plain convolutions.
+    """
+    errors: dict[str, list[float]] = {"fast": [], "plain": []}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        model = LatentFlow(Config(latent_size=latent))
+        frames, noise = (torch.rand(9, batch, 3, 28, 28) > 0.8).float(), noise_for(model, 8, batch)
+        with fast_conv.plain_convolutions():
+            exact = gradients(model, frames, noise, torch.float64)
+            plain = gradients(model, frames, noise, torch.float32)
+        for name, found in (("fast", gradients(model, frames, noise, torch.float32)), ("plain", plain)):
+            errors[name] += [((found[key] - exact[key]).norm() / exact[key].norm()).item() for key in exact]
+    lines = []
+    for name, values in errors.items():
+        median, high, most = torch.tensor(values).quantile(torch.tensor([0.5, 0.9, 1.0])).tolist()
+        lines.append(f"{name:>5} B={batch} D={latent}: median {median:.1e}, 90 % below {high:.1e}, largest {most:.1e}")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line of the benchmark."""
     parser = Parser(description=__doc__)
@@ -144,11 +184,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=positive, default=2, help="above 1: a warm-up, then the fastest of so many")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_switch("--logdet", default=False, help="time the log-determinants")
+    parser.add_switch("--errors", default=False, help="errors of float32 gradients, five random models")
+    parser.add_switch("--keep-memory", default=True, help="give the fast steps the memory setting of the training loop")
     args = parser.parse(argv)
     if args.logdet:
         benchmark_log_det(args.batch_size, args.latent_size, args.repeat)
+    elif args.errors:
+        float32_errors(args.batch_size, args.latent_size)
     else:
-        benchmark_steps(args.variants, args.batch_size, args.latent_size, args.repeat, args.threads)
+        sizes = (args.batch_size, args.latent_size, args.repeat, args.threads)
+        benchmark_steps(args.variants, *sizes, args.keep_memory)
 
 
 if __name__ == "__main__":

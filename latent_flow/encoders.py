@@ -25,7 +25,7 @@ class CoveringConv2d(nn.Conv2d):
 class SpreadingConvTranspose2d(nn.ConvTranspose2d):
     """A transposed convolution of a 1 x 1 input (1 x 1 -> N x N), computed as one matrix product."""
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (B, C, 1, 1) -> (B, out, N, N)."""
         x, weight, shape = x.flatten(1), self.weight.flatten(1), (self.out_channels, *self.kernel_size)
         if x.device.type == "cpu" and shape[-1] > 1:

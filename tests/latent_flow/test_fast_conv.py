@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from latent_flow import fast_conv
+from latent_flow.benchmark import float32_errors
+from latent_flow.benchmark import main as benchmark_main
 from latent_flow.encoders import ConvVAE, ConvVAE2
 from latent_flow.fast_conv import (
     Conv,
@@ -169,9 +171,9 @@ def test_whole_vae_equals_its_plain_layers(vae, size, monkeypatch):
     called = counting(monkeypatch)
     fast = gradients()
     assert "Conv" in called and "ConvTranspose" in called
-    monkeypatch.setattr(fast_conv, "is_open", lambda x, weight: False)
     called.clear()
-    plain = gradients()
+    with fast_conv.plain_convolutions():
+        plain = gradients()
     assert called == []
     for a, b in zip(fast, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -180,3 +182,19 @@ def test_whole_vae_equals_its_plain_layers(vae, size, monkeypatch):
 def test_plans_are_made_once():
     assert plan(7, torch.float32) is plan(7, torch.float32)
     assert plan(7, torch.float64) is not plan(7, torch.float32)
+
+
+def test_float32_gradients_of_a_whole_step(capsys):
+    lines = float32_errors(16, 32, seeds=1)
+    assert capsys.readouterr().out.splitlines() == lines
+    ninety = [float(line.split("90 % below ")[1].split(",")[0]) for line in lines]  # fast, plain
+    assert 0 < ninety[0] < 1e-4 and 0 < ninety[1] < 1e-4
+    assert ninety[0] != ninety[1]  # two ways of computing were compared
+
+
+def test_benchmark_prints_ratios(capsys):
+    benchmark_main(["--batch-size", "2", "--latent-size", "16", "--repeat", "1", "--variants", "supervised"])
+    head, cpu, wall = capsys.readouterr().out.splitlines()
+    assert "ref/same" in head and cpu.split()[2] == "cpu" and wall.split()[2] == "wall"
+    values = [float(value) for value in wall.split()[3:]]
+    assert len(values) == 7 and all(value > 0 for value in values)
