@@ -6,6 +6,7 @@ config).
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import pickle
@@ -190,7 +191,7 @@ def load_tensors(path: str | Path, map_location: Any = "cpu") -> Any:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        refuse_compression(path)
+        check_archive(path)
         return torch.load(path, map_location=map_location, weights_only=True)
     except UserError:
         raise
@@ -198,20 +199,23 @@ def load_tensors(path: str | Path, map_location: Any = "cpu") -> Any:
         raise UserError(
             f"{path} is refused: it is damaged, or holds more than tensors and plain values ({str(error)[:80]})"
         ) from error
-    except (
-        Exception
-    ) as error:  # torch raises many types on damaged archives: RuntimeError, EOFError, KeyError, struct.error ...
+    except Exception as error:  # torch raises many types on damaged files: RuntimeError, EOFError, struct.error ...
         raise UserError(
             f"{path} is truncated or is no PyTorch file ({type(error).__name__}); use an older checkpoint"
         ) from error
 
 
-def refuse_compression(path: Path) -> None:
-    """torch.save stores its members as they are; compressed ones could fill the memory from a small file."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise UserError(f"{path} is refused: a PyTorch file has no compressed members")
+def check_archive(path: Path) -> None:
+    """Refuse an archive whose members are compressed (they could fill the memory from a small file) or fail their own
+    checksums (torch.load does not look at these: a flipped bit would become another weight).
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise UserError(f"{path} is refused: a PyTorch file has no compressed members")
+        if damaged := archive.testzip():
+            raise UserError(f"{path} is damaged (checksum of {damaged}); use an older checkpoint")
 
 
 def load_state(path: str | Path, kind: str, map_location: Any = "cpu") -> dict[str, Any]:
@@ -229,83 +233,160 @@ def load_state(path: str | Path, kind: str, map_location: Any = "cpu") -> dict[s
         )
     if data["kind"] != kind:
         raise UserError(f"{path} is a checkpoint of '{data['kind']}', expected '{kind}'")
+    if not isinstance(data["state"], dict):
+        raise UserError(f"{path} is not a checkpoint of this repository")
     return data["state"]
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of python's, numpy's and torch's generators (CPU and every CUDA device), as plain values."""
+    """The states of python's, numpy's and torch's generators (the CPU's and this process's CUDA device's)."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Set every generator as `rng_state` found it; CUDA states are taken for the devices that exist here."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available():
-        for index, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(one.cpu(), index)
+def restore_rng(state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+    """Set every generator as `rng_state` found it; the state of a CUDA `device` is the first one stored.
+
+    A run that goes on on another kind of device keeps the generators of the CPU. Raises UserError for a damaged state.
+    """
+    try:
+        version, internal, gauss = state["python"]
+        name, keys, position, has_gauss, cached = state["numpy"]
+        random.setstate((version, tuple(internal), gauss))
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(state["torch"].cpu())
+        if torch.device(device).type == "cuda" and state["cuda"]:
+            torch.cuda.set_rng_state(state["cuda"][0].cpu(), device)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+        raise UserError(
+            f"the checkpoint's random states are damaged ({type(error).__name__}); use an older checkpoint"
+        ) from error
 
 
 def save_weights(path: str | Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Weights for inference: `<path>` (safetensors) and `<stem>.json` beside it (the config)."""
+    """Weights for inference: `<path>` (safetensors; the config and a digest in its metadata), written atomically, and
+    `<stem>.json` beside it, the config for people.
+    """
     from safetensors.torch import save
 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are stored as .safetensors, not {path.name}")
-    payload = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-    write_json(path.with_suffix(".json"), config)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    text = json.dumps(config, sort_keys=True, default=str)
+    payload = save(tensors, {"config": text, "sha256": _digest(tensors, text)})
     with atomic_write(path) as file:
         file.write(payload)
+    write_json(path.with_suffix(".json"), config)
+
+
+def _digest(tensors: dict[str, Tensor], config: str) -> str:
+    digest = hashlib.sha256(config.encode())
+    for key in sorted(tensors):
+        value = tensors[key]
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the config that `save_weights` wrote. Raises UserError for missing or damaged files."""
-    from safetensors.torch import load_file
+    """The tensors and the config that `save_weights` wrote; older files have the config in the JSON file beside them.
+
+    Raises UserError for missing and damaged files.
+    """
+    from safetensors import safe_open
 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}")
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 it is no dict
     except Exception as error:  # SafetensorError, and what a lying header does to PyTorch
         raise UserError(f"{path} is damaged or is no safetensors file ({str(error)[:80]})") from error
-    config = read_json(path.with_suffix(".json"))
+    text = facts.get("config")
+    if text is not None and facts.get("sha256") != _digest(tensors, text):
+        raise UserError(f"{path} is damaged: its content does not have the digest that was written with it")
+    try:
+        config = json.loads(text) if text is not None else read_json(path.with_suffix(".json"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its config is not JSON") from error
     if not isinstance(config, dict):
         raise UserError(f"{path.with_suffix('.json')} does not hold a config")
     return tensors, config
 
 
 def load_into(module: torch.nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """`module.load_state_dict(tensors)`, strictly; a mismatch is one UserError line that names the first differing
-    entries.
+    """`module.load_state_dict(tensors)`, strictly. Raises UserError in one line for entries that are missing, unknown,
+    no tensors, of another shape or kind of number (float, whole, complex, bool), or not finite.
     """
     expected = module.state_dict()
-    missing = [key for key in expected if key not in tensors]
-    unknown = [key for key in tensors if key not in expected]
-    shapes = [
-        f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in expected
-        if key in tensors and tensors[key].shape != expected[key].shape
+    if not isinstance(tensors, dict):
+        raise UserError(f"{source} holds no weights")
+    common = [key for key in expected if key in tensors]
+    plain = [key for key in common if isinstance(tensors[key], Tensor)]
+    problems = {
+        "missing": [key for key in expected if key not in tensors],
+        "unknown": [str(key) for key in tensors if key not in expected],
+        "no tensor": [key for key in common if key not in plain],
+        "other shape": [
+            f"{key} is {tuple(tensors[key].shape)}, expected {tuple(expected[key].shape)}"
+            for key in plain
+            if tensors[key].shape != expected[key].shape
+        ],
+        "other kind of number": [key for key in plain if _kind(tensors[key]) != _kind(expected[key])],
+        "not finite": [key for key in plain if not bool(torch.isfinite(tensors[key]).all())],
+    }
+    found = [
+        f"{what}: {', '.join(items[:3])}{' ...' if len(items) > 3 else ''}" for what, items in problems.items() if items
     ]
-    problems = [
-        f"{what}: {', '.join(items[:3])}{' ...' if len(items) > 3 else ''}"
-        for what, items in (("missing", missing), ("unknown", unknown), ("other shape", shapes))
-        if items
-    ]
-    if problems:
-        raise UserError(f"{source} does not fit this model ({'; '.join(problems)}); check the configuration")
+    if found:
+        raise UserError(f"{source} does not fit this model ({'; '.join(found)}); check the configuration")
     module.load_state_dict(tensors)
+
+
+def _kind(value: Tensor) -> str:
+    if value.is_floating_point():
+        return "float"
+    return "complex" if value.is_complex() else "bool" if value.dtype == torch.bool else "whole"
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], source: str | Path, own_settings: bool = True
+) -> None:
+    """Give `optimizer` a saved state, whatever device that was made on. Raises UserError when it does not fit.
+
+    With `own_settings` the learning rate and the other settings stay those that the optimiser was made with.
+    """
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own if own_settings else {key: own[key] for key in ("fused", "foreach") if key in own})
+            for parameter in group["params"]:
+                _fit(optimizer.state.get(parameter, {}), parameter, group)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        reason = str(error).split("\n")[0][:80]
+        raise UserError(f"the optimiser's state in {source} does not fit or is damaged ({reason})") from error
+
+
+def _fit(state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
+    """Check one parameter's moments, and put its step counter where the optimiser's kernel reads it."""
+    for name, value in state.items():
+        if name == "step":
+            there = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
+            state[name] = torch.as_tensor(value, dtype=torch.float32).to(there)
+        elif isinstance(value, Tensor) and value.shape != parameter.shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}, the weight {tuple(parameter.shape)}")
+        if isinstance(state[name], Tensor) and not bool(torch.isfinite(state[name]).all()):
+            raise ValueError(f"{name} is not finite")
 
 
 def prune(folder: str | Path, pattern: str, keep: int) -> list[Path]:

@@ -3,8 +3,11 @@
 import difflib
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_USER_ERROR = 2
 EXIT_NON_FINITE = 3
@@ -42,6 +45,24 @@ def disk_full(error: BaseException) -> bool:
     return False
 
 
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt in this block, where no training loop waits for them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    earlier = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
 def run_command(main: Callable[[], object]) -> int:
     """Run a script's `main` and return its exit code: 0, 2 (`UserError`), 3 (`NonFiniteError`) or 130 (interrupted).
 
@@ -51,7 +72,8 @@ def run_command(main: Callable[[], object]) -> int:
     Scripts end with `sys.exit(run_command(main))`. Any other exception is a defect of ours and keeps its traceback.
     """
     try:
-        main()
+        with _signals_interrupt():
+            main()
         sys.stdout.flush()
         return 0
     except UserError as error:

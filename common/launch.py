@@ -146,6 +146,19 @@ class Distributed:
         torch_dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
 
+    def randn_like(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Standard normal noise for this process's rows of a batch: the numbers that one process would draw.
+
+        x (B, ...): every process holds the same number of rows and the same random state.
+        """
+        noise = torch.randn((self.world * len(x), *x.shape[1:]), generator=generator, dtype=x.dtype, device=x.device)
+        return noise[self.rank * len(x) : (self.rank + 1) * len(x)]
+
+    def rand_like(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Uniform noise in [0, 1) for this process's rows; otherwise as `randn_like`."""
+        noise = torch.rand((self.world * len(x), *x.shape[1:]), generator=generator, dtype=x.dtype, device=x.device)
+        return noise[self.rank * len(x) : (self.rank + 1) * len(x)]
+
     def over_rows(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`function(x)` for a function that treats each row alone: every process works on its share of the rows.
 
@@ -172,6 +185,14 @@ class Distributed:
             torch_dist.all_reduce(flat)
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view(gradient.shape))
+
+    def mean_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average the gradients over the processes, in place: of equal shares of a batch, that of the whole."""
+        parameters = list(parameters)
+        self.sum_gradients(parameters)
+        for parameter in parameters if self.world > 1 else ():
+            if parameter.grad is not None:
+                parameter.grad /= self.world
 
     def any(self, flag: "bool | StopSignal") -> bool:
         """True on every process when it is true on one: ranks leave a loop together."""

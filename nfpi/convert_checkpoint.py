@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started as a file: the repository's root is not
 import torch
 from torch import Tensor
 
-from common.checkpoint import load_into, refuse_compression, save_weights
+from common.checkpoint import load_into, check_archive, save_weights
 from common.errors import UserError, run_command
 from common.unpickle import TENSORS, Unpickler
 from nfpi.gaussians import ClassGaussians
@@ -102,7 +102,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        refuse_compression(path)
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             root = next(name for name in names if name.endswith("/data.pkl")).removesuffix("data.pkl")
