@@ -13,9 +13,7 @@ from common.errors import UserError
 
 
 class _SeededItems(Dataset):
-    """Items of a dataset with random transforms: item (epoch, index) draws from a generator seeded by (seed, epoch,
-    index).
-    """
+    """Items of a dataset with random transforms: item (epoch, index) draws from a generator of (seed, epoch, index)."""
 
     def __init__(self, dataset: Any, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -37,16 +35,13 @@ class Batches:
     """Batches of (images, targets) of `dataset`.
 
     `dataset` gives `len`, `[i] -> (uint8 (C, H, W) tensor, target)`, and, where it can fetch many at once,
-    `images_at(indices)`
-    and `targets` (used when `workers` is 0). `batch_size` is the total over `world` processes; process
-    `rank`
-    receives its share of every batch. A dataset whose attribute `is_random` is true draws each item's random numbers
-    from
-    (seed, epoch, index), whatever the number of workers. `hold=True` keeps an in-memory dataset on `device`.
+    `images_at(indices)` and `targets` (used when `workers` is 0). `batch_size` is the total over `world` processes;
+    process `rank` receives its share of every batch. A dataset whose attribute `is_random` is true draws each item's
+    random numbers from (seed, epoch, index), whatever the number of workers. `hold=True` keeps an in-memory dataset on
+    `device`.
 
     Raises UserError when the total batch size is not a multiple of the number of processes, or exceeds the data set
-    with
-    `drop_last`.
+    with `drop_last`.
     """
 
     def __init__(

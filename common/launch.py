@@ -46,9 +46,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed python, numpy and torch (all devices); `deterministic` also forbids kernels whose result varies between
-    runs.
-    """
+    """Seed python, numpy and torch (all devices); `deterministic` forbids kernels whose result varies between runs."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -57,6 +55,15 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True)
+
+
+def full_precision(tf32: bool = False) -> None:
+    """Let a GPU compute convolutions and matrix products of float32 tensors in float32, or in TF32 (10 bits mantissa).
+
+    PyTorch's own default is TF32 for convolutions: likelihoods and inverses then err a thousand times more.
+    """
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def keep_freed_memory() -> bool:
@@ -76,8 +83,7 @@ class Distributed:
     """Data-parallel training under `torchrun`; with a single process every method is the identity.
 
     `Distributed.start(device)` reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them and joins the process group
-    (nccl
-    on CUDA, gloo elsewhere). Without those variables it is one process on `device`.
+    (nccl on CUDA, gloo elsewhere). Without those variables it is one process on `device`.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, world: int = 1, local_rank: int = 0):
@@ -91,18 +97,20 @@ class Distributed:
         if world == 1:
             return cls(picked)
         rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        own = None
         if picked.type == "cuda":
+            if picked.index is not None:
+                raise UserError(f"device={device}: torchrun gives every process a GPU of its own; write device=cuda")
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
                     f"local rank {local_rank} has no CUDA device of its own ({torch.cuda.device_count()} here): "
                     "lower --nproc_per_node, or run on the CPU"
                 )
-            picked = torch.device("cuda", local_rank)
+            picked = own = torch.device("cuda", local_rank)
             torch.cuda.set_device(picked)
         if not torch_dist.is_initialized():
-            torch_dist.init_process_group(
-                "nccl" if picked.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30)
-            )
+            backend = "nccl" if picked.type == "cuda" else "gloo"
+            torch_dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30), device_id=own)
         return cls(picked, rank, world, local_rank)
 
     @property

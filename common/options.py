@@ -331,7 +331,7 @@ def from_flags(
     if rest:
         raise UserError(unknown(cls, rest[0].split("=")[0], "--") if rest[0].startswith("-") else
                         f"unexpected argument {rest[0]}; --help lists all options")  # fmt: skip
-    given = {name: _joined(value) for name, value in vars(values).items()}
+    given = {name: value if name == "set" else _joined(value) for name, value in vars(values).items()}
     wants_help = given.pop("help", False)
     for pair in given.pop("set"):
         key, mark, text = pair.partition("=")

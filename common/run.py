@@ -8,7 +8,6 @@ import csv
 import datetime
 import io
 import os
-import shutil
 import socket
 import sys
 import time
@@ -31,8 +30,7 @@ class Run:
     """The record of one run in `folder`.
 
     Raises UserError when the folder already holds a run and neither `resume` nor `overwrite` was asked, when the folder
-    cannot
-    be written, and when `wandb` is asked but not installed. `enabled=False` (ranks other than 0) writes nothing.
+    cannot be written, and when `wandb` is asked but not installed. `enabled=False` (ranks other than 0) writes nothing.
     """
 
     def __init__(
@@ -58,9 +56,8 @@ class Run:
                 raise UserError(
                     f"{self.folder} already holds a run; resume it, ask for overwrite, or name another folder"
                 )
-            for path in (*old, self.folder / "log.txt"):
+            for path in (*old, self.folder / "log.txt", *(self.folder / "tb").glob("events.out.tfevents.*")):
                 path.unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "tb", ignore_errors=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -96,9 +93,7 @@ class Run:
             file.write(text.getvalue().encode())
 
     def log(self, step: int, **scalars: float | Tensor) -> None:
-        """One row of metrics.csv and one TensorBoard point a scalar. A new name adds a column; earlier rows leave it
-        empty.
-        """
+        """One row of metrics.csv and one TensorBoard point a scalar; a name that is new adds a column."""
         if not self.enabled:
             return
         values = {name: _number(value) for name, value in scalars.items()}
