@@ -381,12 +381,13 @@ def _fit(state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> Non
     """Check one parameter's moments, and put its step counter where the optimiser's kernel reads it."""
     for name, value in state.items():
         if name == "step":
-            there = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
-            state[name] = torch.as_tensor(value, dtype=torch.float32).to(there)
+            value = torch.as_tensor(value, dtype=torch.float32)
         elif isinstance(value, Tensor) and value.shape != parameter.shape:
             raise ValueError(f"{name} is {tuple(value.shape)}, the weight {tuple(parameter.shape)}")
-        if isinstance(state[name], Tensor) and not bool(torch.isfinite(state[name]).all()):
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} is not finite")
+        if name == "step":
+            state[name] = value.to(parameter.device if group.get("fused") or group.get("capturable") else "cpu")
 
 
 def prune(folder: str | Path, pattern: str, keep: int) -> list[Path]:

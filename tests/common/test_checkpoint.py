@@ -1,3 +1,4 @@
+import copy
 import os
 import pickle
 import random
@@ -187,3 +188,132 @@ def test_json_reader_refuses_damage(tmp_path):
     (tmp_path / "a.json").write_text('{"b": ')
     with pytest.raises(UserError, match="not a readable JSON"):
         checkpoint.read_json(tmp_path / "a.json")
+
+
+def flipped(data, seed):
+    """`data` with one bit turned."""
+    rng, out = random.Random(seed), bytearray(data)
+    out[rng.randrange(len(out))] ^= 1 << rng.randrange(8)
+    return bytes(out)
+
+
+def test_a_flipped_bit_never_changes_a_state(tmp_path):
+    weight, path = torch.randn(2000), tmp_path / "a.pt"
+    checkpoint.save_state(path, "t", w=weight, step=7)
+    whole, refused = path.read_bytes(), 0
+    for seed in range(150):
+        path.write_bytes(flipped(whole, seed))
+        try:
+            state = checkpoint.load_state(path, "t")
+        except UserError as error:
+            assert "a.pt" in str(error)
+            refused += 1
+        else:  # padding, or a date that nobody reads
+            assert torch.equal(state["w"], weight) and state["step"] == 7
+    assert refused > 100
+
+
+def test_a_flipped_bit_in_weights_is_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    checkpoint.save_weights(path, {"w": torch.randn(500), "half": torch.ones(3, dtype=torch.bfloat16)}, {"width": 3})
+    whole = path.read_bytes()
+    for seed in range(150):
+        path.write_bytes(flipped(whole, seed))
+        with pytest.raises(UserError, match=r"w\.safetensors"):
+            checkpoint.load_weights(path)
+
+
+def test_weights_carry_their_config_and_older_files_have_it_beside_them(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "w.safetensors"
+    checkpoint.save_weights(path, {"w": torch.ones(2)}, {"step": 1})
+    (tmp_path / "w.json").write_text('{"step": 2}')  # a kill between the two writes
+    assert checkpoint.load_weights(path)[1] == {"step": 1}
+    (tmp_path / "w.json").unlink()
+    assert checkpoint.load_weights(path)[1] == {"step": 1}
+    save_file({"w": torch.ones(2)}, tmp_path / "old.safetensors")
+    (tmp_path / "old.json").write_text('{"step": 3}')
+    assert checkpoint.load_weights(tmp_path / "old.safetensors")[1] == {"step": 3}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (torch.full((2, 3), float("nan")), "not finite: weight"),
+        (torch.zeros(2, 3, dtype=torch.int64), "other kind of number: weight"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "other kind of number: weight"),
+        ([1.0, 2.0], "no tensor: weight"),
+        (None, "no tensor: weight"),
+        (torch.zeros(3, 2), "other shape: weight"),
+    ],
+)
+def test_load_into_refuses_what_is_no_weight(value, reason):
+    module = torch.nn.Linear(3, 2)
+    before = module.weight.clone()
+    with pytest.raises(UserError, match=reason):
+        checkpoint.load_into(module, {"weight": value, "bias": torch.zeros(2)}, "file")
+    assert torch.equal(module.weight, before)
+    checkpoint.load_into(module, {"weight": torch.ones(2, 3, dtype=torch.float16), "bias": torch.zeros(2)}, "file")
+    assert bool((module.weight == 1).all())
+
+
+def trained(**settings):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), **settings)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_an_optimiser_keeps_its_own_settings_and_takes_the_moments():
+    _, old = trained(lr=0.1)
+    _, new = trained(lr=0.5, fused=True)
+    new.state.clear()
+    checkpoint.load_optimizer(new, old.state_dict(), "file")
+    assert new.param_groups[0]["lr"] == 0.5 and new.param_groups[0]["fused"] is True
+    for one, two in zip(old.state.values(), new.state.values(), strict=True):
+        assert torch.equal(one["exp_avg"], two["exp_avg"]) and float(two["step"]) == 1
+    checkpoint.load_optimizer(new, old.state_dict(), "file", own_settings=False)
+    assert new.param_groups[0]["lr"] == 0.1 and new.param_groups[0]["fused"] is True
+
+
+def test_the_step_counter_follows_the_kernel():
+    """A fused or capturable Adam reads its counter on the parameter's device, the plain one on the CPU."""
+    parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    for fused, there in ((True, "meta"), (False, "cpu")):
+        state = {"step": torch.tensor(4.0)}
+        checkpoint._fit(state, parameter, {"fused": fused})
+        assert state["step"].device.type == there
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.pop("param_groups"),
+        lambda state: state["param_groups"][0].pop("params"),
+        lambda state: state["state"][0].update(exp_avg=torch.zeros(7)),
+        lambda state: state["state"][0].update(exp_avg_sq=torch.full((2, 3), float("inf"))),
+        lambda state: state["state"][0].update(step="often"),
+        lambda state: state.update(state=3),
+    ],
+)
+def test_a_damaged_optimiser_state_is_one_line(damage):
+    _, old = trained()
+    _, new = trained()
+    state = copy.deepcopy(old.state_dict())
+    damage(state)
+    with pytest.raises(UserError, match="the optimiser's state in file does not fit or is damaged"):
+        checkpoint.load_optimizer(new, state, "file")
+
+
+@pytest.mark.parametrize("key", ["python", "numpy", "torch"])
+def test_damaged_random_states_are_one_line(key):
+    good = checkpoint.rng_state()
+    for bad in (None, [1, 2], torch.zeros(3)):
+        with pytest.raises(UserError, match="random states are damaged"):
+            checkpoint.restore_rng({**good, key: bad})
+    with pytest.raises(UserError, match="random states are damaged"):
+        checkpoint.restore_rng({name: value for name, value in good.items() if name != key})
+    checkpoint.restore_rng(good)
