@@ -141,10 +141,14 @@ class Distributed:
         """Elementwise mean over the processes."""
         return self.sum(value) / self.world
 
-    def gather(self, value: Tensor) -> Tensor:
-        """The rows of all processes, rank after rank: (n_0 + n_1 + ..., ...); their numbers may differ."""
+    def gather(self, value: Tensor, equal: bool = False) -> Tensor:
+        """The rows of all processes, rank after rank: (n_0 + n_1 + ..., ...); their numbers may differ, but for `equal`,
+        which saves the question (and a wait for the device).
+        """
         if self.world == 1:
             return value
+        if equal:
+            return _gathered(value, self.world)
         counts = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
         torch_dist.all_gather(counts, torch.tensor([len(value)], dtype=torch.int64, device=self.device))
         rows = [int(count) for count in counts]

@@ -69,16 +69,18 @@ class Training:
         read: Callable[[Path], dict[str, Any]] | None = None,
         place: Callable[[Mapping[str, Any]], Place] | None = None,
         saved_options: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+        last_row: Callable[[Mapping[str, Any]], int] | None = None,
         tensorboard: bool = True,
         wandb: str | None = None,
     ):
         """Lock the folder, find the state, compare the options, open the record.
 
         `resume`: True goes on from `checkpoint` (default <folder>/checkpoint.pt), "auto" does so where there is one.
-        `read`, `place` and `saved_options` serve papers whose checkpoints have a form of their own: the state in a
-        file, the place and the options in a state. Raises UserError, before anything is written, when another process
-        trains in the folder, the folder holds a run and neither resume nor overwrite was asked, there is nothing to
-        resume, or an option changed that a resumed run may not change.
+        `read`, `place`, `saved_options` and `last_row` serve papers whose checkpoints have a form of their own: the
+        state in a file; the place, the options, and the last row of the record (default: the step) in a state. Raises
+        UserError, before anything is written, when another process trains in the folder, the folder holds a run and
+        neither resume nor overwrite was asked, there is nothing to resume, or an option changed that a resumed run may
+        not change.
         """
         self.folder, self.kind, self.options, self.dist = Path(folder), kind, options, dist
         self.checkpoint = Path(checkpoint or self.folder / "checkpoint.pt")
@@ -99,8 +101,9 @@ class Training:
             self.step, self.epoch = self.place.step, self.place.epoch
             self._next, self._before = self.place, self.place
             self._saved_at = -1 if self.state is None else self.step
+            row = last_row(self.state) if last_row and self.state is not None else self.step
             self.run = Run(
-                self.folder, options.as_dict(), resume=self.state is not None, resume_step=self.step,
+                self.folder, options.as_dict(), resume=self.state is not None, resume_step=row,
                 overwrite=overwrite, tensorboard=tensorboard, wandb=wandb, enabled=dist.is_main,
             )  # fmt: skip
         except BaseException:
@@ -157,7 +160,8 @@ class Training:
             for batch in bar:
                 yield batch
                 if self._stops(stop):
-                    self.save()
+                    if self._saved_at != self.step:
+                        self.save()
                     self.run.info(f"stopped at step {self.step} of {total}; resume to go on")
                     raise KeyboardInterrupt
         if self._saved_at != self.step:
@@ -193,7 +197,7 @@ class Training:
             return
         if not self.dist.any(not bool(torch.isfinite(loss.detach()).all())):
             return
-        crash = self.checkpoint.with_name("crash.pt")
+        crash = self.checkpoint.with_name(f"crash{self.checkpoint.suffix or '.pt'}")
         self._write(crash, self._before)
         try:
             check_finite(float("nan"), self.step, modules)
