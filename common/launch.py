@@ -142,8 +142,8 @@ class Distributed:
         return self.sum(value) / self.world
 
     def gather(self, value: Tensor, equal: bool = False) -> Tensor:
-        """The rows of all processes, rank after rank: (n_0 + n_1 + ..., ...); their numbers may differ, but for `equal`,
-        which saves the question (and a wait for the device).
+        """The rows of all processes, rank after rank: (n_0 + n_1 + ..., ...); their numbers may differ; with `equal`
+        they do not, and nobody waits to be told.
         """
         if self.world == 1:
             return value
