@@ -70,8 +70,8 @@ def linear_scores(z: np.ndarray, concepts: np.ndarray) -> dict[str, float]:
 
 
 def celeba_scores(z: np.ndarray, concepts: np.ndarray) -> dict[str, float]:
-    """The published CelebA recipe on sigmoids of latents (n, >= 10) and attributes (n, 10)."""
-    from common.metrics.disentanglement import dci_celeba
+    """The published CelebA recipe on sigmoids of all sampled latents (n, >= 10) and attributes (n, 10)."""
+    from glancenet.dci_celeba import dci_celeba
 
     scores = dci_celeba(z, concepts)
     return {name: float(scores[name]) for name in ("alignment", "completeness", "explicitness")}

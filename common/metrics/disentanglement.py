@@ -14,39 +14,35 @@ CODES.npz holds `codes` (n, D) and `factors` (n, F), and may hold `codes_test` a
     evaluate(Grid(data, representation_function), ["factor_vae_metric"])  # an encoder on a factor set
 """
 
-import argparse
 import csv
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from joblib import Parallel, delayed
 from numpy.random import RandomState
+from pydantic import AfterValidator, Field
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier
 from sklearn.inspection import permutation_importance
-from sklearn.linear_model import Lasso, LogisticRegression
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
 from common.errors import UserError, run_command, suggest
-from common.metrics.disentanglement_points import (
-    Arrays,
-    Grid,
-    Points,
-    Split,
-    bin_factors,
-    check_varies,
-    integer_factors,
-)
+from common.metrics import paths_and_options
+from common.metrics.disentanglement_points import Arrays, Grid, Split, bin_factors, check_varies, integer_factors
+from common.options import Options, Seed, from_flags, option
 
 __all__ = ["DEFAULT", "METRICS", "Arrays", "Grid", "bin_factors", "evaluate", "headline", "main", "table_row"]
 
-Scores = dict[str, float]
+Points = Arrays | Grid
+Scores = dict[str, Any]  # numbers; None where a number is not defined, and then the reason under another key
 
 NUM_TRAIN, NUM_TEST = 10_000, 5_000  # disentanglement_lib's configuration of every metric
 BINS = 20
@@ -55,7 +51,48 @@ PRUNE_STD = 0.05  # FactorVAE ignores codes with a smaller standard deviation
 IRS_QUANTILE = 0.99
 PERMUTED = 2_000  # training points on which `dci_fast` permutes codes
 GUESSING_MSE = 1 / 6  # error of one uniform number guessed by another, on [0, 1]
-HAIR = (0, 1, 2, 3, 5)  # CelebA concept columns that exclude one another: bald, black, blond, brown, gray
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How a metric takes its points: seed, workers (-1: all cores), points or votes of the fit and held out."""
+
+    seed: int = 0
+    jobs: int = 1
+    num_train: int = NUM_TRAIN
+    num_test: int = NUM_TEST
+
+    def __post_init__(self) -> None:
+        if min(self.num_train, self.num_test) < 2:
+            raise UserError(f"num_train and num_test must be at least 2, not {self.num_train} and {self.num_test}")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, and which of its results is THE number of a table."""
+
+    function: Callable[..., Scores]
+    headline: str
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def _metric(headline: str) -> Callable:
+    """Register a function of (points, Draw) as a metric `name(points | codes, factors, seed=, jobs=, ...)`."""
+
+    def register(function: Callable[[Points, Draw], Scores]) -> Callable[..., Scores]:
+        @functools.wraps(function)
+        def front(points: Any, factors: Any = None, **draw: int) -> Scores:
+            if not isinstance(points, Points):
+                points = Arrays(points, factors)
+            return function(points, Draw(**draw))
+
+        del front.__wrapped__  # its signature is another one
+        METRICS[function.__name__] = Metric(front, headline)
+        return front
+
+    return register
 
 
 # ------------------------------------------------------------------------------------------------ mutual information
@@ -124,9 +161,10 @@ def best_gap(scores: np.ndarray) -> np.ndarray:
     return ordered[-1] - ordered[-2]
 
 
-def mig(points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> Scores:
+@_metric("discrete_mig")
+def mig(points: Points, draw: Draw) -> Scores:
     """Mutual information gap (Chen et al. 2018), 0..1: how much better the best code informs than the second best."""
-    data = points.split(num_train, 0, RandomState(seed))
+    data = points.split(draw.num_train, 0, RandomState(draw.seed))
     factors = integer_factors(data.factors)
     information = mutual_information(discretize(data.codes), factors)
     return {"discrete_mig": float(np.mean(best_gap(information) / entropies(factors)))}
@@ -143,38 +181,56 @@ def modularity_score(information: np.ndarray) -> float:
     return float((1 - spill).sum() / len(information))
 
 
-def _auc(model: OneVsRestClassifier, codes: np.ndarray, classes: np.ndarray) -> float:
-    """Mean one-against-rest area under the ROC curve over the classes that occur among `classes` (n,)."""
-    probability = model.predict_proba(codes)
-    if len(model.classes_) == 2:
-        return float(roc_auc_score(classes == model.classes_[1], probability[:, 1]))
-    present = [k for k, label in enumerate(model.classes_) if 0 < np.sum(classes == label) < len(classes)]
-    return float(np.mean([roc_auc_score(classes == model.classes_[k], probability[:, k]) for k in present]))
+def _auc(probability: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> float | None:
+    """Mean one-against-rest area under the ROC curve of probabilities (n, K) of `labels` (K,), over those labels that
+    some but not all of `classes` (n,) have; None when there is no such label.
+    """
+    areas = [
+        roc_auc_score(classes == label, probability[:, k])
+        for k, label in enumerate(labels)
+        if 0 < np.sum(classes == label) < len(classes)
+    ]
+    return float(np.mean(areas)) if areas else None
 
 
 def _explicitness_of(codes: np.ndarray, classes: np.ndarray, codes_test: np.ndarray, classes_test: np.ndarray):
-    model = OneVsRestClassifier(LogisticRegression(solver="liblinear", random_state=0)).fit(codes, classes)
-    return _auc(model, codes, classes), _auc(model, codes_test, classes_test)
+    """Areas on training and held-out points of a logistic regression of standardised codes."""
+    mean, std = codes.mean(axis=0, dtype=np.float64), codes.std(axis=0, dtype=np.float64)
+    # a constant code stays out; its standard deviation may round to 1e-17 of its value
+    inverse = np.where(np.ptp(codes, axis=0) > 0, 1 / np.where(std > 0, std, np.inf), 0)
+    train, test = ((part - mean) * inverse for part in (codes, codes_test))
+    model = LogisticRegression(max_iter=1000).fit(train, classes)
+    return tuple(_auc(model.predict_proba(x), model.classes_, y) for x, y in ((train, classes), (test, classes_test)))
 
 
-def modularity_explicitness(
-    points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST
-) -> Scores:
-    """Modularity 0..1 and explicitness 0.5..1 (mean ROC-AUC of logistic regressions) of Ridgeway & Mozer 2018."""
-    data = _integer_split(points, seed, num_train, num_test)
-    areas = _over_factors(_explicitness_of, data, jobs)
-    return {
+@_metric("modularity_score")
+def modularity_explicitness(points: Points, draw: Draw) -> Scores:
+    """Modularity 0..1 and explicitness 0.5..1 of Ridgeway & Mozer 2018: the mean area under the ROC curve, over factors
+    and their values, of a logistic regression of codes standardised by the training points.
+
+    Without a value that some but not all held-out points have, `explicitness_score_test` is None, and
+    `explicitness_reason` names the factor.
+    """
+    data = _integer_split(points, draw)
+    areas = _over_factors(_explicitness_of, data, draw.jobs)
+    undefined = [factor for factor, (_, test) in enumerate(areas) if test is None]
+    scores: Scores = {
         "modularity_score": modularity_score(mutual_information(discretize(data.codes), data.factors)),
         "explicitness_score_train": float(np.mean([train for train, _ in areas])),
-        "explicitness_score_test": float(np.mean([test for _, test in areas])),
+        "explicitness_score_test": None if undefined else float(np.mean([test for _, test in areas])),
     }
+    if undefined:
+        scores["explicitness_reason"] = (
+            f"factor column {undefined[0]}: all held-out points have one value, or values that no training point has"
+        )
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------ SAP
 
 
-def _integer_split(points: Points, seed: int, num_train: int, num_test: int) -> Split:
-    data = points.split(num_train, num_test, RandomState(seed))
+def _integer_split(points: Points, draw: Draw) -> Split:
+    data = points.split(draw.num_train, draw.num_test, RandomState(draw.seed))
     check_varies(data.factors, " among the training rows")
     return Split(data.codes, integer_factors(data.factors), data.codes_test, integer_factors(data.factors_test))
 
@@ -206,25 +262,10 @@ def sap_matrix(data: Split, jobs: int = 1) -> np.ndarray:
     return np.array(_over_factors(_sap_of, data, jobs, "threads")).T
 
 
-def squared_correlations(codes: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """Squared correlation (D, F) of codes (n, D) and factors (n, F), SAP's scores for continuous factors; 0 for a code
-    with a variance below 1e-12.
-    """
-    codes, factors = codes - codes.mean(axis=0), factors - factors.mean(axis=0)
-    freedom = len(codes) - 1
-    covariance = codes.T @ factors / freedom
-    var_codes, var_factors = (codes**2).sum(axis=0) / freedom, (factors**2).sum(axis=0) / freedom
-    alive = var_codes > 1e-12
-    scores = np.zeros_like(covariance)
-    scores[alive] = covariance[alive] ** 2 / (var_codes[alive, None] * var_factors)
-    return scores
-
-
-def sap_score(
-    points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST
-) -> Scores:
+@_metric("SAP_score")
+def sap_score(points: Points, draw: Draw) -> Scores:
     """Separated attribute predictability (Kumar et al. 2018): best minus second best single-code accuracy."""
-    return {"SAP_score": float(np.mean(best_gap(sap_matrix(_integer_split(points, seed, num_train, num_test), jobs))))}
+    return {"SAP_score": float(np.mean(best_gap(sap_matrix(_integer_split(points, draw), draw.jobs))))}
 
 
 # ------------------------------------------------------------------------------------------------ IRS
@@ -256,12 +297,13 @@ def irs_details(codes: np.ndarray, binned: np.ndarray, quantile: float = IRS_QUA
     }
 
 
-def irs(points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> Scores:
+@_metric("IRS")
+def irs(points: Points, draw: Draw) -> Scores:
     """Interventional robustness score 0..1 (Suter et al. 2019); constant codes are left out, 0 when none varies.
 
     `num_active_dims` counts the codes that vary (the published code reports the sum of the codes under this name).
     """
-    data = points.split(num_train, 0, RandomState(seed))
+    data = points.split(draw.num_train, 0, RandomState(draw.seed))
     active = np.ptp(data.codes, axis=0) > 0  # the variance of a constant may round to 1e-33
     score = 0.0
     if active.any():
@@ -320,8 +362,8 @@ def dci_importance(data: Split, jobs: int = 1, fit: Callable = _boosting_of) -> 
     return importance, float(np.mean([train for _, train, _ in fits])), float(np.mean([test for _, _, test in fits]))
 
 
-def _dci(fit: Callable, points: Points, seed: int, jobs: int, num_train: int, num_test: int) -> Scores:
-    importance, train, test = dci_importance(_integer_split(points, seed, num_train, num_test), jobs, fit)
+def _dci(fit: Callable, points: Points, draw: Draw) -> Scores:
+    importance, train, test = dci_importance(_integer_split(points, draw), draw.jobs, fit)
     return {
         "informativeness_train": train,
         "informativeness_test": test,
@@ -330,16 +372,16 @@ def _dci(fit: Callable, points: Points, seed: int, jobs: int, num_train: int, nu
     }
 
 
-def dci(points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> Scores:
+@_metric("disentanglement")
+def dci(points: Points, draw: Draw) -> Scores:
     """Disentanglement, completeness, informativeness 0..1 (Eastwood & Williams 2018) from gradient boosted trees."""
-    return _dci(_boosting_of, points, seed, jobs, num_train, num_test)
+    return _dci(_boosting_of, points, draw)
 
 
-def dci_fast(
-    points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST
-) -> Scores:
+@_metric("disentanglement")
+def dci_fast(points: Points, draw: Draw) -> Scores:
     """DCI from histogram boosting and permutation importances: quicker, and NOT comparable with published DCI."""
-    return _dci(_fast_boosting_of, points, seed, jobs, num_train, num_test)
+    return _dci(_fast_boosting_of, points, draw)
 
 
 # ------------------------------------------------------------------------------------------------ linear alignment
@@ -352,17 +394,16 @@ def _unit_range(values: np.ndarray) -> np.ndarray:
     return (values - low) / np.where(span > 0, span, 1)
 
 
-def alignment_linear(
-    points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST
-) -> Scores:
+@_metric("alignment")
+def alignment_linear(points: Points, draw: Draw) -> Scores:
     """Alignment, completeness (0..1) and explicitness (<= 1, 0 = guessing) of GlanceNets, App. B.
 
     Least squares (smallest norm) from codes to factors, both moved to [0, 1]; importance = |weight|, explicitness =
     1 - 6 MSE on held-out points: half of the num_train + num_test points are fitted, half held out, as in the paper.
     Give a categorical factor as its one-hot columns.
     """
-    half = (num_train + num_test) // 2
-    data = points.split(half, half, RandomState(seed))
+    half = (draw.num_train + draw.num_test) // 2
+    data = points.split(half, half, RandomState(draw.seed))
     check_varies(data.factors, " among the training rows")
     train = len(data.codes)
     codes = _unit_range(np.concatenate([data.codes, data.codes_test]))
@@ -375,55 +416,6 @@ def alignment_linear(
         "alignment": disentanglement_of(importance)[0],
         "completeness": completeness_of(importance)[0],
         "explicitness": float(1 - error / GUESSING_MSE),
-    }
-
-
-def _l1_logistic() -> LogisticRegression:
-    # `penalty` is deprecated since scikit-learn 1.8, and `l1_ratio` means nothing to liblinear before it
-    new = LogisticRegression().get_params()["penalty"] == "deprecated"
-    lasso = {"l1_ratio": 1.0} if new else {"penalty": "l1"}
-    # the usual tolerance, 1e-4, leaves weights that move by 1e-3 of the largest with the solver's seed
-    return LogisticRegression(C=100, solver="liblinear", tol=1e-6, max_iter=10_000, random_state=0, **lasso)
-
-
-def celeba_categories(values: np.ndarray, hair: Iterable[int] = HAIR) -> np.ndarray:
-    """(n, k) -> (n, k - 4): the hair columns become one column, their argmax 0..4, in front of the others in order."""
-    hair = list(hair)
-    return np.column_stack([values[:, hair].argmax(axis=1), np.delete(values, hair, axis=1)]).astype(np.float64)
-
-
-def dci_celeba(codes: np.ndarray, concepts: np.ndarray, hair: Iterable[int] = HAIR) -> dict[str, float | np.ndarray]:
-    """The linear DCI that GlanceNets report on CelebA.
-
-    codes (n, >= k) in [0, 1] (sigmoid of the latents; the first k columns count), concepts (n, k) in {0, 1}. Rows
-    without exactly one hair colour are dropped. Lasso (0.01) for the hair index, l1 logistic regression (C = 100) for
-    the rest; importance = |coefficient| + 1e-7; explicitness = 1 - 6 MSE of the predictions on the same rows. Returns
-    `alignment`, `completeness`, `explicitness` and `importance` (k - 4, k - 4), codes x concepts.
-    """
-    hair = list(hair)
-    points = Arrays(codes, concepts)
-    if points.codes.shape[1] < points.num_factors:
-        raise UserError(f"codes has {points.codes.shape[1]} columns, fewer than the {points.num_factors} concepts")
-    if max(hair) >= points.num_factors:
-        raise UserError(f"hair columns {hair} do not fit {points.num_factors} concepts")
-    one_colour = points.factors[:, hair].sum(axis=1) == 1
-    if not one_colour.any():
-        raise UserError(f"no row has exactly one of the hair concepts {hair}")
-    z = celeba_categories(points.codes[one_colour, : points.num_factors], hair)
-    g = celeba_categories(points.factors[one_colour], hair)
-    check_varies(g, " among the rows with one hair colour")
-    weights, errors = [], []
-    for factor in range(g.shape[1]):
-        model = Lasso(alpha=0.01) if factor == 0 else _l1_logistic()
-        model.fit(z, g[:, factor])
-        weights.append(np.abs(model.coef_).ravel() + 1e-7)
-        errors.append(np.mean((model.predict(z) - g[:, factor]) ** 2))
-    importance = np.stack(weights, axis=1)
-    return {
-        "alignment": disentanglement_of(importance)[0],
-        "completeness": completeness_of(importance)[0],
-        "explicitness": float(1 - np.mean(errors) / GUESSING_MSE),
-        "importance": importance,
     }
 
 
@@ -452,19 +444,18 @@ def factor_vae_accuracies(votes_train: np.ndarray, votes_test: np.ndarray) -> Sc
     }
 
 
-def factor_vae_metric(
-    points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST
-) -> Scores:
+@_metric("eval_accuracy")
+def factor_vae_metric(points: Points, draw: Draw) -> Scores:
     """FactorVAE score 1/F..1 (Kim & Mnih 2018): does the least varying code tell which factor was fixed? 0 when no
     code has a standard deviation of 0.05.
     """
-    rng = RandomState(seed)
+    rng = RandomState(draw.seed)
     variance = points.codes_for_variance(NUM_TRAIN, rng).var(axis=0, ddof=1, dtype=np.float64)
     active = np.sqrt(variance) >= PRUNE_STD
     if not active.any():
         return {"train_accuracy": 0.0, "eval_accuracy": 0.0, "num_active_dims": 0.0}
     votes = []
-    for count in (num_train, num_test):
+    for count in (draw.num_train, draw.num_test):
         table = np.zeros((points.num_factors, len(variance)), np.int64)
         for factor, batches in points.fixed_value(count, BATCH, rng):
             table += count_votes(factor, factor_vae_argmin(batches, variance, active), *table.shape)
@@ -488,13 +479,12 @@ def beta_vae_accuracies(
     }
 
 
-def beta_vae_sklearn(
-    points: Points, seed: int = 0, jobs: int = 1, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST
-) -> Scores:
+@_metric("eval_accuracy")
+def beta_vae_sklearn(points: Points, draw: Draw) -> Scores:
     """BetaVAE score 1/F..1 (Higgins et al. 2017): a linear classifier of the factor that pairs of points share."""
-    rng = RandomState(seed)
+    rng = RandomState(draw.seed)
     fit: list[np.ndarray] = []
-    for count in (num_train, num_test):
+    for count in (draw.num_train, draw.num_test):
         chunks = [
             (np.mean(np.abs(first - second), axis=1, dtype=np.float64), factor)
             for factor, first, second in points.shared_pairs(count, BATCH, rng)
@@ -503,28 +493,8 @@ def beta_vae_sklearn(
     return beta_vae_accuracies(*fit)
 
 
-# ------------------------------------------------------------------------------------------------ registry
+# ------------------------------------------------------------------------------------------------ all together
 
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric, and which of its results is THE number of a table."""
-
-    function: Callable[..., Scores]
-    headline: str
-
-
-METRICS: dict[str, Metric] = {
-    "mig": Metric(mig, "discrete_mig"),
-    "sap_score": Metric(sap_score, "SAP_score"),
-    "irs": Metric(irs, "IRS"),
-    "factor_vae_metric": Metric(factor_vae_metric, "eval_accuracy"),
-    "dci": Metric(dci, "disentanglement"),
-    "beta_vae_sklearn": Metric(beta_vae_sklearn, "eval_accuracy"),
-    "modularity_explicitness": Metric(modularity_explicitness, "modularity_score"),
-    "alignment_linear": Metric(alignment_linear, "alignment"),
-    "dci_fast": Metric(dci_fast, "disentanglement"),
-}
 DEFAULT = ("mig", "sap_score", "irs", "factor_vae_metric", "dci", "beta_vae_sklearn")
 
 
@@ -537,36 +507,26 @@ def check_names(names: Iterable[str]) -> list[str]:
     return names
 
 
-def evaluate(
-    points: Points,
-    metrics: Iterable[str] = DEFAULT,
-    seed: int = 0,
-    jobs: int = 1,
-    num_train: int = NUM_TRAIN,
-    num_test: int = NUM_TEST,
-) -> dict[str, Scores]:
+def evaluate(points: Points, metrics: Iterable[str] = DEFAULT, **draw: int) -> dict[str, Scores]:
     """All results of each named metric, every metric with its own `RandomState(seed)`.
 
-    points: `Arrays` or `Grid`. jobs: workers for the metrics that fit one model a factor (-1: all cores); the results
-    do not depend on it. num_train, num_test: points, or votes, of the fit and of the held-out part. Raises UserError
-    (unknown metric, a constant factor, too few points, ...).
+    points: `Arrays` or `Grid`. draw: seed=0, jobs=1 (workers for the metrics that fit one model a factor, -1: all
+    cores; the results do not depend on it), num_train=10000 and num_test=5000 points, or votes, of the fit and held
+    out. Raises UserError (unknown metric, a constant factor, too few points, ...).
     """
-    names = check_names(metrics)
-    if min(num_train, num_test) < 2:
-        raise UserError(f"num_train and num_test must be at least 2, not {num_train} and {num_test}")
-    return {name: METRICS[name].function(points, seed, jobs, num_train, num_test) for name in names}
+    return {name: METRICS[name].function(points, **draw) for name in check_names(metrics)}
 
 
-def headline(name: str, scores: Scores) -> float:
+def headline(name: str, scores: Scores) -> float | None:
     """The number of metric `name` that tables show (for DCI the disentanglement)."""
     return scores[METRICS[name].headline]
 
 
 def table_row(results: dict[str, Scores]) -> Scores:
-    """One flat row: `eval_<metric>` = its headline, then every result as `<metric>.<key>`."""
+    """One flat row: `eval_<metric>` = its headline, then every number as `<metric>.<key>`."""
     row = {f"eval_{name}": headline(name, scores) for name, scores in results.items()}
-    row.update({f"{name}.{key}": value for name, scores in results.items() for key, value in scores.items()})
-    return row
+    numbers = ((name, key, value) for name, scores in results.items() for key, value in scores.items())
+    return row | {f"{name}.{key}": value for name, key, value in numbers if not isinstance(value, str)}
 
 
 # ------------------------------------------------------------------------------------------------ command
@@ -575,8 +535,8 @@ def table_row(results: dict[str, Scores]) -> Scores:
 def load_codes(path: str | Path, factor_bins: int | None = None) -> Arrays:
     """The `Arrays` of an npz file with keys `codes`, `factors` and perhaps `codes_test`, `factors_test`.
 
-    factor_bins: cut factors that hold fractions into so many bins. Raises UserError for a missing, foreign or
-    truncated file and for all that `Arrays` refuses.
+    factor_bins: cut factors that hold fractions into so many bins, at least 2. Raises UserError for a missing, foreign
+    or truncated file and for all that `Arrays` refuses.
     """
     path = Path(path)
     if not path.is_file():
@@ -597,8 +557,6 @@ def load_codes(path: str | Path, factor_bins: int | None = None) -> Arrays:
     points = Arrays(**arrays)
     if factor_bins is None:
         return points
-    if factor_bins < 2:
-        raise UserError(f"--factor-bins must be at least 2, not {factor_bins}")
     if points.test is None:
         return Arrays(points.codes, bin_factors(points.factors, factor_bins))
     binned = bin_factors(np.concatenate([points.factors, points.test[1]]), factor_bins)  # the same edges for both
@@ -606,55 +564,62 @@ def load_codes(path: str | Path, factor_bins: int | None = None) -> Arrays:
     return Arrays(points.codes, binned[:rows], points.test[0], binned[rows:])
 
 
-def _append_row(path: Path, row: dict[str, object]) -> None:
-    """Add a row to a csv table. Raises UserError when the table has other columns."""
-    columns = list(row)
-    if path.is_file() and path.stat().st_size:
-        try:
-            with path.open(newline="") as file:
-                present = next(csv.reader(file), [])
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is no table ({error}); name another file") from error
-        if present != columns:
-            raise UserError(f"{path} has other columns ({', '.join(present)}); name another file")
-        new = False
-    else:
-        new = True
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+def _check_table(path: Path, names: list[str]) -> bool:
+    """Whether a csv table is still to be made. Raises UserError when it cannot be, or holds other metrics."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"cannot write the table {path}: name a file in a folder that exists")
+    if not (path.is_file() and path.stat().st_size):
+        return True
+    try:
+        with path.open(newline="") as file:
+            present = next(csv.reader(file), [])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no table ({error}); name another file") from error
+    if [column for column in present if column.startswith("eval_")] != [f"eval_{name}" for name in names]:
+        raise UserError(f"{path} has other columns ({', '.join(present)}); name another file")
+    return False
+
+
+def _workers(jobs: int) -> int:
+    if jobs < 1 and jobs != -1:
+        raise ValueError("expected a number of workers, or -1 for all cores")
+    return jobs
+
+
+class Config(Options):
+    """The options of the command."""
+
+    metrics: list[str] = option(list(DEFAULT), f"what to compute, of {', '.join(METRICS)}", min_length=1)
+    num_train: Annotated[int, Field(ge=2, le=10_000_000)] = option(NUM_TRAIN, "points or votes of each fit")
+    num_test: Annotated[int, Field(ge=2, le=10_000_000)] = option(NUM_TEST, "held-out points or votes")
+    factor_bins: Annotated[int, Field(ge=2, le=1_000_000)] | None = option(
+        None, "cut factors that hold fractions into so many bins"
+    )
+    seed: Seed = option(0, "of every draw")
+    jobs: Annotated[int, Field(le=1024), AfterValidator(_workers)] = option(-1, "workers, -1 for all cores")
+    as_json: bool = option(False, "print all results as JSON", flags=("--json",))
+    csv: Path | None = option(None, "append one row of all results to this table")
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command: score a file of codes and factors, print a table (or JSON), perhaps append a csv row."""
-    parser = argparse.ArgumentParser(
-        prog="python -m common.metrics.disentanglement",
-        description="Score codes (n, D) against factors (n, F), both in one npz file.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("codes", metavar="CODES.npz", help="keys: codes, factors (and codes_test, factors_test)")
-    parser.add_argument("--metrics", nargs="+", default=list(DEFAULT), metavar="NAME", help=", ".join(METRICS))
-    parser.add_argument("--num-train", type=int, default=NUM_TRAIN, help="points or votes of each fit (%(default)s)")
-    parser.add_argument("--num-test", type=int, default=NUM_TEST, help="held-out points or votes (%(default)s)")
-    parser.add_argument("--factor-bins", type=int, help="cut factors that hold fractions into so many bins")
-    parser.add_argument("--seed", type=int, default=0, help="of every draw (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=-1, help="workers, -1 for all cores (%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print all results as JSON")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="append one row of all results to this table")
-    options = parser.parse_args(argv)
+    (codes,), words = paths_and_options(sys.argv[1:] if argv is None else argv, ("CODES.npz",))
+    options, _ = from_flags(Config, words, about=f"{__doc__}\noptions:")
     names = check_names(options.metrics)
-    points = load_codes(options.codes, options.factor_bins)
-    results = evaluate(points, names, options.seed, options.jobs, options.num_train, options.num_test)
-    if options.csv:
-        _append_row(options.csv, {"file": options.codes, "seed": options.seed, **table_row(results)})
-    if options.json:
-        print(json.dumps(results, indent=2))
+    new = options.csv is not None and _check_table(options.csv, names)
+    draw = {key: getattr(options, key) for key in ("seed", "jobs", "num_train", "num_test")}
+    results = evaluate(load_codes(codes, options.factor_bins), names, **draw)
+    if options.csv is not None:
+        row = {"file": codes, "seed": options.seed, **table_row(results)}
+        with options.csv.open("a", newline="") as file:
+            csv.writer(file).writerows([row.keys()] * new + [row.values()])
+    if options.as_json:
+        print(json.dumps(results, indent=2, allow_nan=False))
         return
     for name, scores in results.items():
-        details = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
-        print(f"{name:24s} {headline(name, scores):.4f}   ({details})")
+        shown = {key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in scores.items()}
+        details = "  ".join(f"{key} {value}" for key, value in shown.items())
+        print(f"{name:24s} {shown[METRICS[name].headline]}   ({details})")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Where a disentanglement metric takes its points from: plain arrays, or an encoder on a grid of factors.
 
-Both sources offer the three draws that the metrics need:
+Both sources, `Arrays` and `Grid`, have `num_factors` and the draws that the metrics need:
 
 * `split`: points for a fit and held-out points,
+* `codes_for_variance`: codes that show how much each varies (FactorVAE),
 * `fixed_value`: batches that share the value of one factor (FactorVAE),
 * `shared_pairs`: pairs that share the value of one factor (BetaVAE).
 
@@ -12,7 +13,7 @@ same seed gives the same images; it encodes every image once. `Arrays` resamples
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.random import RandomState
@@ -34,48 +35,34 @@ class Split:
     factors_test: np.ndarray
 
 
-class Points(Protocol):
-    """The interface that every metric works on; `Arrays` and `Grid` have it."""
-
-    num_factors: int
-
-    def split(self, num_train: int, num_test: int, rng: RandomState) -> Split: ...
-
-    def codes_for_variance(self, count: int, rng: RandomState) -> np.ndarray: ...
-
-    def fixed_value(self, count: int, size: int, rng: RandomState) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
-
-    def shared_pairs(
-        self, count: int, size: int, rng: RandomState
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]: ...
+def _are_whole(factors: np.ndarray) -> np.ndarray:
+    """Whether each column of factors (n, F) holds whole numbers only, which int64 can take: (F,)."""
+    return ((factors == np.round(factors)) & (np.abs(factors.astype(np.float64)) < 2**53)).all(axis=0)
 
 
 def integer_factors(factors: np.ndarray) -> np.ndarray:
     """Factors (n, F) as int64. Raises UserError naming the first column that holds other than whole numbers."""
-    if np.issubdtype(factors.dtype, np.integer) or factors.dtype == bool:
-        return factors.astype(np.int64)
-    fractional = (factors != np.round(factors)).any(axis=0)
-    if fractional.any():
-        column = int(np.flatnonzero(fractional)[0])
+    whole = _are_whole(factors)
+    if not whole.all():
         raise UserError(
-            f"factor column {column} holds fractions, and this metric needs classes: bin it first "
-            "(`bin_factors(factors, 20)`, or `--factor-bins 20` on the command line)"
+            f"factor column {int(np.argmin(whole))} holds fractions or huge numbers, and this metric needs classes: "
+            "bin it first (`bin_factors(factors, 20)`, or `--factor-bins 20` on the command line)"
         )
     return factors.astype(np.int64)
 
 
 def bin_factors(factors: np.ndarray, bins: int) -> np.ndarray:
-    """Factors (n, F) as int64; columns that hold fractions are cut into `bins` equal intervals over their range."""
-    columns = []
-    for column in np.asarray(factors).T:
-        if (column != np.round(column)).any():
-            column = np.digitize(column, np.histogram_bin_edges(column, bins)[:-1])
-        columns.append(column.astype(np.int64))
-    return np.stack(columns, axis=1)
+    """Factors (n, F) as int64; a column of other than whole numbers is cut into `bins` equal parts of its range."""
+    factors = np.asarray(factors)
+    columns = [
+        column if whole else np.digitize(column, np.histogram_bin_edges(column, bins)[:-1])
+        for column, whole in zip(factors.T, _are_whole(factors), strict=True)
+    ]
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
 def _table(values: Any, name: str) -> np.ndarray:
-    """A finite numeric (n, k) array on the CPU, float32/float64/integer kept. Raises UserError."""
+    """A finite numeric (n, k) array on the CPU, float32/float64/integer kept, below 1e100 in size. Raises UserError."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
     values = np.asarray(values)
@@ -85,12 +72,13 @@ def _table(values: Any, name: str) -> np.ndarray:
         values = values.astype(np.float32)
     if values.ndim != 2 or values.shape[1] == 0:
         raise UserError(f"{name} must be a table (points, columns), not an array of shape {values.shape}")
-    bad = ~np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        bad = ~(np.abs(values.astype(np.float64)) < 1e100)  # squares of larger ones overflow
     if bad.any():
         row, column = np.argwhere(bad)[0]
         raise UserError(
-            f"{name}[{row}, {column}] is {values[row, column]} ({int(bad.sum())} non-finite values): "
-            "drop these rows or mend the encoder"
+            f"{name}[{row}, {column}] is {values[row, column]} ({int(bad.sum())} values that are not finite or above "
+            "1e100): drop these rows or mend the encoder"
         )
     return values
 

@@ -4,8 +4,8 @@ Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local
     d^2 = |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))
 """
 
+import functools
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from common.errors import UserError
 
 # below this ratio of the smallest to the largest Cholesky pivot a covariance counts as numerically singular
 _SMALLEST_PIVOT = 1e-12
+_MOST = 8192  # samples or features, whichever are fewer: time grows with the cube, 8192 take minutes
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -23,49 +24,56 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     mu (d,), sigma (d, d) symmetric positive semi-definite, singular ones included.
     Raises UserError for shapes that do not match, non-finite or asymmetric input. Source: Heusel et al. 2017, eq. 6.
     """
-    mu1, sigma1 = _moments(mu1, sigma1)
-    mu2, sigma2 = _moments(mu2, sigma2)
-    if mu1.shape != mu2.shape:
-        raise UserError(f"statistics of {len(mu1)} and {len(mu2)} features cannot be compared; use one extractor")
-    shift = mu1 - mu2
-    distance = shift @ shift + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_sqrt_product(sigma1, sigma2)
+    return _distance(Statistics(mu1, sigma1), Statistics(mu2, sigma2))
+
+
+def _distance(first: "Statistics", second: "Statistics") -> float:
+    if first.mu.shape != second.mu.shape:
+        raise UserError(
+            f"statistics of {len(first.mu)} and {len(second.mu)} features cannot be compared; use one extractor"
+        )
+    shift = first.mu - second.mu
+    traces = sum(np.trace(s.sigma) if s.rows is None else np.square(s.rows).sum() for s in (first, second))
     # equal distributions end a few rounding errors below zero
-    return max(float(distance), 0.0)
+    return max(float(shift @ shift + traces - 2 * _trace_sqrt_product(first, second)), 0.0)
 
 
-def trace_sqrt_product(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
-    """tr((S1 S2)^(1/2)) for symmetric positive semi-definite S1, S2 (d, d), without a matrix square root.
+def _trace_sqrt_product(first: "Statistics", second: "Statistics") -> float:
+    """tr((S1 S2)^(1/2)) of the covariances S1, S2 (d, d), without a matrix square root.
 
-    With S1 = F1 F1' and S2 = F2 F2' the eigenvalues of S1 S2 are the squared singular values of F1' F2, so the trace is
-    their sum. Full rank: F1 is the Cholesky factor and one symmetric eigenvalue problem, F1' S2 F1, gives the squares.
+    With S1 = F1' F1 and S2 = F2' F2 the eigenvalues of S1 S2 are the squared singular values of F1 F2', so the trace is
+    their sum. Full rank: F1 is the Cholesky factor and one symmetric eigenvalue problem, F1 S2 F1', gives the squares.
     Singular: squares near zero would be rounding noise whose root is large, so the singular values are taken directly,
-    of eigen-factors cut to their numerical rank.
+    of factors with as many rows as there are samples, or cut to their numerical rank.
     """
-    lower1, lower2 = _cholesky(sigma1), _cholesky(sigma2)
-    if lower1 is not None and lower2 is not None:
-        squares = scipy.linalg.eigh(lower1.T @ sigma2 @ lower1, eigvals_only=True, check_finite=False, overwrite_a=True)
+    uppers = [None if s.rows is not None else _cholesky(s.sigma) for s in (first, second)]
+    if uppers[0] is not None and uppers[1] is not None:
+        squares = uppers[0] @ second.sigma @ uppers[0].T
+        squares = scipy.linalg.eigh(squares, eigvals_only=True, check_finite=False, overwrite_a=True)
         return float(np.sqrt(np.clip(squares, 0.0, None)).sum())
-    product = _eigen_factor(sigma1).T @ _eigen_factor(sigma2)  # (rank1, rank2)
-    if product.size == 0:
-        return 0.0
-    return float(scipy.linalg.svdvals(product, check_finite=False).sum())
+    factors = [
+        s.rows if s.rows is not None else upper if upper is not None else _eigen_factor(s.sigma)
+        for s, upper in zip((first, second), uppers, strict=True)
+    ]
+    product = factors[0] @ factors[1].T  # (rank1, rank2)
+    return float(scipy.linalg.svdvals(product, check_finite=False).sum()) if product.size else 0.0
 
 
 def _cholesky(sigma: np.ndarray) -> np.ndarray | None:
-    """Lower Cholesky factor, or None when `sigma` is singular to working precision."""
+    """Upper Cholesky factor, or None when `sigma` is singular to working precision."""
     try:
-        lower = scipy.linalg.cholesky(sigma, lower=True, check_finite=False)
+        upper = scipy.linalg.cholesky(sigma, check_finite=False)
     except scipy.linalg.LinAlgError:
         return None
-    pivots = np.diag(lower) ** 2
-    return lower if pivots.min() > _SMALLEST_PIVOT * pivots.max() else None
+    pivots = np.diag(upper) ** 2
+    return upper if pivots.min() > _SMALLEST_PIVOT * pivots.max() else None
 
 
 def _eigen_factor(sigma: np.ndarray) -> np.ndarray:
-    """F (d, rank) with F F' = sigma; eigenvalues below rounding error of the largest are dropped."""
+    """F (rank, d) with F' F = sigma; eigenvalues below rounding error of the largest are dropped."""
     values, vectors = scipy.linalg.eigh(sigma, check_finite=False, driver="evd")
     keep = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
-    return vectors[:, keep] * np.sqrt(values[keep])
+    return (vectors[:, keep] * np.sqrt(values[keep])).T
 
 
 def _moments(mu, sigma) -> tuple[np.ndarray, np.ndarray]:
@@ -93,27 +101,41 @@ def check_features(features, name: str = "features", least: int = 2) -> np.ndarr
     return array
 
 
-@dataclass
 class Statistics:
-    """Mean and covariance of n feature vectors, and which extractor they came from.
+    """Mean mu (d,) and covariance sigma (d, d) of n feature vectors, and which extractor they came from.
 
-    mu (d,), sigma (d, d) with divisor n - 1, n samples (0: unknown, as in files of other tools). `extractor` is the
-    fingerprint that `make_extractor(...).fingerprint` gives (empty: unknown); statistics of two extractors never mix.
+    n: 0 when unknown, as in files of other tools. `extractor`: the fingerprint `make_extractor(...).fingerprint`, empty
+    when unknown; statistics of two extractors never mix. Of no more samples than features the covariance is kept as
+    `rows` (n, d) with sigma = rows' rows, which is smaller.
     """
 
-    mu: np.ndarray
-    sigma: np.ndarray
-    n: int = 0
-    extractor: str = ""
-
-    def __post_init__(self):
-        self.mu, self.sigma = _moments(self.mu, self.sigma)
+    def __init__(self, mu, sigma, n: int = 0, extractor: str = ""):
+        self.mu, self.sigma = _moments(mu, sigma)
+        self.n, self.extractor, self.rows = n, extractor, None
 
     @classmethod
     def from_features(cls, features, extractor: str = "") -> "Statistics":
-        """Statistics of features (n, d), n >= 2. Raises UserError for fewer samples or non-finite values."""
+        """Statistics of features (n, d), n >= 2, covariance with divisor n - 1. Raises UserError for fewer samples,
+        non-finite values, and a covariance that would take hours.
+        """
         features = check_features(features)
-        return cls(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)), len(features), extractor)
+        n, d = features.shape
+        if min(n, d) > _MOST:
+            raise UserError(
+                f"fid of {d} features would take hours; use features with at most {_MOST}, such as pixel-pca64, or raw "
+                "with a smaller size"
+            )
+        self = cls.__new__(cls)
+        self.mu, self.n, self.extractor = features.mean(0), n, extractor
+        rows = (features - self.mu) / np.sqrt(n - 1)
+        self.rows = rows if n <= d else None
+        if n > d:
+            self.sigma = rows.T @ rows
+        return self
+
+    @functools.cached_property
+    def sigma(self) -> np.ndarray:
+        return self.rows.T @ self.rows
 
     def distance(self, other: "Statistics") -> float:
         """`frechet_distance` to `other`; warns when a set has no more samples than features.
@@ -133,7 +155,7 @@ class Statistics:
                 f"upwards; use more than {d} samples, or the kernel distance, which is unbiased",
                 stacklevel=2,
             )
-        return frechet_distance(self.mu, self.sigma, other.mu, other.sigma)
+        return _distance(self, other)
 
     def save(self, path: str | Path) -> None:
         """Write `path` (.npz) atomically: mu, sigma, n, extractor."""

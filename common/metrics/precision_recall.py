@@ -13,8 +13,10 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.metrics.frechet import check_features
+from common.metrics.kernel import feature_tensors, product
 
-_BLOCK = 4096  # rows of a distance block
+_BLOCK = 1024  # rows and columns of a distance block
+_EPSILON = 1e-10  # the curve's angles keep this distance from 0 and pi/2
 
 
 def precision_recall_distribution(
@@ -24,23 +26,22 @@ def precision_recall_distribution(
     angles: int = 1001,
     runs: int = 10,
     seed: int = 0,
-    balance: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """PRD curve (precision (angles,), recall (angles,)) of eval_features (n, d) against ref_features (n, d).
 
     The union is clustered by mini-batch k-means, each set becomes a histogram over the clusters; averaged over `runs`
-    clusterings. Run r is seeded with `seed + r`. `balance` insists on sets of one size, as k-means would otherwise
-    place more centres in the larger one. Raises UserError for unequal sizes, fewer samples than clusters and options
-    out of range. Source: Sajjadi et al. 2018, algorithm 1 and section 4.1.
+    clusterings. Run r is seeded with `seed + r`. The sets must have one size, as k-means would otherwise place more
+    centres in the larger one. Raises UserError for unequal sizes, fewer samples than clusters and options out of range.
+    Source: Sajjadi et al. 2018, algorithm 1 and section 4.1.
     """
     evaluated = check_features(eval_features, "evaluated features")
     reference = check_features(ref_features, "reference features")
     if evaluated.shape[1] != reference.shape[1]:
         raise UserError(f"features of {evaluated.shape[1]} and {reference.shape[1]} dimensions: use one extractor")
-    if balance and len(evaluated) != len(reference):
+    if len(evaluated) != len(reference):
         raise UserError(
             f"PRD compares sets of one size, got {len(evaluated)} evaluated and {len(reference)} reference samples; "
-            "take as many of each (or balance=False)"
+            "take as many of each"
         )
     if runs < 1 or clusters < 1:
         raise UserError(f"PRD: runs={runs}, clusters={clusters}: both must be at least 1")
@@ -58,22 +59,20 @@ def precision_recall_distribution(
 
 
 def prd_from_histograms(
-    eval_dist: np.ndarray, ref_dist: np.ndarray, angles: int = 1001, epsilon: float = 1e-10
+    eval_dist: np.ndarray, ref_dist: np.ndarray, angles: int = 1001
 ) -> tuple[np.ndarray, np.ndarray]:
     """PRD curve of two distributions over the same k states, each (k,) and summing to 1.
 
-    For slope lambda = tan(angle), angles evenly spaced in [epsilon, pi/2 - epsilon]:
+    For slope lambda = tan(angle), angles evenly spaced over the open interval (0, pi/2):
     precision = sum_c min(lambda ref_c, eval_c), recall = precision / lambda. Both (angles,), in [0, 1].
-    Raises UserError for unequal shapes, angles outside [3, 1e6], epsilon outside (0, 0.1), or no distributions.
+    Raises UserError for unequal shapes, angles outside [3, 1e6], or no distributions.
     Source: Sajjadi et al. 2018, theorem 3 and algorithm 1.
     """
     eval_dist, ref_dist = np.asarray(eval_dist, np.float64), np.asarray(ref_dist, np.float64)
     if eval_dist.ndim != 1 or eval_dist.shape != ref_dist.shape:
         raise UserError(f"PRD: histograms of one length expected, got {eval_dist.shape} and {ref_dist.shape}")
     _check_angles(angles)
-    if not 0 < epsilon < 0.1:
-        raise UserError(f"PRD: epsilon={epsilon}, it must lie between 0 and 0.1")
-    slopes = np.tan(np.linspace(epsilon, np.pi / 2 - epsilon, angles))
+    slopes = np.tan(np.linspace(_EPSILON, np.pi / 2 - _EPSILON, angles))
     precision = np.minimum(slopes[:, None] * ref_dist, eval_dist).sum(1)
     recall = precision / slopes
     if max(precision.max(), recall.max()) > 1.001 or min(eval_dist.min(), ref_dist.min()) < 0:
@@ -86,7 +85,7 @@ def _check_angles(angles: int) -> None:
         raise UserError(f"PRD: angles={angles}, allowed are 3 to 1000000")
 
 
-def f_beta(precision: np.ndarray, recall: np.ndarray, beta: float = 1.0, epsilon: float = 1e-10) -> np.ndarray:
+def f_beta(precision: np.ndarray, recall: np.ndarray, beta: float = 1.0) -> np.ndarray:
     """F_beta along a curve; beta > 1 weighs recall, beta < 1 weighs precision. Raises UserError outside [0, 1]."""
     precision, recall = np.asarray(precision, np.float64), np.asarray(recall, np.float64)
     for name, values in (("precision", precision), ("recall", recall)):
@@ -94,7 +93,7 @@ def f_beta(precision: np.ndarray, recall: np.ndarray, beta: float = 1.0, epsilon
             raise UserError(f"{name} must lie in [0, 1]")
     if beta <= 0:
         raise UserError(f"beta={beta}: it must be positive")
-    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall + epsilon)
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall + _EPSILON)
 
 
 def f_beta_pair(precision: np.ndarray, recall: np.ndarray, beta: float = 8.0) -> tuple[float, float]:
@@ -116,17 +115,15 @@ def improved_precision_recall(
     """
     if k < 1:
         raise UserError(f"k={k}: at least one neighbour is needed")
-    evaluated = check_features(eval_features, "evaluated features", k + 1)
-    reference = check_features(ref_features, "reference features", k + 1)
-    if evaluated.shape[1] != reference.shape[1]:
-        raise UserError(f"features of {evaluated.shape[1]} and {reference.shape[1]} dimensions: use one extractor")
-    device = torch.device("cpu" if torch.device(device).type == "mps" else device)  # MPS has no float64
+    evaluated, reference = feature_tensors(eval_features, ref_features, device, k + 1)
     centre = reference.mean(0)  # a shift changes no distance, and small norms lose fewer digits
-    evaluated, reference = (torch.from_numpy(part - centre).to(device) for part in (evaluated, reference))
+    evaluated, reference = evaluated - centre, reference - centre
     reach_ref, reach_eval = _kth_neighbour(reference, k), _kth_neighbour(evaluated, k)
     in_ref = evaluated.new_zeros(len(evaluated), dtype=torch.bool)
     in_eval = reference.new_zeros(len(reference), dtype=torch.bool)
-    for i, j, squares in _distance_blocks(evaluated, reference):
+    # so much may a square be off: equal points are at distance 0, and the k-th neighbour lies on its ball
+    noise = 2 * evaluated.shape[1] * torch.finfo(evaluated.dtype).eps
+    for i, j, squares in _squared_distances(evaluated, reference, noise):
         in_ref[i] |= (squares <= reach_ref[j]).any(1)
         in_eval[j] |= (squares <= reach_eval[i, None]).any(0)
     return float(in_ref.double().mean()), float(in_eval.double().mean())
@@ -135,25 +132,32 @@ def improved_precision_recall(
 def _kth_neighbour(points: Tensor, k: int) -> Tensor:
     """Squared distance (n,) from each point to its k-th nearest other point."""
     nearest = points.new_full((len(points), k), torch.inf)
-    for i, j, squares in _distance_blocks(points, points):
-        if i.start == j.start:
+
+    def keep(rows: slice, squares: Tensor) -> None:
+        closest = squares.topk(min(k, squares.shape[1]), largest=False, sorted=False).values
+        nearest[rows] = torch.cat([nearest[rows], closest], 1).topk(k, largest=False).values
+
+    for i, j, squares in _squared_distances(points, points):
+        if i == j:
             squares.fill_diagonal_(torch.inf)
-        candidates = torch.cat([nearest[i], squares], 1)
-        nearest[i] = candidates.topk(k, dim=1, largest=False).values
-    return nearest[:, -1]  # topk sorts
+        else:
+            keep(j, squares.T.contiguous())
+        keep(i, squares)
+    return nearest[:, -1].clamp(min=0.0)  # topk sorts
 
 
-def _distance_blocks(a: Tensor, b: Tensor):
-    """Yield (rows of a, rows of b, squared distances) block by block."""
-    norm_a, norm_b = (a * a).sum(1), (b * b).sum(1)
-    # |a|^2 + |b|^2 - 2ab of two equal points is rounding noise of this relative size: it has to count as zero
-    noise = 2 * a.shape[1] * torch.finfo(a.dtype).eps
-    for start_a in range(0, len(a), _BLOCK):
-        for start_b in range(0, len(b), _BLOCK):
-            i, j = slice(start_a, start_a + _BLOCK), slice(start_b, start_b + _BLOCK)
-            scale = norm_a[i, None] + norm_b[j]
-            squares = torch.addmm(scale, a[i], b[j].T, alpha=-2)
-            yield i, j, torch.where(squares > noise * scale, squares, 0.0)
+def _squared_distances(a: Tensor, b: Tensor, noise: float = 0.0):
+    """Yield (rows of a, rows of b, (|a_i|^2 + |b_j|^2)(1 - noise) - 2 <a_i, b_j>) block by block, with b the same as a
+    only the blocks on and above the diagonal.
+    """
+    norm_a, norm_b = (((part * part).sum(1, keepdim=True)) * (1 - noise) for part in (a, b))
+    # the squares as products of longer vectors: no pass over the block but the multiplication
+    left = torch.cat([-2 * a, norm_a, torch.ones_like(norm_a)], 1)
+    right = torch.cat([b, torch.ones_like(norm_b), norm_b], 1)
+    for start in range(0, len(a), _BLOCK):
+        for other in range(start if b is a else 0, len(b), _BLOCK):
+            i, j = slice(start, start + _BLOCK), slice(other, other + _BLOCK)
+            yield i, j, product(left[i], right[j])
 
 
 def _cluster(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:

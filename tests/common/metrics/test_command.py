@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from metric_definitions import mmd2
 from PIL import Image
 
 from common import metrics
 from common.errors import UserError
-from common.metrics import benchmark
+from common.metrics import benchmark, disentanglement
 from common.metrics.__main__ import _parser, main
 from common.metrics.frechet import Statistics, frechet_distance
-from common.metrics.kernel import mmd2
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +163,12 @@ def test_the_package_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_benchmark_compares_equal_results():
-    """The same code at sizes of a test; the sizes of the table are the defaults."""
-    found = [benchmark._frechet(d=48), benchmark._frechet(few=True, d=48), benchmark._prd(angles=21)]
-    found.append(benchmark._neighbours(n=60, d=5))
-    assert all(row["difference"] < 1e-6 and row["ratio"] > 0 for row in found)
-    assert benchmark.table(found).count("\n") == 5
+@pytest.mark.filterwarnings("ignore:.*samples for:UserWarning")
+def test_the_benchmark_compares_equal_results(capsys):
+    """The same code at sizes of a test; the sizes of the tables are the defaults."""
+    rows = [line.split(" | ") for line in benchmark.generation(0.01)[2:]]
+    assert len(rows) >= 4 and all(float(row[-1].rstrip(" |")) < 1e-6 for row in rows)
+    lines = benchmark.disentanglement((2, 3, 4), 4, num_train=60, num_test=30)
+    assert [line.split()[1] for line in lines[2:]] == list(disentanglement.METRICS)
+    with pytest.raises(UserError, match="unknown part generatoin"):
+        benchmark.main(["generatoin"])

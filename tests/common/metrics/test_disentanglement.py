@@ -1,8 +1,9 @@
-"""The two sources of points, the loops of the benchmark as oracles, bad input, and the command."""
+"""The two sources of points, the plain loops as oracles, bad input, and the command."""
 
 import csv
 import json
 
+import metric_definitions as definitions
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,6 @@ from numpy.random import RandomState
 from common.datasets.sprites import Sprites
 from common.errors import UserError, run_command
 from common.metrics import disentanglement as dis
-from common.metrics import disentanglement_benchmark as benchmark
 from common.metrics.disentanglement_points import Split
 
 SIZES = (3, 4, 5)
@@ -19,13 +19,13 @@ SIZES = (3, 4, 5)
 
 @pytest.fixture(scope="module")
 def table():
-    return benchmark.entangled_table(SIZES, num_codes=4)
+    return definitions.entangled_table(SIZES, num_codes=4)
 
 
 @pytest.fixture(scope="module")
 def data(table):
     """Points of a half disentangled code: enough rows for a fit, few enough for the loops."""
-    return benchmark.factor_grid(SIZES, lambda index: table[index]).split(500, 250, RandomState(1))
+    return definitions.factor_grid(SIZES, lambda index: table[index]).split(500, 250, RandomState(1))
 
 
 # ---------------------------------------------------------------------------------------- loops as oracles
@@ -33,34 +33,34 @@ def data(table):
 
 def test_mig_equals_the_loop(data):
     ours = dis.mig(dis.Arrays(data.codes, data.factors))["discrete_mig"]
-    assert ours == pytest.approx(benchmark.mig_ref(data.codes, data.factors), abs=1e-12)
+    assert ours == pytest.approx(definitions.mig_ref(data.codes, data.factors), abs=1e-12)
 
 
 def test_sap_equals_the_loop(data):
-    assert dis.best_gap(dis.sap_matrix(data)).mean() == pytest.approx(benchmark.sap_ref(data), abs=1e-12)
+    assert dis.best_gap(dis.sap_matrix(data)).mean() == pytest.approx(definitions.sap_ref(data), abs=1e-12)
 
 
 def test_dci_equals_the_loop(data):
     few = Split(data.codes[:200], data.factors[:200, :2], data.codes_test, data.factors_test[:, :2])
     ours = dis.disentanglement_of(dis.dci_importance(few)[0])[0]
-    assert ours == pytest.approx(benchmark.dci_ref(few), abs=1e-12)
+    assert ours == pytest.approx(definitions.dci_ref(few), abs=1e-12)
 
 
 def test_irs_equals_the_loop(data):
     codes = np.column_stack([data.codes, np.full(len(data.codes), 2.0)])  # a constant code is left out by both
     ours = dis.irs(dis.Arrays(codes, data.factors))["IRS"]
-    assert ours == pytest.approx(benchmark.irs_ref(codes, data.factors), abs=1e-12)
+    assert ours == pytest.approx(definitions.irs_ref(codes, data.factors), abs=1e-12)
 
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_factor_vae_equals_the_loop(table, seed):
     """One stream of random numbers, more votes than are gathered at once, and a code that is pruned."""
     codes = np.column_stack([table[:, :1], 0.01 * table[:, 1:2], table[:, 2:]])
-    grid = benchmark.factor_grid(SIZES, lambda index: codes[index])
-    ours = dis.factor_vae_metric(grid, seed, num_train=700, num_test=600)
+    grid = definitions.factor_grid(SIZES, lambda index: codes[index])
+    ours = dis.factor_vae_metric(grid, seed=seed, num_train=700, num_test=600)
     assert ours["num_active_dims"] == 3
     # the loop counts pruned codes out as well, so its argmin indexes the active ones
-    assert ours["eval_accuracy"] == benchmark.factor_vae_ref(SIZES, lambda index: codes[index], seed, 700, 600)
+    assert ours["eval_accuracy"] == definitions.factor_vae_ref(SIZES, lambda index: codes[index], seed, 700, 600)
 
 
 def test_beta_vae_equals_the_loop(table):
@@ -74,7 +74,7 @@ def test_beta_vae_equals_the_loop(table):
         second[:, factor] = first[:, factor]
         expected.append(np.mean(np.abs(table[first @ bases] - table[second @ bases]), axis=0))
         labels.append(factor)
-    grid = benchmark.factor_grid(SIZES, lambda index: table[index])
+    grid = definitions.factor_grid(SIZES, lambda index: table[index])
     chunks = list(grid.shared_pairs(count, size, RandomState(3)))
     assert len(chunks) > 1
     np.testing.assert_array_equal(np.concatenate([chosen for chosen, _, _ in chunks]), labels)
@@ -99,7 +99,7 @@ def test_discretize_equals_the_histogram(dtype):
     ]
     values = np.stack(columns, axis=1).astype(dtype)
     for bins in (2, 20, 33):
-        np.testing.assert_array_equal(dis.discretize(values, bins), benchmark.discretize_ref(values, bins))
+        np.testing.assert_array_equal(dis.discretize(values, bins), definitions.discretize_ref(values, bins))
 
 
 def test_discretize_a_collapsed_code():
@@ -107,7 +107,7 @@ def test_discretize_a_collapsed_code():
     steps = np.arange(300) % 4
     code = (np.float32(1) + steps.astype(np.float32) * np.finfo(np.float32).eps)[:, None]
     with pytest.raises(ValueError, match="Too many bins"):
-        benchmark.discretize_ref(code)
+        definitions.discretize_ref(code)
     np.testing.assert_array_equal(dis.discretize(code)[:, 0], np.array([1, 7, 14, 20])[steps])
 
 
@@ -151,7 +151,7 @@ def test_a_grid_encodes_each_image_once(table):
         calls.append(index)
         return torch.from_numpy(table[index]).requires_grad_()
 
-    grid = benchmark.factor_grid(SIZES, represent)
+    grid = definitions.factor_grid(SIZES, represent)
     grid.batch_size = 7
     dis.evaluate(grid, ["mig", "factor_vae_metric", "beta_vae_sklearn"], num_train=300, num_test=100)
     encoded = np.concatenate(calls)
@@ -162,8 +162,8 @@ def test_a_grid_encodes_each_image_once(table):
 
 def test_a_factor_of_size_1_is_not_scored(table):
     """With and without a leading factor of size 1 the same images are drawn."""
-    plain = benchmark.factor_grid(SIZES, lambda index: table[index])
-    coloured = benchmark.factor_grid((1, *SIZES), lambda index: table[index])
+    plain = definitions.factor_grid(SIZES, lambda index: table[index])
+    coloured = definitions.factor_grid((1, *SIZES), lambda index: table[index])
     assert coloured.num_factors == 3
     for name in ("mig", "factor_vae_metric", "beta_vae_sklearn"):
         expected = dis.evaluate(plain, [name], num_train=200, num_test=100)
@@ -172,7 +172,7 @@ def test_a_factor_of_size_1_is_not_scored(table):
 
 def test_a_grid_refuses_a_broken_encoder(table):
     def scored(represent, sizes=SIZES):
-        dis.evaluate(benchmark.factor_grid(sizes, represent), ["mig"], num_train=200)
+        dis.evaluate(definitions.factor_grid(sizes, represent), ["mig"], num_train=200)
 
     with pytest.raises(UserError, match=r"codes.*is nan"):
         scored(lambda index: np.where(index[:, None] == 3, np.nan, table[index]))
@@ -268,6 +268,8 @@ BAD = {
     "constant": (changed(factors=lambda f: np.column_stack([f, np.full(len(f), 3)])), "factor column 2 is constant"),
     "flat": (changed(codes=lambda c: c[:, 0]), r"codes must be a table .*\(120,\)"),
     "text": (changed(codes=lambda c: c.astype(str)), "codes must be numbers"),
+    "huge code": (changed(codes=put(1e200)), r"codes\[5, 1\] is 1e\+200"),
+    "huge factor": (changed(factors=put(1e20)), "factor column 1 holds fractions or huge"),
     "half": ({**good(), "codes_test": np.zeros((120, 2))}, "give both or none"),
     "other width": ({**good(), "codes_test": np.zeros((120, 3)), "factors_test": good()["factors"]}, "3 columns"),
 }
@@ -303,16 +305,6 @@ def test_a_factor_that_is_constant_among_the_training_rows():
 def test_unknown_metric():
     with pytest.raises(UserError, match=r"unknown metric 'sapscore'.*did you mean 'sap_score'"):
         dis.evaluate(dis.Arrays(**good()), ["mig", "sapscore"])
-
-
-def test_celeba_recipe_refuses():
-    concepts = np.random.default_rng(0).integers(0, 2, size=(200, 10))
-    with pytest.raises(UserError, match="fewer than the 10 concepts"):
-        dis.dci_celeba(np.random.rand(200, 9), concepts)
-    concepts[:, dis.HAIR] = [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0]] * 100
-    concepts[0, dis.HAIR[4]] = 1  # lest that column be constant
-    with pytest.raises(UserError, match="no row has exactly one"):
-        dis.dci_celeba(np.random.rand(200, 10), concepts)
 
 
 # ---------------------------------------------------------------------------------------- results and command
@@ -400,8 +392,8 @@ def test_command_refuses_files(tmp_path, saved):
     np.savez(tmp_path / "keys.npz", z=np.zeros((3, 2)), factors=np.zeros((3, 2)))
     refused(tmp_path / "keys.npz", r"no key codes \(it has z, factors\)")
     refused(saved, "unknown metric 'migg'.*'mig'", "--metrics", "migg")
-    refused(saved, "--factor-bins must be at least 2", "--factor-bins", "1")
-    refused(saved, "num_train and num_test must be at least 2", "--num-train", "0")
+    refused(saved, "--factor_bins=1: expected a whole number of at least 2", "--factor-bins", "1")
+    refused(saved, "--num_train=0: expected a whole number of at least 2", "--num-train", "0")
 
 
 def test_command_exit_code(tmp_path, capsys, monkeypatch):
@@ -410,17 +402,80 @@ def test_command_exit_code(tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+    with pytest.raises(UserError, match="did you mean 'metrics'"):
+        dis.main(["codes.npz", "--metric", "mig"])  # no abbreviations
+
+
+VALUES = ("", "-1", "0", "nan", "inf", "1e30", "x", "1.5", "-99999999999999999999")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in dis.Config.model_fields if name not in ("metrics", "as_json", "csv")]
+)
+@pytest.mark.parametrize("value", VALUES)
+def test_every_number_of_the_command_is_checked_before_the_file_is_read(name, value, tmp_path):
+    """Each ends in one line: about the value, or (where the value is allowed) about the missing file."""
+    with pytest.raises(UserError, match=rf"--{name}=|absent.npz is not a file") as error:
+        dis.main([str(tmp_path / "absent.npz"), f"--{name}={value}", "--metrics", "mig"])
+    allowed = {"seed": ("0",), "jobs": ("-1",), "factor_bins": ("inf",)}.get(name, ())
+    assert ("is not a file" in str(error.value)) == (value in allowed)
+
+
+def test_the_file_may_stand_behind_the_options(saved, capsys):
+    dis.main(["--metrics", "mig", "irs", str(saved)])
+    behind = capsys.readouterr().out
+    dis.main([str(saved), "--metrics=mig,irs"])
+    assert capsys.readouterr().out == behind
+    for words in ([], ["--json"], ["a.npz", "b.npz", "--json"]):
+        with pytest.raises(UserError, match=r"expected CODES\.npz before the options"):
+            dis.main(words)
+
+
+def test_help_lists_every_option(capsys):
     with pytest.raises(SystemExit) as stopped:
-        dis.main(["codes.npz", "--metric", "mig"])  # no abbreviations: --metrics is meant
-    assert stopped.value.code == 2
+        dis.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(f"--{name}" in text for name in dis.Config.model_fields)
 
 
-def test_benchmark_rows(capsys):
-    """The quick rows; each one raises when ours and the loop disagree."""
-    rows = benchmark.rows(["MIG", "IRS"])
-    assert [row["name"] for row in rows] == ["MIG", "IRS"]
-    for row in rows:
-        assert row["ratio"] == pytest.approx(row["reference_s"] / row["ours_s"])
-    assert rows[0]["ratio"] > 5, "one bincount a pair; measured 30 to 50 on an idle machine"
-    with pytest.raises(UserError, match="unknown row 'mig'"):
-        benchmark.main(["--rows", "mig"])
+def test_a_table_that_cannot_take_the_row_is_refused_before_the_work(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(dis, "evaluate", lambda *args, **draw: pytest.fail("worked first"))
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for table, message in (
+        ("other.csv", "other columns"),
+        ("absent/scores.csv", "folder that exists"),
+        (".", "name a file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            dis.main([str(saved), "--metrics", "mig", "--csv", str(tmp_path / table)])
+
+
+def test_a_score_that_is_not_defined_is_null_with_a_reason(tmp_path, capsys):
+    """All held-out points have one value of the second factor: no area under a curve."""
+    factors = np.column_stack([np.arange(300) % 3, np.arange(300) % 2])
+    rng = np.random.default_rng(0)
+    codes = factors + 0.5 * rng.normal(size=factors.shape)
+    path, table = tmp_path / "codes.npz", tmp_path / "scores.csv"
+    np.savez(path, codes=codes, factors=factors, codes_test=codes[1:200:2], factors_test=factors[1:200:2])
+    for _ in range(2):
+        dis.main([str(path), "--metrics", "modularity_explicitness", "--json", "--csv", str(table)])
+    scores = json.loads(capsys.readouterr().out.split("}\n}")[0] + "}}")["modularity_explicitness"]
+    assert scores["explicitness_score_test"] is None and scores["explicitness_score_train"] > 0.5
+    assert "factor column 1" in scores["explicitness_reason"]
+    dis.main([str(path), "--metrics", "modularity_explicitness"])
+    assert "explicitness_score_test None" in capsys.readouterr().out
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and rows[0]["modularity_explicitness.explicitness_score_test"] == ""
+
+
+def test_plain_arrays_are_points(data):
+    """`metric(codes, factors)` for every metric, as `metric(Arrays(codes, factors))`."""
+    few = data.codes[:150], data.factors[:150, :2]
+    for name in set(dis.METRICS) - {"dci"}:
+        draw = {"seed": 1, "num_train": 90, "num_test": 60}
+        assert getattr(dis, name)(*few, **draw) == getattr(dis, name)(dis.Arrays(*few), **draw), name
+    with pytest.raises(UserError, match="factors must be numbers"):
+        dis.mig(data.codes)
+    with pytest.raises(UserError, match="at least 2"):
+        dis.sap_score(*few, num_test=0)

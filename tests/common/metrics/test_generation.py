@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from metric_definitions import improved_precision_recall_ref, mmd2
 
 from common.errors import UserError
 from common.metrics import frechet, kernel, precision_recall
 from common.metrics.frechet import Statistics, frechet_distance
 from common.metrics.generation import score
-from common.metrics.kernel import kernel_distance, mmd2
+from common.metrics.kernel import kernel_distance
 from common.metrics.precision_recall import (
     f_beta_pair,
     improved_precision_recall,
@@ -68,6 +69,27 @@ def test_frechet_of_an_ill_conditioned_covariance():
     sigma_a, sigma_b = ((rotation * part) @ rotation.T for part in (a, b))
     expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
     assert frechet_distance(np.zeros(d), sigma_a, np.zeros(d), sigma_b) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(7, 9, 40), (7, 90, 40), (41, 40, 40), (200, 300, 40)])
+def test_few_samples_take_the_smaller_factor(n, m, d):
+    """The distance of features is that of their moments, whichever sets have more samples than features."""
+    rng = np.random.default_rng(25)
+    x, y = rng.standard_normal((n, d)), rng.standard_normal((m, d)) + 0.1
+    moments = [part for z in (x, y) for part in (z.mean(0), np.cov(z, rowvar=False))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of few samples
+        found = Statistics.from_features(x).distance(Statistics.from_features(y))
+    assert found == pytest.approx(frechet_distance(*moments), rel=1e-9)
+
+
+def test_sixty_images_of_many_pixels_make_no_large_matrix():
+    """3072 features of 60 samples: no covariance is built, and the closed form of two shifted copies comes out."""
+    x = np.random.default_rng(26).random((60, 3072))
+    first, second = Statistics.from_features(x), Statistics.from_features(x + 0.01)
+    with pytest.warns(UserWarning, match="60 samples for 3072 features"):
+        assert first.distance(second) == pytest.approx(3072 * 0.01**2, rel=1e-6)
+    assert "sigma" not in vars(first) and first.sigma.shape == (3072, 3072)
 
 
 def test_statistics_are_numpy_cov_and_survive_the_disk(tmp_path):
@@ -139,44 +161,14 @@ def test_features_that_no_metric_takes(bad):
 # ---- kernel distance -----------------------------------------------------------------------------------------------
 
 
-def _mmd2_ref(x, y, estimator="unbiased"):
-    """The definition, pair by pair."""
-    k = lambda a, b: (a @ b / len(a) + 1) ** 3  # noqa: E731
-    n, m = len(x), len(y)
-    same = estimator == "biased"
-    xx = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if same or i != j)
-    yy = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if same or i != j)
-    xy = sum(k(x[i], y[j]) for i in range(n) for j in range(m) if estimator != "u-statistic" or i != j)
-    if estimator == "biased":
-        return xx / n**2 + yy / m**2 - 2 * xy / (n * m)
-    return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m if estimator == "unbiased" else n * (n - 1))
-
-
-@pytest.mark.parametrize("estimator", kernel.ESTIMATORS)
-def test_mmd2_is_the_double_sum(estimator):
-    rng = np.random.default_rng(8)
-    x, y = rng.standard_normal((13, 5)), rng.standard_normal((13 if estimator == "u-statistic" else 9, 5)) + 0.3
-    assert mmd2(x, y, estimator) == pytest.approx(_mmd2_ref(x, y, estimator), rel=1e-12)
-
-
 @pytest.mark.parametrize(("n", "m", "size"), [(40, 33, 25), (400, 390, 12)])
 def test_kernel_distance_is_the_mean_over_subsets(n, m, size, monkeypatch):
     """Few overlapping subsets and many: the two ways to sum the kernel are the loop over subsets."""
     monkeypatch.setattr(kernel, "_BLOCK", 16)  # several blocks, the last one cut
     rng = np.random.default_rng(9)
     x, y = rng.standard_normal((n, 6)), rng.standard_normal((m, 6)) + 0.2
-    values = [_mmd2_ref(x[a], y[b]) for a, b in zip(*kernel.draw_subsets(n, m, 7, size, 3), strict=True)]
+    values = [mmd2(x[a], y[b]) for a, b in zip(*kernel.draw_subsets(n, m, 7, size, 3), strict=True)]
     assert kernel_distance(x, y, 7, size, seed=3) == pytest.approx((np.mean(values), np.std(values)), rel=1e-10)
-
-
-def test_the_two_ways_to_sum_agree():
-    rng = np.random.default_rng(10)
-    x, y = torch.from_numpy(rng.standard_normal((60, 4))), torch.from_numpy(rng.standard_normal((50, 4)))
-    rows, poly = kernel.draw_subsets(60, 50, 5, 20, 0), kernel._Kernel(3, None, 1.0, 4)
-    for a, b in zip(
-        kernel._sums_by_indicator(x, y, *rows, poly), kernel._sums_by_gathering(x, y, *rows, poly), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
 
 
 def test_every_call_starts_its_own_stream():
@@ -201,13 +193,33 @@ def test_small_sets_reduce_the_subsets_with_a_warning():
     assert mean > 0
 
 
+def test_subsets_that_are_the_whole_set_have_no_deviation():
+    """Equal subsets differ by rounding alone: 0, not 1e-15, and a line that says so."""
+    rng = np.random.default_rng(22)
+    x, y = rng.standard_normal((30, 4)), rng.standard_normal((30, 4)) + 0.5
+    for size in (30, 1000):
+        with pytest.warns(UserWarning, match="there is no standard deviation"):
+            mean, std = kernel_distance(x, y, 100, size)
+        assert std == 0 and mean == pytest.approx(mmd2(x, y), rel=1e-12)
+
+
+def test_kernel_distance_holds_blocks_only(monkeypatch):
+    """A single subset of a whole large set: never more than a block of the kernel at once."""
+    made = []
+    real = kernel.cubic_kernel
+    monkeypatch.setattr(kernel, "cubic_kernel", lambda a, b: made.append((len(a), len(b))) or real(a, b))
+    x = np.random.default_rng(23).standard_normal((1500, 2))
+    kernel_distance(x, x[:1400] + 1, 1, 1300)
+    assert len(made) > 9 and max(max(shape) for shape in made) <= kernel._BLOCK
+
+
 def test_kernel_distance_refuses_bad_options():
     x = np.random.default_rng(14).standard_normal((30, 4))
-    for options in ({"estimator": "best"}, {"subsets": 0}, {"subset_size": 1}):
+    for options in ({"subsets": 0}, {"subset_size": 1}):
         with pytest.raises(UserError):
             kernel_distance(x, x, **{"subset_size": 10, **options})
     with pytest.raises(UserError, match="dimensions"):
-        mmd2(x, x[:, :2])
+        kernel_distance(x, x[:, :2])
 
 
 @pytest.mark.gpu
@@ -289,27 +301,13 @@ def test_prd_refuses_bad_options(collapsed, options):
 def test_prd_refuses_bad_input(collapsed):
     with pytest.raises(UserError, match="one size"):
         precision_recall_distribution(collapsed[0][:50], collapsed[1], runs=1)
-    precision_recall_distribution(collapsed[0][:50], collapsed[1], runs=1, balance=False)
     for bad in (([0.5, 0.6], [0.5, 0.5]), ([1.5, -0.5], [0.5, 0.5]), ([1.0], [0.5, 0.5])):
         with pytest.raises(UserError):
             prd_from_histograms(*bad)
-    with pytest.raises(UserError, match="epsilon"):
-        prd_from_histograms([1.0], [1.0], epsilon=0.2)
     with pytest.raises(UserError, match="beta"):
         f_beta_pair(np.ones(3), np.ones(3), beta=0)
     with pytest.raises(UserError, match="precision"):
         f_beta_pair(np.full(3, 1.5), np.ones(3))
-
-
-def _improved_ref(evaluated, reference, k):
-    """The definition with explicit distances."""
-
-    def share(points, manifold):
-        between = np.linalg.norm(manifold[:, None] - manifold[None], axis=2)
-        radius = np.sort(between, axis=1)[:, k]  # column 0 is the point itself
-        return (np.linalg.norm(points[:, None] - manifold[None], axis=2) <= radius).any(1).mean()
-
-    return share(evaluated, reference), share(reference, evaluated)
 
 
 @pytest.mark.parametrize("block", [7, 4096])
@@ -318,7 +316,7 @@ def test_improved_precision_recall_is_the_definition(k, block, monkeypatch):
     monkeypatch.setattr(precision_recall, "_BLOCK", block)
     rng = np.random.default_rng(18)
     x, y = rng.standard_normal((61, 3)) * 0.8, rng.standard_normal((50, 3)) + 1.2
-    expected = _improved_ref(x, y, k)
+    expected = improved_precision_recall_ref(x, y, k)
     assert 0.1 < expected[0] + expected[1] < 2
     assert improved_precision_recall(x, y, k) == pytest.approx(expected, abs=1e-12)
 
@@ -333,6 +331,16 @@ def test_improved_precision_recall_at_the_ends():
     assert (precision, recall) == (1.0, pytest.approx(1 / 40))
     with pytest.raises(UserError, match="at least 4"):
         improved_precision_recall(x[:3], x)
+
+
+def test_a_sample_on_the_edge_of_a_ball_is_inside():
+    """Pairs p, p + v and the evaluated points p - v, as far from p as its nearest neighbour: inside, whatever the
+    rounding of the products that give the distances.
+    """
+    rng = np.random.default_rng(24)
+    p = 1000.0 * np.arange(200)[:, None] + rng.integers(0, 50, (200, 20))
+    v = rng.integers(1, 9, (200, 20)).astype(float)
+    assert improved_precision_recall(p - v, np.concatenate([p, p + v]), k=1)[0] == 1
 
 
 # ---- all together --------------------------------------------------------------------------------------------------
@@ -366,8 +374,10 @@ def test_score_balances_prd_and_serves_statistics():
         score(a, stats, ("fid", "kid"), "raw", device="cpu")
 
 
-def test_score_refuses_what_would_take_hours():
-    a = np.zeros((3, 3, 64, 64), np.uint8)
-    with pytest.raises(UserError, match="hours"):
+def test_score_refuses_what_would_take_hours(monkeypatch):
+    monkeypatch.setattr(frechet, "_MOST", 47)
+    a = np.random.default_rng(0).integers(0, 256, (49, 3, 4, 4), dtype=np.uint8)
+    with pytest.raises(UserError, match="48 features would take hours"):
         score(a, a, ("fid",), "raw", device="cpu")
-    assert frechet.check_features(np.zeros((3, 2))).dtype == np.float64
+    with pytest.warns(UserWarning, match="40 samples for 48 features"):
+        assert score(a[:40], a[:40], ("fid",), "raw", device="cpu")["fid"] == pytest.approx(0, abs=1e-9)

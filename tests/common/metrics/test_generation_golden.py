@@ -5,10 +5,12 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from golden_cases import check_complete, load
+from metric_definitions import mmd2, mmd2_and_variance
 
 from common.metrics.frechet import Statistics, frechet_distance
-from common.metrics.kernel import draw_subsets, kernel_distance, mmd2, mmd2_and_variance
+from common.metrics.kernel import draw_subsets, kernel_distance, subset_mmd2
 from common.metrics.precision_recall import f_beta, f_beta_pair, prd_from_histograms, precision_recall_distribution
 
 FID, KID, PRD = (load("lbae", name) for name in ("fid", "kid", "prd"))
@@ -51,9 +53,10 @@ def test_frechet_distance_to_itself(case):
 def test_mmd2_estimators():
     m = int(KID["m"])
     x, y = KID["X"][:m], KID["Y"][:m]
-    assert mmd2(x, y) == pytest.approx(float(KID["mmd2_unbiased"]), abs=1e-9)
-    assert mmd2(x, y, "u-statistic") == pytest.approx(float(KID["mmd2_ustat"]), abs=1e-9)
-    assert mmd2(x, y, "biased") == pytest.approx(float(KID["mmd2_biased"]), abs=1e-9)
+    with pytest.warns(UserWarning, match="no standard deviation"):
+        assert kernel_distance(x, y, 1, m)[0] == pytest.approx(float(KID["mmd2_unbiased"]), abs=1e-9)
+    for estimator, key in (("unbiased", "unbiased"), ("u-statistic", "ustat"), ("biased", "biased")):
+        assert mmd2(x, y, estimator) == pytest.approx(float(KID[f"mmd2_{key}"]), abs=1e-9)
     for key in (name for name in KID if name.startswith("mmd2_deg")):
         degree, gamma, coef0 = re.fullmatch(r"mmd2_deg(\d+)_gamma(\d+)_coef(\d+)", key).groups()
         decimals = [int(text) / 10 ** (len(text) - 1) for text in (gamma, coef0)]  # "03" is 0.3
@@ -80,11 +83,11 @@ def test_kernel_distance_in_the_legacy_protocol():
     np.testing.assert_array_equal(drawn[1], rows_y)
     expected = pytest.approx((float(KID["avg_mean"]), float(KID["avg_std"])), abs=1e-9)
     assert kernel_distance(x, y, subsets, size, seed, legacy=True) == expected
-    assert kernel_distance(x, y, indices=(rows_x, rows_y)) == expected
+    values = subset_mmd2(torch.from_numpy(x), torch.from_numpy(y), rows_x, rows_y)
+    np.testing.assert_allclose(values, KID["avg_mmds"], rtol=0, atol=1e-9)
     at = min(len(x), len(y))
     for value, variance, a, b in zip(KID["avg_mmds"], KID["avg_vars"], rows_x, rows_y, strict=True):
-        ours = mmd2_and_variance(x[a], y[b], at)
-        assert ours == pytest.approx((value, variance), abs=1e-9)
+        assert mmd2_and_variance(x[a], y[b], at) == pytest.approx((value, variance), abs=1e-9)
 
 
 @pytest.mark.parametrize("case", [key for key in _cases(PRD, "_precision") if not key.startswith("emb")])
