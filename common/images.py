@@ -1,16 +1,69 @@
-"""Pictures: one rounding rule, mosaics, PNG/JPEG/GIF writers. Nothing here changes the caller's tensors."""
+"""Pictures: one reader, one order of names, one rounding rule, mosaics, PNG/JPEG/GIF writers.
 
-from collections.abc import Sequence
+Nothing here changes the caller's tensors.
+"""
+
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image
+from natsort import natsorted
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.checkpoint import atomic_write
 from common.errors import UserError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_PIXELS = 1 << 26  # of one picture; a small file may claim any size
+
+P = TypeVar("P", str, Path)
+
+
+def natural_sorted(names: Iterable[P]) -> list[P]:
+    """`names` with 9.png before 10.png, whatever letters and digits they are made of."""
+    return natsorted(names, key=str)
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """The picture files directly in `folder`, by their endings, in natural order. Raises UserError for no folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of images")
+    return natural_sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
+    )
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture file as a PIL image of mode L (grey) or RGB, turned as its EXIF data say, transparency over white.
+
+    The first frame of several. Raises UserError naming a file that is missing, damaged, no picture or above MAX_PIXELS.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it claims {image.width} x {image.height} pixels")
+            image = ImageOps.exif_transpose(image)
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+                raise ValueError(f"pixels of type {image.mode} are not read: convert it to 8 bits")
+            return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    except Exception as error:  # PIL raises many types on damaged files: SyntaxError, EOFError, struct.error ...
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"cannot read {path} as an image ({reason}); repair it or take it out") from error
+
+
+def read_picture(path: str | Path) -> np.ndarray:
+    """A picture file as uint8 (1 or 3, H, W); see `open_picture`."""
+    pixels = np.asarray(open_picture(path))
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def to_uint8(x: Tensor | np.ndarray) -> np.ndarray:
