@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError, disk_full
+from common.errors import UserError, disk_full, refuse_web_page
 
 FORMAT_VERSION = 1
 STALE_SECONDS = 86_400  # a temporary file of another machine is taken for abandoned after a day
@@ -190,6 +190,7 @@ def load_tensors(path: str | Path, map_location: Any = "cpu") -> Any:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
+    refuse_web_page(path)
     try:
         check_archive(path)
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -305,6 +306,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no weights at {path}")
+    refuse_web_page(path)
     try:
         with safe_open(path, "pt") as file:
             facts = file.metadata() or {}

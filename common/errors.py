@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,23 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` with the nearest of `known`, or an empty string when nothing is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def is_web_page(start: bytes) -> bool:
+    """Whether the first bytes of a file are those of a web page: a download that was refused, saved under its name."""
+    page = rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype html|html|head)"
+    return re.match(page, start[:1024], re.I | re.S) is not None
+
+
+def refuse_web_page(path: str | os.PathLike) -> None:
+    """Raise UserError when the file at `path` is a web page (a missing or unreadable one passes)."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1024)
+    except OSError:
+        return
+    if is_web_page(start):
+        raise UserError(f"{path} is a web page, not the file: open its address in a browser and save the file itself")
 
 
 def disk_full(error: BaseException) -> bool:

@@ -3,6 +3,7 @@
 Nothing here changes the caller's tensors.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -29,13 +30,15 @@ def natural_sorted(names: Iterable[P]) -> list[P]:
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files directly in `folder`, by their endings, in natural order. Raises UserError for no folder."""
+    """The picture files directly in `folder` (not hidden), in natural order. Raises UserError when it is no folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of images")
-    return natural_sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-    )
+    with os.scandir(folder) as entries:  # folders of 200,000 faces: no question to the disk for each name
+        names = [
+            e.name for e in entries if e.name.lower().endswith(PICTURE_SUFFIXES) and e.name[0] != "." and e.is_file()
+        ]
+    return [folder / name for name in natural_sorted(names)]
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -48,13 +51,14 @@ def open_picture(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it claims {image.width} x {image.height} pixels")
+            grey = image.mode in ("1", "L", "LA")
             image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
             if image.mode.startswith("I;16") or image.mode in ("I", "F"):
                 raise ValueError(f"pixels of type {image.mode} are not read: convert it to 8 bits")
-            return image.convert("L" if image.mode in ("1", "L") else "RGB")
+            return image.convert("L" if grey else "RGB")
     except Exception as error:  # PIL raises many types on damaged files: SyntaxError, EOFError, struct.error ...
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"cannot read {path} as an image ({reason}); repair it or take it out") from error

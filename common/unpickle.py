@@ -10,13 +10,13 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import UserError, refuse_web_page
 
 Names = Mapping[tuple[str, str], Any]
 
@@ -147,6 +147,19 @@ class Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return self._other(module, name)
 
+    def load_build(self) -> None:
+        """Give a stand-in its state; a function, a class or a tensor would be changed by one, and is refused."""
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, OrderedDict):
+            return  # notes of a module beside its weights
+        take = getattr(type(target), "__setstate__", None)
+        if take is None or isinstance(target, Tensor):
+            raise pickle.UnpicklingError(f"it sets attributes of a {type(target).__name__}")
+        take(target, state)
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
     def load(self) -> Any:
         """The content, arrays in place of what stood for them."""
         return _finished(super().load(), {})
@@ -176,6 +189,7 @@ def read_pickle(path: str | Path, names: Names, max_bytes: int = 1 << 36, encodi
     Raises UserError for a missing, damaged or too large file, and one that holds anything else.
     """
     path = Path(path)
+    refuse_web_page(path)
     try:
         size = path.stat().st_size
         if size > max_bytes:

@@ -2,57 +2,66 @@
 
     python glancenet/prepare_celeba.py --in data/celeba --out data
 
---in holds img_align_celeba/*.jpg (178 x 218), list_attr_celeba.txt and list_eval_partition.txt. Each image is cropped
-to the
-central 178 x 178 and resized to 64 x 64 (Lanczos). Kept are images with a hair attribute that are not Bald with a hair
-colour (127,817 images; --unique_hair also drops two colours at once, as the paper's text says). X uint8 (N, 64, 64, 3),
-Y (N, 10) attributes, splits = where validation and test begin.
+--in holds img_align_celeba/*.jpg (178 x 218) and the lists list_attr_celeba and list_eval_partition, .txt or .csv, as
+published or as Kaggle's archive has them. Each image is cropped to the central 178 x 178 and resized to 64 x 64
+(Lanczos). Kept are images with a hair attribute that are not Bald with a hair colour (127,817 images; --unique_hair
+also drops two colours at once, as the paper's text says). X uint8 (N, 64, 64, 3), Y (N, 10) attributes, splits = where
+validation and test begin.
 """
 
-import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+from collections.abc import Iterator
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
+from common.datasets.faces import image_folder, list_file, read_list
 from common.datasets.readers import read_image
 from common.errors import UserError, run_command
+from common.options import Options, Seed, from_flags, option
 from glancenet.cluster import fit_and_save
 from glancenet.labels import CELEBA_ATTRIBUTES, celeba_kept_rows
-from glancenet.options import Parser, boolean
 from glancenet.records import whole, write_npz
 
 CROP, SIDE = 178, 64
 
 
+class Config(Options):
+    """The options of this script."""
+
+    source: str = option(..., "folder of the CelebA download", flags=("--in",), min_length=1)
+    out: str = option("data", "folder of the data sets", min_length=1)
+    unique_hair: bool = option(False, "also drop images with two hair colours")
+    n_classes: Annotated[int, Field(ge=2, le=1000)] = option(4, "clusters of attributes")
+    seed: Seed = option(42, "of the clustering")
+
+
 def read_attributes(path: Path) -> tuple[list[str], np.ndarray]:
-    """File names and the ten attributes (N, 10) in {0, 1} of list_attr_celeba.txt."""
-    lines = _lines(path)
-    names = lines[1].split()
-    missing = [name for name in CELEBA_ATTRIBUTES if name not in names]
+    """File names and the ten attributes (N, 10) in {0, 1} of list_attr_celeba. Raises UserError for other values."""
+    columns, files, values = read_list(path)
+    missing = [name for name in CELEBA_ATTRIBUTES if name not in (columns or ())]
     if missing:
-        raise UserError(f"{path} has no attribute {', '.join(missing)} in its second line")
-    columns = [names.index(name) for name in CELEBA_ATTRIBUTES]
-    rows = [line.split() for line in lines[2:] if line.strip()]
-    if any(len(row) != len(names) + 1 for row in rows):
-        raise UserError(f"{path} is damaged: every row must hold a file name and {len(names)} numbers")
-    return [row[0] for row in rows], np.array([[int(row[1 + c]) > 0 for c in columns] for row in rows], np.int64)
+        raise UserError(f"{path} has no attribute {', '.join(missing)} in its header")
+    table = values[:, [columns.index(name) for name in CELEBA_ATTRIBUTES]]
+    if not (np.isin(table, (-1, 1)).all() or np.isin(table, (0, 1)).all()):
+        raise UserError(f"{path}: attributes must be -1 and 1, or 0 and 1, found {np.unique(table)[:5].tolist()}")
+    return files, (table > 0).astype(np.int64)
 
 
 def read_partition(path: Path) -> dict[str, int]:
-    """File name -> 0 (train), 1 (validation), 2 (test)."""
-    return {name: int(split) for name, split in (line.split() for line in _lines(path) if line.strip())}
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; it belongs to the CelebA download")
-    return path.read_text().splitlines()
+    """File name -> 0 (train), 1 (validation), 2 (test). Raises UserError for other values."""
+    _, files, values = read_list(path)
+    if not np.isin(values[:, 0], (0, 1, 2)).all():
+        raise UserError(f"{path}: parts must be 0, 1 or 2, found {np.unique(values[:, 0])[:5].tolist()}")
+    return dict(zip(files, values[:, 0].tolist(), strict=True))
 
 
 def image(path: Path) -> np.ndarray:
@@ -67,25 +76,18 @@ def image(path: Path) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument("--in", dest="source", required=True, help="folder of the CelebA download")
-    p.add_argument("--out", default="data", help="folder of the data sets")
-    p.add_argument("--unique_hair", type=boolean, default=False, help="also drop images with two hair colours")
-    p.add_argument("--n_classes", type=int, default=4, help="clusters of attributes")
-    p.add_argument("--seed", type=int, default=42, help="of the clustering")
-    o = p.parse(argv)
+    o, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
     source, out = Path(o.source), Path(o.out) / "celebA"
-    names, attributes = read_attributes(source / "list_attr_celeba.txt")
-    partition = read_partition(source / "list_eval_partition.txt")
+    names, attributes = read_attributes(list_file(source, "list_attr_celeba"))
+    partition = read_partition(list_file(source, "list_eval_partition"))
     absent = next((name for name in names if name not in partition), None)
     if absent is not None:
-        raise UserError(f"list_eval_partition.txt does not name {absent}, which list_attr_celeba.txt does")
+        raise UserError(f"list_eval_partition does not name {absent}, which list_attr_celeba does; get both again")
     split = np.array([partition[name] for name in names])
     kept = np.flatnonzero(celeba_kept_rows(attributes, o.unique_hair))
     kept = kept[np.argsort(split[kept], kind="stable")]  # train, validation, test, each in file order
     ends = np.searchsorted(split[kept], [1, 2])
-    folder = source / "img_align_celeba"
+    folder = image_folder(source)
 
     def pieces() -> Iterator[np.ndarray]:
         for start in range(0, len(kept), 512):

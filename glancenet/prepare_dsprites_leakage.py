@@ -8,19 +8,35 @@ Training: both positions strictly between 0.48 and 0.52 (2 x 2 positions, 2880 i
 which a seeded choice of 5000 is kept; G also has x and y.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+from typing import Literal
+
 import numpy as np
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from common.errors import UserError, run_command
+from common.options import Count, Options, Seed, from_flags, option
 from glancenet.labels import leakage_test_rows, leakage_train_rows
-from glancenet.options import Parser, data_root
+from glancenet.options import data_root
 from glancenet.records import whole, write_npz
+
+
+class Config(Options):
+    """The options of this script."""
+
+    source_dir: str | None = option(None, "folder of the data sets (for the published file)", flags=("--in",))
+    out: str | None = option(None, "folder for the two files (default: the same folder)")
+    source: Literal["dsprites", "sprites"] = option("dsprites", "the file, or rendered sprites")
+    sizes: tuple[Count, Count, Count, Count, Count] | None = option(
+        None, "sprites: numbers of shapes, scales, orientations, x, y"
+    )
+    test_images: Count = option(5000, "test images to keep")
+    seed: Seed = option(0, "of that choice")
 
 
 def binary(images) -> np.ndarray:
@@ -49,17 +65,7 @@ def partitions(grid, test_images: int, seed: int) -> tuple[dict[str, np.ndarray]
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument("--in", dest="source_dir", default=None, help="folder of the data sets (for the published file)")
-    p.add_argument("--out", default=None, help="folder for the two files; default the same folder")
-    p.add_argument(
-        "--source", choices=("dsprites", "sprites"), default="dsprites", help="the file, or rendered sprites"
-    )
-    p.add_argument("--sizes", nargs=5, type=int, default=None, help="sprites: shapes, scales, orientations, x, y")
-    p.add_argument("--test_images", type=int, default=5000, help="test images to keep")
-    p.add_argument("--seed", type=int, default=0, help="of that choice")
-    o = p.parse(argv)
+    o, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
     if o.source == "sprites":
         from common.datasets.sprites import Sprites
 

@@ -7,23 +7,33 @@ X: uint8 (1,036,800, 64, 64, 3); Y: factors (1,036,800, 7), row-major over 6 col
 heights, 3 backgrounds, 40 x 40 angles. The classes are the published prototypes; `cluster.py` fits others.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
 import numpy as np
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from common.errors import UserError, run_command
+from common.options import Count, Options, Seed, Whole, from_flags, option
 from glancenet.data import open_npz
 from glancenet.labels import MPI3D_SIZES
-from glancenet.options import Parser
 from glancenet.records import write_npz
 
 PIECE = 4096
 DOWNLOAD = "downloading mpi3d_toy.npz of the disentanglement data sets (github.com/rr-learning/disentanglement_dataset)"
+
+
+class Config(Options):
+    """The options of this script."""
+
+    source: str = option(..., "mpi3d_toy.npz as published (key images)", flags=("--in",), min_length=1)
+    out: str = option("data", "folder of the data sets", min_length=1)
+    small: Whole = option(0, "also write mpi3d_toy_small.npz with so many random images (0: none)")
+    seed: Seed = option(0, "of that choice")
+    sizes: tuple[Count, Count, Count, Count, Count, Count, Count] = option(MPI3D_SIZES, "factor sizes of the file")
 
 
 def factor_rows(sizes: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
@@ -43,27 +53,20 @@ def write(path: Path, images: np.ndarray, sizes: tuple[int, ...], rows: np.ndarr
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument("--in", dest="source", required=True, help="mpi3d_toy.npz as published (key images)")
-    p.add_argument("--out", default="data", help="folder of the data sets")
-    p.add_argument("--small", type=int, default=0, help="also write mpi3d_toy_small.npz with so many random images")
-    p.add_argument("--seed", type=int, default=0, help="of that choice")
-    p.add_argument("--sizes", nargs=7, type=int, default=list(MPI3D_SIZES), help="factor sizes of the file")
-    o = p.parse(argv)
+    o, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
     sizes = tuple(o.sizes)
-    if any(given > known or given < 1 for given, known in zip(sizes, MPI3D_SIZES, strict=True)):
+    if any(given > known for given, known in zip(sizes, MPI3D_SIZES, strict=True)):
         raise UserError(f"--sizes {sizes}: at most {MPI3D_SIZES}")
     images = open_npz(Path(o.source), "images", DOWNLOAD)
     if images.ndim != 4 or images.shape[1:] != (64, 64, 3) or len(images) != np.prod(sizes):
         raise UserError(
             f"{o.source} holds images {images.shape}, expected ({np.prod(sizes)}, 64, 64, 3) for sizes {sizes}"
         )
+    if o.small > len(images):
+        raise UserError(f"--small {o.small}: the file has {len(images)} images")
     folder = Path(o.out) / "mpi3d_toy"
     write(folder / "mpi3d_toy_full.npz", images, sizes, np.arange(len(images)))
     if o.small:
-        if not 0 < o.small <= len(images):
-            raise UserError(f"--small {o.small}: the file has {len(images)} images")
         rows = np.sort(np.random.default_rng(o.seed).permutation(len(images))[: o.small])
         write(folder / "mpi3d_toy_small.npz", images, sizes, rows)
 

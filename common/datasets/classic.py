@@ -161,8 +161,9 @@ def _cifar_folders(name: str, root: Path, split: str, expected: Path, **options)
     if base is None:
         raise absent(name, expected, f"(or class folders {root / name / split}/<class>/*.jpg)")
     source = FolderSet(name, base, split, image_size=32)
-    if source.classes is None or len(source.classes) > (10 if name == "cifar10" else 100):
-        raise UserError(f"{base} does not hold {name}'s class folders; prepare it again")
+    found, most = len(source.classes or ()), 10 if name == "cifar10" else 100
+    if not 2 <= found <= most:
+        raise UserError(f"{base} holds {found} class folder(s), {name} has {most} classes; prepare it again")
     images, targets = source.arrays()
     return _finish(name, split, images.numpy(), targets.numpy(), source.classes, base, **options)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.errors import UserError
+from common.errors import UserError, is_web_page
 
 PIECE = 1 << 20
 TIMEOUT = 60.0
@@ -30,13 +30,6 @@ def digest_of(path: Path, algorithm: str) -> str:
     """The hexadecimal digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def _looks_like_html(start: bytes) -> bool:
-    return (
-        re.match(rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype html|html|head)", start[:1024], re.I | re.S)
-        is not None
-    )
 
 
 def _receive(url: str, part: Path) -> None:
@@ -60,7 +53,7 @@ def _receive(url: str, part: Path) -> None:
         bar = tqdm(total=expected, initial=done, unit="B", unit_scale=True, desc=part.stem, disable=None)
         with bar, open(part, "ab" if resumed else "wb") as file:
             while piece := response.read(PIECE):
-                if done == 0 and _looks_like_html(piece):
+                if done == 0 and is_web_page(piece):
                     raise UserError(
                         f"{url} answered with a web page, not the file: open it in a browser, then use --from"
                     )

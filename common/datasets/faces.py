@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.datasets.files import FileSet, absent, first_present, image_files
+from common.datasets.files import FileSet, absent, first_present
 from common.datasets.readers import reading
 from common.errors import UserError
+from common.images import list_pictures
 
 FOLDERS = ("celeba", "CelebA", "celebA")
 PARTS = {"train": 0, "valid": 1, "test": 2}
@@ -50,7 +51,8 @@ def read_list(path: Path) -> tuple[list[str] | None, list[str], np.ndarray]:
     return columns, files, table
 
 
-def _list_file(folder: Path, stem: str) -> Path:
+def list_file(folder: Path, stem: str) -> Path:
+    """A CelebA list, .txt or .csv, where one of the archives puts it. Raises MissingDataError."""
     places = [
         place / f"{stem}{end}" for place in (folder, folder / "Anno", folder / "Eval") for end in (".txt", ".csv")
     ]
@@ -60,7 +62,8 @@ def _list_file(folder: Path, stem: str) -> Path:
     return path
 
 
-def _image_folder(folder: Path) -> Path:
+def image_folder(folder: Path) -> Path:
+    """The folder of the images, where one of the archives puts it. Raises MissingDataError."""
     # the archive of one mirror holds the folder within a folder of the same name
     places = [folder / "img_align_celeba" / "img_align_celeba", folder / "img_align_celeba"]
     path = first_present([*places, folder / "Img" / "img_align_celeba"])
@@ -86,13 +89,13 @@ def load_celeba(
     folder = first_present([root / name for name in FOLDERS])
     if folder is None:
         folder = root if (root / "img_align_celeba").is_dir() else root / FOLDERS[0]
-    images = _image_folder(folder)
-    columns, files, values = read_list(_list_file(folder, "list_attr_celeba"))
+    images = image_folder(folder)
+    columns, files, values = read_list(list_file(folder, "list_attr_celeba"))
     if not np.isin(values, (-1, 0, 1)).all():
-        raise UserError(f"{_list_file(folder, 'list_attr_celeba')}: attributes must be -1 or 1 (or 0 and 1)")
+        raise UserError(f"{list_file(folder, 'list_attr_celeba')}: attributes must be -1 or 1 (or 0 and 1)")
     keep = np.ones(len(files), bool)
     if split != "all":
-        partition = _list_file(folder, "list_eval_partition")
+        partition = list_file(folder, "list_eval_partition")
         _, part_files, parts = read_list(partition)
         part_of = dict(zip(part_files, parts[:, 0].tolist(), strict=True))
         missing = next((file for file in files if file not in part_of), None)
@@ -102,7 +105,7 @@ def load_celeba(
     if not keep.any():
         raise UserError(f"celeba: no image of the lists in {folder} belongs to split {split!r}")
     # a saved list may keep .jpg names while the images became .png
-    present = {path.stem: path for path in image_files(images)}
+    present = {path.stem: path for path in list_pictures(images)}
     rows = np.flatnonzero(keep)
     absent_file = next((files[row] for row in rows if Path(files[row]).stem not in present), None)
     if absent_file is not None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,8 +19,7 @@ from common.checkpoint import atomic_write
 from common.datasets.base import ArraySet, ImageSet
 from common.datasets.readers import read_image, reading
 from common.errors import MissingDataError, UserError
-
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+from common.images import PICTURE_SUFFIXES, list_pictures, natural_sorted
 
 
 def absent(name: str, expected: Path, also: str = "") -> MissingDataError:
@@ -36,11 +34,6 @@ def absent(name: str, expected: Path, also: str = "") -> MissingDataError:
 def first_present(paths: Sequence[Path]) -> Path | None:
     """The first of `paths` that exists."""
     return next((path for path in paths if path.exists()), None)
-
-
-def natural(path: Path | str) -> list:
-    """Sort key that puts frame 10 after frame 9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", str(path))]
 
 
 def fit(image: Image.Image, image_size: int | None, crop: int | None = None) -> np.ndarray:
@@ -112,21 +105,17 @@ class FileSet(ImageSet):
         return torch.from_numpy(images)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files directly in `folder`, in natural order."""
-    with os.scandir(folder) as entries:
-        names = [
-            e.name for e in entries if os.path.splitext(e.name)[1].lower() in ENDINGS and not e.name.startswith(".")
-        ]
-    return [folder / name for name in sorted(names, key=natural)]
+def tree(folder: Path, above: tuple[Path, ...] = ()) -> list[Path]:
+    """The image files in `folder` and below, folder by folder, in natural order; a link in a circle ends there."""
+    real = folder.resolve()
+    if real in above:
+        return []
+    return [*list_pictures(folder), *(path for sub in subfolders(folder) for path in tree(sub, (*above, real)))]
 
 
-def tree(folder: Path) -> list[Path]:
-    """The image files in `folder` and below, folder by folder, in natural order."""
-    found = image_files(folder)
-    for sub in sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=natural):
-        found += tree(sub)
-    return found
+def subfolders(folder: Path) -> list[Path]:
+    """The folders directly in `folder` (not hidden), in natural order."""
+    return natural_sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
 class FolderSet(FileSet):
@@ -139,13 +128,13 @@ class FolderSet(FileSet):
     def __init__(self, name: str, folder: Path, split: str, **options: Any):
         if not folder.is_dir():
             raise UserError(f"{name}: {folder} is not a folder of images; give the folder as root")
-        loose = image_files(folder)
-        groups = {p.name: tree(p) for p in sorted(folder.iterdir(), key=natural) if p.is_dir() and p.name[0] != "."}
+        loose = list_pictures(folder)
+        groups = {sub.name: tree(sub) for sub in subfolders(folder)}
         groups = {key: paths for key, paths in groups.items() if paths}
         if loose and groups:
             raise UserError(f"{folder} has images beside sub-folders with images ({next(iter(groups))}): keep one kind")
         if not loose and not groups:
-            raise UserError(f"{folder} holds no images ({', '.join(sorted(ENDINGS))})")
+            raise UserError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
         paths = loose or [path for members in groups.values() for path in members]
         counts = [len(members) for members in groups.values()] or [len(loose)]
         targets = torch.from_numpy(np.repeat(np.arange(len(counts)), counts).astype(np.int64))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from common.datasets.base import MAX_BYTES, ImageSet
-from common.datasets.files import FileSet, FolderSet, absent, first_present, natural, tree
+from common.datasets.files import FileSet, FolderSet, absent, first_present, tree
 from common.datasets.readers import NpzFile, read_array_pickle, reading
 from common.errors import UserError
+from common.images import natural_sorted
 
 CLASSES = 1000
 
@@ -67,7 +68,7 @@ def batch_files(root: Path, side: int, split: str) -> list[Path]:
     pattern = re.compile(r"train_data_batch_\d+(\.npz)?" if part == "train" else r"val_data(\.npz)?")
     for folder in (base / name for base in bases for name in names):
         if folder.is_dir():
-            found = sorted((p for p in folder.iterdir() if pattern.fullmatch(p.name)), key=natural)
+            found = natural_sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))
             if found:
                 return found
     return []

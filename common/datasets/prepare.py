@@ -36,7 +36,8 @@ from common.datasets.files import first_present
 from common.datasets.imagenet import batch_files
 from common.datasets.readers import DAMAGE, NpzFile, reading
 from common.datasets.sprites import BITS_FILE, Sprites, write_bits
-from common.errors import UserError, run_command, suggest
+from common.errors import MissingDataError, UserError, refuse_web_page, run_command, suggest
+from common.images import PICTURE_SUFFIXES
 
 IDX_NAMES = {name for pair in IDX_FILES.values() for name in pair}
 ARCHIVES = {".zip", ".tar", ".tgz", ".xz", ".bz2"}
@@ -109,27 +110,64 @@ def unpack(archive: Path, folder: Path) -> None:
             raise ValueError(error) from error
 
 
-def _move(source: Path, target: Path, force: bool) -> None:
-    """Rename `source` to `target`; an existing target only gives way with `force`, and only once the new one stands."""
+def _move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    old = None
-    if target.exists() or target.is_symlink():
-        if not force:
-            raise UserError(f"{target} is there already: give --force to replace it")
-        old = target.with_name(f".{target.name}.old")
-        target.rename(old)
+    if target.exists():
+        raise UserError(f"{target.name} stands in the given files twice; give it once")
     source.rename(target)
-    if old is not None:
-        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 
-def _copy(source: Path, target: Path, force: bool) -> None:
-    if target.exists() and not force:
-        if source.resolve() == target.resolve():
-            return
-        raise UserError(f"{target} is there already: give --force to replace it")
+def _copy(source: Path, target: Path) -> None:
     with open(source, "rb") as old, atomic_write(target) as new:
         shutil.copyfileobj(old, new, 1 << 20)
+
+
+@contextlib.contextmanager
+def _stage(root: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `root`, where files are put in order and checked before any takes its name."""
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=root) as name:
+        yield Path(name)
+
+
+def _units(folder: Path) -> Iterator[Path]:
+    """What moves as a whole from <folder>/<data set>: folders of pictures, and every other file."""
+    for path in sorted(folder.glob("*/*")):
+        if path.is_dir() and not any(one.suffix.lower() in PICTURE_SUFFIXES for one in path.rglob("*")):
+            yield from sorted(one for one in path.rglob("*") if not one.is_dir())
+        else:
+            yield path
+    yield from sorted(path for path in folder.glob("*") if not path.is_dir())
+
+
+def _settle_into(stage: Path, root: Path, force: bool) -> None:
+    """Move everything in `stage` to its place below `root`, or nothing: what gives way to `force` is put back when a
+    move fails. Raises UserError, before anything moves, for a target that is there already without `force`.
+    """
+    units = list(_units(stage))
+    targets = [root / path.relative_to(stage) for path in units]
+    for target in targets:
+        if target.exists() and not force:
+            raise UserError(f"{target} is there already: give --force to replace it")
+    done: list[tuple[Path, Path, Path | None]] = []
+    try:
+        for path, target in zip(units, targets, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            old = target.with_name(f".{target.name}.old") if target.exists() else None
+            if old:
+                target.rename(old)
+            done.append((path, target, old))
+            path.rename(target)
+    except OSError as error:
+        for path, target, old in reversed(done):
+            if target.exists():
+                target.rename(path)
+            if old:
+                old.rename(target)
+        raise UserError(f"cannot put {target} in place: {error.strerror}") from error
+    for _, _, old in done:
+        if old:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 
 def _holding(folder: Path, *names: str) -> Path | None:
@@ -146,14 +184,12 @@ def _holding(folder: Path, *names: str) -> Path | None:
 
 @contextlib.contextmanager
 def _unpacked(source: Path, root: Path) -> Iterator[Path]:
-    """A temporary folder below `root` with the contents of the archive, or of the single file, `source`."""
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".preparing-", dir=root) as name:
-        folder = Path(name)
+    """A temporary folder beside `root` with the contents of the archive, or of the single file, `source`."""
+    with _stage(root.parent) as folder:
         if is_archive(source):
             unpack(source, folder)
         else:
-            _copy(source, folder / source.name, force=False)
+            _copy(source, folder / source.name)
         yield folder
 
 
@@ -164,67 +200,66 @@ def _foreign(source: Path, expected: str) -> UserError:
 # ---------------------------------------------------------------- one function a data set: put `source` in its place
 
 
-def _idx(folder: str) -> Callable[[Path, Path, bool], None]:
-    def place(source: Path, root: Path, force: bool) -> None:
+def _idx(folder: str) -> Callable[[Path, Path], None]:
+    def place(source: Path, root: Path) -> None:
         with _unpacked(source, root) as temporary:
-            found = [path for path in temporary.rglob("*") if path.name.removesuffix(".gz") in IDX_NAMES]
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            found = [path for path in files if path.name.removesuffix(".gz") in IDX_NAMES]
             if not found:
                 raise _foreign(source, f"any of {', '.join(sorted(IDX_NAMES))}")
             for path in found:
                 target = root / folder / path.name.removesuffix(".gz")
                 if path.suffix != ".gz":
-                    _move(path, target, force)
+                    _move(path, target)
                     continue
-                if target.exists() and not force:
-                    raise UserError(f"{target} is there already: give --force to replace it")
                 with reading(source, "gzip"), gzip.open(path) as packed, atomic_write(target) as file:
                     shutil.copyfileobj(packed, file, 1 << 20)
 
     return place
 
 
-def _cifar(name: str, batches: str, marker: str) -> Callable[[Path, Path, bool], None]:
-    def place(source: Path, root: Path, force: bool) -> None:
+def _cifar(name: str, batches: str, marker: str) -> Callable[[Path, Path], None]:
+    def place(source: Path, root: Path) -> None:
         with _unpacked(source, root) as temporary:
             if folder := _holding(temporary, marker):
-                _move(folder, root / batches, force)
+                _move(folder, root / batches)
             elif folder := _holding(temporary, "train", "test"):
                 for part in ("train", "test"):
-                    _move(folder / part, root / name / part, force)
+                    _move(folder / part, root / name / part)
             else:
                 raise _foreign(source, f"{name}'s batches ({marker}) or folders train/<class>, test/<class>")
 
     return place
 
 
-def _svhn(source: Path, root: Path, force: bool) -> None:
+def _svhn(source: Path, root: Path) -> None:
     if source.name not in {f"{part}_32x32.mat" for part in ("train", "test", "extra")}:
         raise _foreign(source, "train_32x32.mat, test_32x32.mat or extra_32x32.mat")
-    _copy(source, root / "SVHN" / source.name, force)
+    _copy(source, root / "SVHN" / source.name)
 
 
-def _celeba(source: Path, root: Path, force: bool) -> None:
+def _celeba(source: Path, root: Path) -> None:
     target = root / CELEBA_FOLDERS[0]
     with _unpacked(source, root) as temporary:
         used = False
         if folder := _holding(temporary, "img_align_celeba"):
             inner = folder / "img_align_celeba" / "img_align_celeba"
-            _move(inner if inner.is_dir() else folder / "img_align_celeba", target / "img_align_celeba", force)
+            _move(inner if inner.is_dir() else folder / "img_align_celeba", target / "img_align_celeba")
             used = True
         for path in list(temporary.rglob("list_*")):
             if path.suffix in (".txt", ".csv"):
-                _move(path, target / path.name, force)
+                _move(path, target / path.name)
                 used = True
         if not used:
             raise _foreign(source, f"a folder img_align_celeba or the lists {', '.join(CELEBA_LISTS)}")
 
 
-def _tiny_imagenet(source: Path, root: Path, force: bool) -> None:
+def _tiny_imagenet(source: Path, root: Path) -> None:
     with _unpacked(source, root) as temporary:
         folder = _holding(temporary, "train", "val")
         if folder is None:
             raise _foreign(source, "folders train and val")
-        _move(folder, root / "tiny-imagenet-200", force)
+        _move(folder, root / "tiny-imagenet-200")
 
 
 def store_npz(path: Path) -> None:
@@ -241,8 +276,8 @@ def store_npz(path: Path) -> None:
                 shutil.copyfileobj(source, target, 1 << 24)
 
 
-def _imagenet(side: int) -> Callable[[Path, Path, bool], None]:
-    def place(source: Path, root: Path, force: bool) -> None:
+def _imagenet(side: int) -> Callable[[Path, Path], None]:
+    def place(source: Path, root: Path) -> None:
         base = root / f"imagenet{side}"
         folders = {f"{stem}_{side}x{side}" for stem in ("train", "valid", "val")}
         with _unpacked(source, root) as temporary:
@@ -250,9 +285,9 @@ def _imagenet(side: int) -> Callable[[Path, Path, bool], None]:
                 p for p in temporary.rglob("*") if p.is_file() and p.stem.startswith(("train_data_", "val_data"))
             ]
             for path in batches:
-                _move(path, base / path.name, force)
+                _move(path, base / path.name)
             for folder in [p for p in temporary.rglob("*") if p.is_dir() and p.name in folders]:
-                _move(folder, base / folder.name, force)
+                _move(folder, base / folder.name)
                 batches.append(folder)
             if not batches:
                 raise _foreign(source, f"train_data_batch_*, val_data or folders {', '.join(sorted(folders))}")
@@ -273,8 +308,8 @@ def _newer(made: Path, path: Path) -> bool:
     return made.is_file() and made.stat().st_mtime >= path.stat().st_mtime
 
 
-def _dsprites(source: Path, root: Path, force: bool) -> None:
-    _copy(source, root / "dsprites" / grids.DSPRITES_FILE, force)
+def _dsprites(source: Path, root: Path) -> None:
+    _copy(source, root / "dsprites" / grids.DSPRITES_FILE)
 
 
 def _pack_dsprites(root: Path) -> None:
@@ -285,12 +320,12 @@ def _pack_dsprites(root: Path) -> None:
         grids.pack_dsprites(path)
 
 
-def _shapes3d(source: Path, root: Path, force: bool) -> None:
-    _copy(source, root / "3dshapes.h5", force)
+def _shapes3d(source: Path, root: Path) -> None:
+    _copy(source, root / "3dshapes.h5")
 
 
-def _mpi3d_toy(source: Path, root: Path, force: bool) -> None:
-    _copy(source, root / "mpi3d_toy" / "mpi3d_toy.npz", force)
+def _mpi3d_toy(source: Path, root: Path) -> None:
+    _copy(source, root / "mpi3d_toy" / "mpi3d_toy.npz")
 
 
 def _unpack_mpi3d(root: Path) -> None:
@@ -319,7 +354,7 @@ class Source:
     """Where a data set comes from, how a file of it is put in place, and what is then made of the files in place."""
 
     about: str
-    place: Callable[[Path, Path, bool], None] | None
+    place: Callable[[Path, Path], None] | None
     remotes: tuple[Remote, ...] = ()
     by_hand: str = ""
     settle: Callable[[Path], None] | None = None  # does nothing when no file is in place, or all is done
@@ -454,7 +489,8 @@ def prepare(
     """Make data set `name` ready below `root` and return one line a split that can be read.
 
     `sources` are files at hand; without them the published files are downloaded, from `mirror`/<file> when given.
-    Raises UserError when something is missing, damaged, or already there without `force`.
+    Files are put in order and read in a temporary folder first: all take their places, or none. Raises UserError when
+    something is missing, damaged, or already there without `force`.
     """
     source = SOURCES[name]
     if name == "sprites":
@@ -471,14 +507,40 @@ def prepare(
         if not path.is_file():
             kind = f"a folder: put or link it into {root} instead" if path.is_dir() else "not there"
             raise UserError(f"--from {path} is {kind}")
-        source.place(path, root, force)
-    if source.settle:
-        source.settle(root)
+        refuse_web_page(path)
+    with _stage(root) as stage:
+        for path in sources:
+            source.place(path, stage / "set")
+        if source.settle:
+            source.settle(stage / "set")
+        _check(name, stage / "set", root)
+        _settle_into(stage / "set", root, force)
     lines = report(name, root)
     for path in sources:
         if path.parent == root / ".downloads":
             path.unlink()
     return lines
+
+
+def _check(name: str, stage: Path, root: Path) -> None:
+    """Raise UserError when a split of what was put in order, with the files that are in place already, cannot be read;
+    what is still to come is no fault.
+    """
+    folders = [stage, *(path for path in (*stage.glob("*"), *stage.glob("*/*")) if path.is_dir())]
+    links = []
+    for folder in folders:
+        there = root / folder.relative_to(stage)
+        for old in there.iterdir() if there.is_dir() else ():
+            if not (folder / old.name).exists() and old.name[0] != ".":
+                links.append(folder / old.name)
+                links[-1].symlink_to(old.resolve())
+    try:
+        for split in SETS[name][2]:
+            with contextlib.suppress(MissingDataError):
+                load(name, stage, split)
+    finally:
+        for link in links:
+            link.unlink()
 
 
 def _downloaded(name: str, source: Source, root: Path, mirror: str | None) -> list[Path]:

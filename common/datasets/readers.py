@@ -19,11 +19,11 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from common.errors import UserError
+from common.errors import UserError, refuse_web_page
+from common.images import open_picture
 from common.unpickle import ARRAYS, read_pickle
 
 MAX_ELEMENTS = 1 << 36  # no image set that is read here comes near this many bytes
-MAX_PIXELS = 100_000_000
 # what the readers below raise on damaged or foreign bytes (RuntimeError: an encrypted or unsupported zip member)
 DAMAGE = (
     OSError,
@@ -49,6 +49,7 @@ PREPARE_AGAIN = "it is damaged or another kind of file; get it again"
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
     """Turn what a damaged or foreign file does to a reader into one line that names the file."""
+    refuse_web_page(path)
     try:
         yield
     except UserError:
@@ -322,7 +323,4 @@ def read_mat(path: Path, keys: tuple[str, ...], max_bytes: int = 1 << 32) -> dic
 
 def read_image(path: Path, channels: int) -> Image.Image:
     """An image file as RGB (3 channels) or L (1)."""
-    with reading(path, "an image"), Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"it claims {image.width} x {image.height} pixels")
-        return image.convert("RGB" if channels == 3 else "L")
+    return open_picture(path).convert("RGB" if channels == 3 else "L")

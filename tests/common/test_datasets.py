@@ -16,8 +16,9 @@ from scipy.io import savemat
 
 from common.batches import Batches
 from common.datasets import load, names, split, subset
-from common.datasets.files import fit, natural
+from common.datasets.files import fit
 from common.errors import UserError
+from common.images import natural_sorted
 
 RNG = np.random.default_rng(7)
 
@@ -208,7 +209,7 @@ def test_folder_orders_frames_by_number_and_names_classes(tmp_path):
     write_png(tmp_path / "flat" / "sub" / "0.png", frames[0])
     with pytest.raises(UserError, match="beside sub-folders"):
         load("folder", tmp_path / "flat")
-    assert sorted(["f10", "f9", "f1"], key=natural) == ["f1", "f9", "f10"]
+    assert natural_sorted(["f10", "f9", "f1"]) == ["f1", "f9", "f10"]
 
 
 def test_a_changed_folder_is_decoded_anew(tmp_path):
@@ -567,3 +568,11 @@ def test_damaged_h5_mat_and_images(tmp_path):
 
     broken.write_bytes(header + struct.pack(">I", zlib.crc32(header[12:])) + bytes(100))
     refused(lambda: load("folder", tmp_path / "pictures").arrays(), broken)
+
+
+def test_a_cifar_folder_with_one_class_is_refused(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / "cifar10" / part / "cat").mkdir(parents=True)
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "cifar10" / part / "cat" / "0.png")
+    with pytest.raises(UserError, match="holds 1 class folder"):
+        load("cifar10", tmp_path, "train")

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import pickle
 import struct
 import tarfile
 import threading
@@ -14,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.datasets import download, load, prepare
+from common.datasets import load, prepare
 from common.datasets.download import Remote, fetch
-from common.errors import UserError, run_command
+from common.errors import UserError, is_web_page, run_command
 
 RNG = np.random.default_rng(11)
 
@@ -127,9 +128,9 @@ def test_an_unknown_digest_is_recorded_and_held_to(server, tmp_path):
 
 def test_web_pages_are_told_from_data():
     for page in (b"<html>", b"  <!doctype HTML>", b"\xef\xbb\xbf<!-- x -->\n<head>"):
-        assert download._looks_like_html(page)
+        assert is_web_page(page)
     for data in (b"\x1f\x8b\x08", b"PK\x03\x04", b"", b"<svg>", b"text about <html>"):
-        assert not download._looks_like_html(data)
+        assert not is_web_page(data)
 
 
 # ---------------------------------------------------------------- archives
@@ -360,3 +361,81 @@ def test_the_command_line(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(f"  {name} " in shown for name in prepare.SOURCES)
     assert set(prepare.SOURCES) == set(prepare.SETS)
+
+
+# ---- nothing takes its place before all of it was read
+
+
+def everything(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def mnist_archive(path, wrap=False):
+    """An archive of four small idx files; with `wrap` each in a folder of its own name, as one mirror has them."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in sorted(prepare.IDX_NAMES):
+            images = "images" in name
+            header = bytes([0, 0, 8, 3 if images else 1]) + struct.pack(
+                ">3I" if images else ">I", 4, *[28, 28][: 2 * images]
+            )
+            archive.writestr(f"{name}/{name}" if wrap else name, header + bytes(4 * (784 if images else 1)))
+    return path
+
+
+def test_an_archive_with_a_folder_for_each_file_leaves_files_only(tmp_path):
+    prepare.prepare("mnist", tmp_path / "data", [mnist_archive(tmp_path / "a.zip", wrap=True)])
+    assert {path.name for path in (tmp_path / "data" / "MNIST" / "raw").iterdir()} == prepare.IDX_NAMES
+    assert all(path.is_file() for path in (tmp_path / "data" / "MNIST" / "raw").iterdir())
+
+
+def test_a_wrong_file_is_refused_before_it_takes_a_place(tmp_path):
+    root, wrong = tmp_path / "data", tmp_path / "3dshapes.h5"
+    wrong.write_bytes(b"no HDF5")
+    with pytest.raises(UserError, match=r"3dshapes\.h5"):
+        prepare.prepare("shapes3d", root, [wrong])
+    assert everything(root) == {}
+    prepare.prepare("mnist", root, [mnist_archive(tmp_path / "a.zip")])  # the right one is then taken
+
+
+def test_one_damaged_batch_refuses_the_whole_archive(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        batch = {b"data": np.zeros((10, 3072), np.uint8), b"labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": []}, protocol=2))
+    (folder / "data_batch_3").write_bytes(b"cut off")
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    root = tmp_path / "data"
+    with pytest.raises(UserError, match="data_batch_3"):
+        prepare.prepare("cifar10", root, [tmp_path / "c.tar.gz"])
+    assert everything(root) == {}
+
+
+def test_what_is_there_stays_when_the_new_one_is_damaged(tmp_path):
+    root = tmp_path / "data"
+    prepare.prepare("mnist", root, [mnist_archive(tmp_path / "a.zip")])
+    before = everything(root)
+    name = sorted(prepare.IDX_NAMES)[0]
+    (tmp_path / name).write_bytes(b"cut off")
+    for force in (False, True):
+        with pytest.raises(UserError):
+            prepare.prepare("mnist", root, [tmp_path / name], force=force)
+        assert everything(root) == before
+    with pytest.raises(UserError, match="is there already: give --force"):
+        prepare.prepare("mnist", root, [tmp_path / "a.zip"])
+    prepare.prepare("mnist", root, [tmp_path / "a.zip"], force=True)
+    assert everything(root) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("shapes3d", "3dshapes.h5"), ("svhn", "train_32x32.mat"), ("dsprites", "d.npz"), ("cifar10", "cifar10.zip"),
+     ("celeba", "list_attr_celeba.txt"), ("mnist", "train-images-idx3-ubyte")],
+)  # fmt: skip
+def test_a_web_page_under_the_name_of_a_file_is_called_one(tmp_path, name, file):
+    (tmp_path / file).write_text("<!DOCTYPE html><html><title>Quota exceeded</title></html>")
+    with pytest.raises(UserError, match=f"{file} is a web page"):
+        prepare.prepare(name, tmp_path / "data", [tmp_path / file])
+    assert everything(tmp_path / "data") == {}
