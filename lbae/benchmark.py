@@ -8,19 +8,41 @@ Both sides run float64 on the same CPU threads; generation runs on the chosen de
     python -m lbae.benchmark --zsize 200 --codes 20 --images 64 --width 8
 """
 
-import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from common.errors import run_command
 from common.launch import pick_device
-from lbae.model import LBAE
+from common.options import Device, Options, from_flags, option
+from lbae.model import IMAGE_SIZES, LBAE
+from lbae.options import Width, one_of
 from lbae.reference import direction_ref, hyperplanes_ref, path_ref
 from lbae.sampler import directions, hyperplanes, interpolate, moments, sample_cov, sign
+
+
+class BenchmarkOptions(Options):
+    """The options of benchmark.py."""
+
+    zsize: Annotated[int, Field(ge=2, le=16384)] = option(1500, "latent bits (paper: 1500 for CelebA)")
+    codes: Annotated[int, Field(ge=1, le=100_000)] = option(100, "codes whose directions are timed")
+    rows: Annotated[int, Field(ge=2, le=10_000_000)] = option(20000, "training codes behind the moments")
+    images: Annotated[int, Field(ge=1, le=1_000_000)] = option(128, "images to generate")
+    width: Width = option(64, "base width of the decoder")
+    img_size: one_of(*IMAGE_SIZES) = option(64, "image side in pixels")
+    device: Device = option("auto", "device of the generation")
+    dry_run: bool = option(False, "check the options, print them as JSON and leave")
 
 
 def correlated_codes(n: int, zsize: int, seed: int = 0) -> torch.Tensor:
@@ -98,22 +120,17 @@ def generation(zsize: int, width: int, img_size: int, images: int, device: torch
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lbae.benchmark", description=__doc__.split("\n")[0])
-    parser.add_argument("--zsize", type=int, default=1500, help="latent bits (paper: 1500 for CelebA)")
-    parser.add_argument("--codes", type=int, default=100, help="codes whose directions are timed")
-    parser.add_argument("--rows", type=int, default=20000, help="training codes behind the moments")
-    parser.add_argument("--images", type=int, default=128, help="images to generate")
-    parser.add_argument("--width", type=int, default=64, help="base width of the decoder")
-    parser.add_argument("--img_size", type=int, default=64, choices=(32, 64))
-    parser.add_argument("--device", default="auto", help="device of the generation")
-    args = parser.parse_args(argv)
+    args, _ = from_flags(BenchmarkOptions, sys.argv[1:] if argv is None else argv, __doc__)
+    device = pick_device(args.device)
+    if args.dry_run:
+        print(json.dumps(args.as_dict(), indent=2))
+        return
     print(f"threads {torch.get_num_threads()}, float64")
     print(f"{'piece':<44} {'published (s)':>14} {'here (s)':>10} {'ratio':>8}")
     for name, plain, ours in compare(args.zsize, args.codes, args.rows):
         print(f"{name:<44} {plain:>14.3f} {ours:>10.4f} {plain / ours:>7.1f}x")
     planes, codes = hyperplanes(*moments(correlated_codes(2000, args.zsize))), correlated_codes(args.codes, args.zsize)
     print(f"split=margin, {args.codes} codes: {seconds(lambda: directions(planes, codes)):.3f} s")
-    device = pick_device(args.device)
     rate = generation(args.zsize, args.width, args.img_size, args.images, device)
     print(f"generated images per second ({device}, width {args.width}, {args.img_size}x{args.img_size}): {rate:.1f}")
 

@@ -12,9 +12,14 @@ Files go to lbae/<experiment name>; see lbae/README.md. Values are those of the 
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
-from lbae.solver import main as solve
+from lbae.command import main as command
 
 CONFIGS = {
     "celeba_bae": {
@@ -31,7 +36,7 @@ CONFIGS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    solve(CONFIGS, __file__, argv)
+    command(CONFIGS, __file__, __doc__, argv)
 
 
 if __name__ == "__main__":

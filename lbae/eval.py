@@ -4,18 +4,26 @@
 
 Run it in an experiment's folder (eval.sh does): it appends a line to results.txt, draws PR.pdf and PR.png, and keeps
 models/<e>.cp when the distance of the first folder is the best so far (fid-best.txt). The metrics are those of
-common.metrics; features of unchanged folders are taken from its cache. `help` lists every key.
+common.metrics; features of unchanged folders are taken from its cache. What one folder or metric refuses does not lose
+the others: the line is written, and the exit code is 2.
 """
 
+import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 import numpy as np
+from pydantic import Field
 
-from common.checkpoint import atomic_write
+from common.checkpoint import append_text, atomic_write
 from common.errors import UserError, run_command
+from common.launch import full_precision, pick_device
 from common.metrics import (
     FeatureCache,
     Statistics,
@@ -25,41 +33,55 @@ from common.metrics import (
     make_extractor,
     precision_recall_distribution,
 )
-from lbae.describe import newest_config
-from lbae.parameters import option, parse, table
+from common.options import Whole, from_tokens, option
+from lbae.experiment import newest_config
+from lbae.options import DataOptions, DataSet, Text
 from lbae.results import Results, Section, read_epoch
 
 NOT_PLOTTED = ("reco",)
+Curve = tuple[np.ndarray, np.ndarray]
 
 
-@dataclass
-class Options:
-    """The keys of eval.py."""
+class ScoreOptions(DataOptions):
+    """How folders are scored; eval.sh takes these too."""
 
-    s: str = option("", "reference folder")
-    t: str = option("", "folders to score, separated by commas")
-    feat: str = option("auto", "inception, inception-tf, inception-tv, lenet, pixel-pca<k>, raw; auto: see the README")
-    inception: str = option("", "weights file of the Inception network (.pth, or .pb for inception-tf)")
-    lenet_data: str = option("", "data set that lenet is trained on (default: the experiment's)")
-    data_root: str = option("", "folder of the data sets (default: DATA_ROOT, else data/)")
-    mode: str = option("paper", "resize before the network", choices=["paper", "clean"])
-    prd: bool = option(True, "precision and recall, and PR.pdf")
-    kid_subsets: int = option(100, "subsets of the kernel distance", low=1)
-    kid_size: int = option(1000, "images a subset", low=2)
-    limit: int = option(0, "score the first n images of every folder (0: all)", low=0)
-    device: str = option("auto", "auto, cpu, cuda[:i] or mps")
-    help: bool = option(False, "print this table")
+    feat: Annotated[str, Field(pattern=r"^(auto|inception(-tf|-tv)?|lenet|raw|pixel-pca[1-9]\d{0,4})$")] = option(
+        "auto", "features: auto (see the README), inception, inception-tf, inception-tv, lenet, pixel-pca<k> or raw",
+        group="scores")  # fmt: skip
+    inception: Text = option("", "weights file of Inception (.pth, or .pb for inception-tf)", group="scores")
+    lenet_data: DataSet | Literal[""] = option(
+        "", "data set that lenet is trained on (default: the experiment's)", group="scores")  # fmt: skip
+    mode: Literal["paper", "clean"] = option("paper", "resize before the network", group="scores")
+    prd: bool = option(True, "precision and recall, and PR.pdf", group="scores")
+    kid_subsets: Annotated[int, Field(ge=1, le=100_000)] = option(
+        100, "subsets of the kernel distance", group="scores")  # fmt: skip
+    kid_size: Annotated[int, Field(ge=2, le=1_000_000)] = option(1000, "images a subset", group="scores")
+    limit: Whole = option(0, "score the first n images of every folder (0: all)", group="scores")
+    tf32: bool = option(False, "GPU: features with 10 bits of mantissa", group="machine")
+
+
+class Scores(ScoreOptions):
+    """The options of eval.py."""
+
+    s: Text = option("", "reference folder", group="what to do")
+    t: Text = option("", "folders to score, separated by commas", group="what to do")
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = Options(**parse(sys.argv[1:] if argv is None else argv, Options))
-    if options.help or not options.s:
+    options, _ = from_tokens(Scores, sys.argv[1:] if argv is None else argv, __doc__)
+    if not options.s:
         print("usage: python eval.py s=<reference folder> t=<folder>[,<folder>...]")
-        print(
-            "appends FID, KID and precision/recall of each folder to results.txt"
-            + ("\n" + table(Options) if options.help else "")
-        )
-        return
+        print("appends FID, KID and precision/recall of each folder to results.txt; `help` lists all options")
+    elif options.dry_run:
+        pick_device(options.device)
+        print(json.dumps(options.as_dict(), indent=2))
+    else:
+        score(options)
+
+
+def score(options: Scores) -> None:
+    """Score the folders of `options`; everything is read from and written to the current folder."""
+    full_precision(options.tf32)
     folders = [Path(name) for name in options.t.split(",") if name]
     if not folders:
         raise UserError("t= names no folder to score")
@@ -68,50 +90,66 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"no folder {folder}; generate the images first")
     epoch, loss = read_epoch(Path("fid-epoch.txt").read_text() if Path("fid-epoch.txt").is_file() else "")
     extractor = pick_extractor(options)
-
-    cache, limit = FeatureCache(), options.limit or None
-    reference_images = load_images(options.s, limit)
-    reference = cache.features(reference_images, extractor.fit(reference_images))
+    reference_images = load_images(options.s, options.limit or None)
+    reference = FeatureCache().features(reference_images, extractor.fit(reference_images))
     print(f"features {extractor.fingerprint}{'; ' + extractor.note if extractor.note else ''}")
     statistics = Statistics.from_features(reference, extractor.fingerprint)
-    if not limit:
+    if not options.limit:
         statistics.save(Path(options.s) / "fid_stats.npz")
 
-    sections, curves = [], {}
+    sections, curves, problems = [], {}, []
     for folder in folders:
-        features = cache.features(load_images(folder, limit), extractor)
-        section = Section(folder.name, len(features))
-        section.fid = Statistics.from_features(features, extractor.fingerprint).distance(statistics)
-        size = min(options.kid_size, len(features), len(reference))
-        if size < options.kid_size:
-            print(f"kernel distance of {folder.name}: subsets of {size}, not {options.kid_size}", file=sys.stderr)
-        section.kid_mean, section.kid_std = kernel_distance(
-            features, reference, options.kid_subsets, size, device=extractor.device
-        )
-        if options.prd:
-            curves[folder.name] = precision_recall_distribution(*same_size(features, reference))
-            section.f8 = f_beta_pair(*curves[folder.name])
-        sections.append(section)
-        print(section, flush=True)
-
-    line = str(Results(epoch, loss, len(reference), sections, extractor.name))
-    with open("results.txt", "a", encoding="utf-8") as file:
-        file.write(line)
+        section = Section(folder.name, 0)
+        try:
+            measure(section, folder, options, extractor, reference, statistics, curves)
+        except UserError as error:
+            problems.append(f"{folder}: {error}")
+        if section.ntest:
+            sections.append(section)
+            print(section, flush=True)
+    if sections:
+        append_text("results.txt", str(Results(epoch, loss, len(reference), sections, extractor.name)))
     plotted = {name: curve for name, curve in curves.items() if name not in NOT_PLOTTED}
     if plotted:
         plot(plotted, Path("PR"))
-    if not limit:
+    if sections and sections[0].name == folders[0].name and sections[0].fid is not None and not options.limit:
         keep_best(sections[0].fid, epoch, extractor.name)
+    if problems:
+        raise UserError("; ".join(problems) + ("; what was measured is in results.txt" if sections else ""))
 
 
-def pick_extractor(options: Options):
+def measure(
+    section: Section, folder: Path, options: Scores, extractor, reference: np.ndarray, statistics: Statistics,
+    curves: dict[str, Curve],
+) -> None:  # fmt: skip
+    """Fill in the section of one folder, metric after metric, and its precision-recall curve.
+
+    Where every subset of the kernel distance is the whole of both sets, it has no deviation.
+    """
+    features = FeatureCache().features(load_images(folder, options.limit or None), extractor)
+    section.ntest = len(features)
+    section.fid = Statistics.from_features(features, extractor.fingerprint).distance(statistics)
+    size = min(options.kid_size, len(features), len(reference))
+    if size < options.kid_size:
+        print(f"kernel distance of {folder.name}: subsets of {size}, not {options.kid_size}", file=sys.stderr)
+    mean, deviation = kernel_distance(features, reference, options.kid_subsets, size, device=extractor.device)
+    section.kid_size, section.kid_mean = size, mean
+    if size < max(len(features), len(reference)):
+        section.kid_std = deviation
+    if options.prd:
+        pair = same_size(features, reference)
+        curves[folder.name] = precision_recall_distribution(*pair)
+        section.prd_n, section.f8 = len(pair[0]), f_beta_pair(*curves[folder.name])
+
+
+def pick_extractor(options: ScoreOptions):
     """The extractor of `feat`.
 
     `auto` takes Inception when its weights are here, else lenet on the experiment's data set, else pixel-pca64.
     """
     common = {"device": options.device, "mode": options.mode, "progress": sys.stderr.isatty()}
     inception = {"weights": options.inception or None, "download": False}
-    config = newest_config(Path())
+    config, _ = newest_config(Path())
     lenet = {"dataset": options.lenet_data or config.get("dataset") or "mnist",
              "data_root": options.data_root or config.get("data_root") or None}  # fmt: skip
     if options.feat != "auto":
@@ -143,7 +181,7 @@ def same_size(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.nda
     return first, second
 
 
-def plot(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
+def plot(curves: dict[str, Curve], path: Path) -> None:
     """Precision over recall of each folder, to <path>.pdf and <path>.png."""
     from matplotlib.figure import Figure
 
@@ -161,7 +199,10 @@ def plot(curves: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
 def keep_best(fid: float, epoch: int, features: str) -> None:
     """Note the best distance in fid-best.txt (of other features: fid-best-<name>.txt) and keep its checkpoint."""
     note = Path("fid-best.txt" if features == "inception" else f"fid-best-{features}.txt")
-    best = float(note.read_text()) if note.is_file() else math.inf
+    try:
+        best = float(note.read_text()) if note.is_file() else math.inf
+    except ValueError:
+        raise UserError(f"{note} does not hold a number; delete it") from None
     if not fid < best:
         return
     with atomic_write(note) as file:

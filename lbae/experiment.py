@@ -1,14 +1,21 @@
-"""An experiment's folder: where it lies, its saved configuration, checkpoints and latents.
+"""An experiment's folder: its saved configuration, checkpoints, latents, text log, and folders of images.
 
+    config.json                               the configuration; older and published ones: log/cfg-<k>-<epoch>.json
     models/weights-<E>.cp, last.cp, best.cp   full states; the published {epoch, iter, loss_eval, gen, enc} is read too
     models/best.safetensors, best.json        weights of the best epoch alone, and the configuration
     latents-last.npz, latents.npz             training codes of the last and of the best epoch, packed bits
-    log/cfg-<k>-<start epoch>.json            configurations
+    log/train-log-<k>.txt                     one line a batch, in the published format
 Published pickles (latents*.pk) are read by an unpickler that knows arrays and nothing else.
 """
 
+import itertools
 import os
-from collections.abc import Mapping
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,145 +25,142 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import (
+    append_text,
     atomic_write,
     load_into,
     load_state,
     load_tensors,
+    load_weights,
     read_json,
-    save_state,
     save_weights,
     write_json,
 )
 from common.datasets.readers import read_npz
 from common.errors import UserError
-from common.released import released
 from common.unpickle import ARRAYS, read_pickle
-from lbae.describe import newest_config
 from lbae.model import LBAE
-from lbae.parameters import MODEL, TRAINING, Params, experiment_name, fields_of, from_saved, keys_of, parse
 
 KIND = "lbae"
-RELEASES = {"mnist_bae": "mnist_bae_w16"}  # what evaluation takes while there is no experiment of one's own
+OWN_FILES = re.compile(
+    r"models/((weights-)?\d+|last|best|crash)\.cp|models/best\.(safetensors|json)|latents(-last|-eval|-train)?\.npz"
+)
 
 
-def resolve(configs: Mapping[str, Mapping[str, Any]], script: str | Path, argv: list[str]) -> tuple[Params, Path]:
-    """The parameters of a command and its experiment folder.
+# ---- configuration
 
-    Defaults < the configuration `cfg` (the script's first one when not named) < what the experiment saved (the model
-    when evaluating, the training too when resuming) < the command line. The folder is `exp=`; else the current one if
-    it is an experiment; else `<folder of the script>/<name>`; where that is not there, an evaluation of MNIST takes the
-    released model. Raises UserError for a configuration of another script.
+
+def newest_config(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The saved configuration of an experiment ({} when it has none) and its file: config.json, else the
+    log/cfg-<k>-<epoch>.json with the highest k. Raises UserError for a damaged file.
     """
-    given = parse(argv, Params)
-    params = _build(configs, given, {})
-    folder = Path(params.exp) if params.exp else _current_or_named(script, params)
-    resumes = params.l or params.reload is not None
-    if not (params.eval or resumes):
-        return params, folder
-    if not folder.is_dir():
-        reason = f"no experiment at {folder}"
-        if not params.eval or params.exp or params.reload is not None or params.cfg not in RELEASES:
-            raise UserError(f"{reason}; train it first, or name one by exp=")
-        folder = _released_experiment(RELEASES[params.cfg], folder, given, reason)
-    saved = from_saved(newest_config(folder), (MODEL,) if params.eval else (MODEL, TRAINING))
-    if {"cfg"} <= given.keys() & saved.keys() and given["cfg"] != saved["cfg"]:
-        raise UserError(f"cfg={given['cfg']}, but {folder} holds a {saved['cfg']} experiment")
-    return _build(configs, given, saved), folder
-
-
-def _released_experiment(name: str, folder: Path, given: dict[str, Any], reason: str) -> Path:
-    """The experiment `<folder>-released`, made of the weights that ship; says so in one line.
-
-    Raises UserError when the command line asks for another network or other data than the release's.
-    """
-    from lbae.release import unpack  # it needs this module
-
-    release = released("lbae", name)
-    stored = read_json(release.path.with_suffix(".json"))
-    elsewhere = {"data_root", "train_images", "test_images"}  # these say nothing about the weights
-    asked = {key: value for key, value in given.items() if key in keys_of(MODEL) - elsewhere}
-    release.refuse(asked, stored, reason)
-    target = folder.with_name(f"{folder.name}-released")
-    mark = target / "release.json"
-    if not (mark.is_file() and read_json(mark).get("sha256") == release.sha256):
-        unpack(release.path, target, renew=True)
-        write_json(mark, {"release": release.name, "sha256": release.sha256})
-    print(release.notice(reason), f"(files in {target})", flush=True)
-    return target
-
-
-def _build(configs: Mapping[str, Mapping[str, Any]], given: dict[str, Any], saved: dict[str, Any]) -> Params:
-    name = given.get("cfg") or saved.get("cfg") or next(iter(configs))
-    if name not in configs:
-        raise UserError(f"cfg={name}: this script has {', '.join(configs)}; the name says which script to run")
-    return Params(**{**configs[name], **saved, **given, "cfg": name})
-
-
-def _current_or_named(script: str | Path, params: Params) -> Path:
-    here, name = Path.cwd(), experiment_name(params)
-    if here.name == name or is_experiment(here):
-        return Path(".")
-    return Path(script).resolve().parent / name
+    path = folder / "config.json"
+    if not path.is_file():
+        found = [(int(match[1]), path) for path in (folder / "log").glob("cfg-*.json")
+                 if (match := re.match(r"cfg-(\d+)", path.name))]  # fmt: skip
+        path = max(found, default=(0, path))[1]
+    if not path.is_file():
+        return {}, path
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a configuration; restore or delete it")
+    return config, path
 
 
 def is_experiment(folder: Path) -> bool:
     """Whether a folder has what training leaves behind."""
-    return (folder / "models").is_dir() and (folder / "log").is_dir()
+    return (folder / "models").is_dir() and ((folder / "log").is_dir() or (folder / "config.json").is_file())
 
 
-def reference_folder(folder: Path, dataset: str, crop: int = 0, split: str = "eval") -> Path:
-    """Where the images of a data set lie as the network sees them: beside the experiment."""
-    return folder.resolve().parent / (f"{dataset}_{crop}_{split}" if crop else f"{dataset}_{split}")
+def own_files(folder: Path) -> list[Path]:
+    """The checkpoints, weights and latents of an experiment."""
+    found = [*(folder / "models").glob("*"), *folder.glob("latents*.npz")]
+    return [path for path in found if OWN_FILES.fullmatch(path.relative_to(folder).as_posix())]
 
 
-def build_model(params: Params) -> LBAE:
-    """The network that the parameters describe, freshly initialised."""
-    return LBAE(
-        params.img_size, params.channels, params.zsize, params.width, params.vae, params.zround,
-        params.dec_in_channels or None,
-    )  # fmt: skip
+# ---- checkpoints
 
 
-def checkpoint_path(folder: Path, reload: int | None) -> Path:
-    """models/last.cp, or models/weights-<E>.cp for `reload` = E >= 0."""
-    return folder / "models" / ("last.cp" if reload is None or reload < 0 else f"weights-{reload}.cp")
+def checkpoint_path(folder: Path, reload: int | str | None) -> Path:
+    """models/last.cp, models/weights-<E>.cp for `reload` = E >= 0, or the best epoch's models/best.cp (where that is
+    missing, best.safetensors) for "best".
+    """
+    models = folder / "models"
+    if reload == "best":
+        alone = not (models / "best.cp").is_file() and (models / "best.safetensors").is_file()
+        return models / ("best.safetensors" if alone else "best.cp")
+    return models / ("last.cp" if reload is None or reload < 0 else f"weights-{reload}.cp")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint of ours or of the published code: at least epoch, iter, loss_eval, enc, gen.
+    """The state in a checkpoint of ours or of the published code, or in best.safetensors: at least epoch, iter,
+    loss_eval, enc, gen.
 
     Raises UserError when the file is missing, truncated or foreign.
     """
     if not path.is_file():
         others = sorted(one.name for one in path.parent.glob("*.cp"))
         raise UserError(f"no checkpoint at {path}" + (f"; there are {', '.join(others)}" if others else ""))
-    state = load_tensors(path)
-    if not (isinstance(state, dict) and {"epoch", "enc", "gen"} <= state.keys()):
-        state = load_state(path, KIND)
-    return {"iter": 0, "loss_eval": None, **state}
+    if path.suffix == ".safetensors":
+        tensors, config = load_weights(path)
+        state = {**split_nets(tensors), "config": config, "epoch": config.get("epoch")}
+        state |= {"loss_eval": config.get("loss_eval"), "iter": config.get("iter", 0)}
+    else:
+        state = load_tensors(path)
+        if not (isinstance(state, dict) and {"epoch", "enc", "gen"} <= state.keys()):
+            state = load_state(path, KIND)
+    state = {
+        "iter": 0,
+        "loss_eval": None,
+        "best": state.get("loss_eval"),
+        "batch": 0,
+        "codes": [],
+        "labels": [],
+        **state,
+    }
+    numbers = all(isinstance(state.get(key), int) for key in ("epoch", "iter", "batch"))
+    losses = all(state[key] is None or isinstance(state[key], (int, float)) for key in ("loss_eval", "best"))
+    lists = all(isinstance(state[key], list) and all(isinstance(v, Tensor) for v in state[key])
+                for key in ("codes", "labels"))  # fmt: skip
+    nets = all(isinstance(state.get(part), dict) for part in ("enc", "gen"))
+    if not (numbers and losses and lists and nets):
+        raise UserError(f"{path} is damaged: its entries are not those of an LBAE checkpoint; use an older one")
+    for part in ("enc", "gen"):  # DataParallel's names
+        state[part] = {str(key).removeprefix("module."): value for key, value in state[part].items()}
+    return state
 
 
-def load_nets(model: LBAE, state: dict[str, Any], source: Path) -> None:
+def split_nets(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{"enc": ..., "gen": ...} of tensors named enc.<name>, gen.<name>."""
+    return {
+        part: {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
+        for part in ("enc", "gen")
+    }
+
+
+def join_nets(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `split_nets`, of a checkpoint's state."""
+    return {f"{part}.{key}": value for part in ("enc", "gen") for key, value in state[part].items()}
+
+
+def load_nets(model: LBAE, state: Mapping[str, Any], source: Path) -> None:
     """Put the weights of a checkpoint into the model, strictly. Raises UserError naming what does not fit."""
     for part in ("enc", "gen"):
-        tensors = {key.removeprefix("module."): value for key, value in state[part].items()}
-        load_into(getattr(model, part), tensors, f"{source} ({part})")
+        load_into(getattr(model, part), state[part], f"{source} ({part})")
 
 
-def write_checkpoints(folder: Path, state: dict[str, Any], improved: bool, keep: int) -> None:
-    """models/weights-<epoch>.cp and last.cp, best.cp when improved; all but `keep` earlier weights-*.cp are removed."""
-    models = folder / "models"
-    numbered = models / f"weights-{state['epoch']}.cp"
-    save_state(numbered, KIND, **state)
-    _alias(numbered, models / "last.cp")
+def name_checkpoint(numbered: Path, state: Mapping[str, Any], improved: bool, keep: int) -> None:
+    """Give the finished models/weights-<epoch>.cp of `state` the name last.cp, and best.cp when improved (with
+    best.safetensors); all but `keep` of the weights-*.cp up to this epoch are removed.
+    """
+    models = numbered.parent
     if improved:
         _alias(numbered, models / "best.cp")
-        tensors = {f"{part}.{key}": value for part in ("enc", "gen") for key, value in state[part].items()}
-        facts = {"epoch": state["epoch"], "loss_eval": state["loss_eval"]}
-        save_weights(models / "best.safetensors", tensors, {**state["config"], **facts})
+        facts = {key: state[key] for key in ("epoch", "iter", "loss_eval")}
+        save_weights(models / "best.safetensors", join_nets(state), {**state["config"], **facts})
+    _alias(numbered, models / "last.cp")
     # later epochs of a run that was taken up again at an earlier one are left alone
-    epochs = sorted(int(path.stem.split("-")[1]) for path in models.glob("weights-*.cp"))
-    for epoch in [one for one in epochs if one <= state["epoch"]][:-keep]:
+    epochs = [int(path.stem.split("-")[1]) for path in models.glob("weights-*.cp") if path.stem[8:].isdigit()]
+    for epoch in sorted(one for one in epochs if one <= state["epoch"])[:-keep]:
         (models / f"weights-{epoch}.cp").unlink()
 
 
@@ -172,10 +176,13 @@ def _alias(source: Path, name: Path) -> None:
     os.replace(temporary, name)
 
 
+# ---- latents
+
+
 def pack_bits(codes: Tensor) -> Tensor:
     """Codes (N, D) in {-1, +1} -> uint8 (N, ceil(D / 8)), on their device; the order of numpy.packbits."""
     bits = torch.nn.functional.pad(codes > 0, (0, -codes.shape[1] % 8)).view(len(codes), -1, 8)
-    powers = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=codes.device)
+    powers = 2 ** torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
     return (bits * powers).sum(-1, dtype=torch.uint8)
 
 
@@ -223,35 +230,142 @@ class Latents:
             return cls(codes, labels, int(file["epoch"]), int(file["iter"]), str(file["source"]))
         except (
             Exception
-        ) as error:  # zipfile, zlib, struct, EOF, key and value errors: a damaged file raises any of them
+        ) as error:  # a damaged file raises errors of zipfile, zlib and struct, EOF, key and value errors
             raise UserError(f"{path} is damaged or holds no latents; ask for latents=refresh") from error
 
     @classmethod
     def _from_pickle(cls, path: Path) -> "Latents":
-        codes, labels = read_arrays_pickle(path, 2)
-        codes = torch.from_numpy(np.asarray(codes))
+        value = read_pickle(path, ARRAYS)
+        if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(isinstance(v, np.ndarray) for v in value):
+            raise UserError(f"{path} does not hold a list of 2 arrays")
+        codes, labels = (torch.from_numpy(np.asarray(part)) for part in value)
         if codes.ndim != 2 or len(codes) != len(labels):
             raise UserError(
-                f"{path}: expected codes (N, D) and labels (N, A), got {tuple(codes.shape)} and {labels.shape}"
+                f"{path}: expected codes (N, D) and labels (N, A), got {tuple(codes.shape)} and {tuple(labels.shape)}"
             )
         if bool((codes.abs() == 1).all()):
             codes = codes.to(torch.int8)
-        labels = torch.from_numpy(np.asarray(labels)).reshape(len(codes), -1).long()
-        return cls(codes, labels, source="published pickle")
+        return cls(codes, labels.reshape(len(codes), -1).long(), source="published pickle")
 
 
-def read_arrays_pickle(path: Path, count: int) -> list[np.ndarray]:
-    """A pickled list of `count` numpy arrays. Raises UserError for anything else; no code of the file is run."""
-    value = read_pickle(path, ARRAYS)
-    if not isinstance(value, (list, tuple)) or len(value) != count or not all(isinstance(v, np.ndarray) for v in value):
-        raise UserError(f"{path} does not hold a list of {count} arrays")
-    return list(value)
+# ---- the published text log
 
 
-def differences(old: Mapping[str, Any], params: Params) -> list[str]:
-    """Lines "key: old -> new" of the declared keys in which a saved configuration differs from the parameters."""
-    return [
-        f"{name}: {old[name]} -> {getattr(params, name)}"
-        for name, one in fields_of(Params).items()
-        if one.metadata["group"] in (MODEL, TRAINING) and name in old and old[name] != getattr(params, name)
-    ]
+class TextLog:
+    """log/<prefix>-log-<k>.txt with the first free k: a line a record; `enabled=False` (other ranks) writes nothing."""
+
+    def __init__(self, folder: Path, prefix: str, enabled: bool = True):
+        self.path: Path | None = None
+        self.columns: list[str] = []
+        self.start = time.perf_counter()
+        if enabled:
+            logs = folder / "log"
+            logs.mkdir(parents=True, exist_ok=True)
+            names = (logs / f"{prefix}-log-{k}.txt" for k in itertools.count())
+            self.path = next(path for path in names if not path.exists())
+            append_text(self.path, "")
+
+    def record(self, epoch: int, iter: int, stage: str, scalars: Mapping[str, float]) -> None:
+        """One record of `stage` (Train or Eval); `iter` counts training images."""
+        if self.path is None:
+            return
+        text, new = "", [name for name in scalars if name not in self.columns]
+        if new:
+            self.columns += new
+            text = f"\nts epoch iter stage {' '.join(self.columns)}\n"
+        values = " ".join(str(scalars.get(name, 0)) for name in self.columns)
+        append_text(self.path, f"{text}{time.perf_counter() - self.start:.3f} {epoch} {iter} {stage} {values}\n")
+
+
+# ---- folders of images
+
+
+def reference_folder(folder: Path, dataset: str, crop: int = 0, split: str = "eval") -> Path:
+    """Where the images of a data set lie as the network sees them: beside the experiment."""
+    return folder.resolve().parent / (f"{dataset}_{crop}_{split}" if crop else f"{dataset}_{split}")
+
+
+MANIFEST = "written.json"
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """What this program noted beside images that it wrote, {} where it wrote none: `images`, their number, `formats`,
+    and, of reference images, what they show. Older versions noted only the latter, in reference.json.
+    """
+    path = next((path for name in (MANIFEST, "reference.json") if (path := folder / name).is_file()), None)
+    if path is None:
+        return {}
+    note = read_json(path)
+    if not isinstance(note, dict) or not isinstance(note.get("images"), int):
+        raise UserError(f"{path} is damaged; delete it together with the images beside it")
+    return note
+
+
+def written(folder: Path) -> set[str]:
+    """The names of the images in a folder that this program wrote.
+
+    Older versions left no note in `reco` and `generated`, whose images were numbered without gaps.
+    """
+    if note := manifest(folder):
+        formats = note.get("formats") or [note.get("format", "png")]
+        return {f"{i}.{fmt}" for i in range(note["images"]) for fmt in formats}
+    if folder.name == "reco" or folder.parent.name == "generated":
+        found = set(_pictures(folder))
+        for fmt in ("png", "jpg"):
+            if found and found == {f"{i}.{fmt}" for i in range(len(found))}:
+                return found
+    return set()
+
+
+def _pictures(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.suffix in (".png", ".jpg")] if folder.is_dir() else []
+
+
+def check_images(folder: Path) -> None:
+    """Refuse a folder with pictures that this program did not write: they would be scored together with its own."""
+    foreign = sorted(set(_pictures(folder)) - written(folder))
+    if foreign:
+        raise UserError(
+            f"{folder} holds {len(foreign)} picture(s) that were not written here ({foreign[0]}, ...): move them away"
+        )
+
+
+def _runs(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def new_images(folder: Path, fmt: str, facts: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """A temporary folder whose images 0.<fmt>, 1.<fmt>, ... replace those of `folder` when the block ends well; `facts`
+    are noted beside them.
+
+    Removed are only images that an earlier call wrote; when the block fails, the old ones stay. Raises UserError before
+    the block where `folder` holds pictures of others.
+    """
+    check_images(folder)
+    for left in folder.parent.glob(f".{folder.name}.*.new"):  # of a process that was killed
+        if not _runs(left.name.split(".")[-2].split("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}-", suffix=".new", dir=folder.parent))
+    try:
+        yield place
+        names, old = {path.name for path in place.iterdir()}, written(folder)
+        folder.mkdir(exist_ok=True)
+        # both lists while files move, so that a kill in between leaves nothing that the next call would not know
+        formats = sorted({fmt, *(Path(name).suffix[1:] for name in old)})
+        write_json(folder / MANIFEST, {"images": max(len(names), len(old)), "formats": formats})
+        for name in names:
+            os.replace(place / name, folder / name)
+        for name in old - names:
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / MANIFEST, {**(facts or {}), "images": len(names), "formats": [fmt]})
+        (folder / "reference.json").unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)

@@ -6,22 +6,40 @@ PATH is a folder of images or an .npz with `mu` and `sigma`. INCEPTION is the we
 the frozen TensorFlow graph (.pb). Prints one number.
 """
 
-import argparse
-import re
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 import numpy as np
 import torch
-from PIL import Image
+from pydantic import Field
 
-from common.datasets.readers import reading
+from common.datasets.readers import read_image
 from common.errors import UserError, run_command
-from common.metrics import Statistics, load_images, make_extractor
-from common.metrics.inputs import SUFFIXES
+from common.images import list_pictures
+from common.launch import full_precision, pick_device
+from common.metrics import Statistics, load_images, make_extractor, paths_and_options
+from common.options import Options, from_flags, option
+from lbae.options import Text
 
 CHUNK = 256  # images in memory with --lowprofile
+
+
+class FidOptions(Options):
+    """The options of fid.py."""
+
+    inception: Text = option("", "weights of the FID network (.pth) or its TensorFlow graph (.pb)", flags=["-i"])
+    gpu: Annotated[int, Field(ge=0, le=127)] | None = option(None, "index of the GPU (default: CPU)")
+    lowprofile: bool = option(False, "keep few images in memory")
+    features: Annotated[str, Field(pattern=r"^(|inception(-tf|-tv)?|lenet|raw|pixel-pca[1-9]\d{0,4})$")] = option(
+        "", "other features: lenet, pixel-pca<k>, raw, inception-tv")  # fmt: skip
+    dry_run: bool = option(False, "check the options, print them as JSON and leave")
 
 
 def statistics(path: Path, extractor, lowprofile: bool) -> Statistics:
@@ -36,42 +54,40 @@ def statistics(path: Path, extractor, lowprofile: bool) -> Statistics:
 
 def chunks(folder: Path) -> Iterator[torch.Tensor]:
     """The images of a folder, uint8 (n, C, H, W), at most `CHUNK` at a time. Raises UserError for an empty folder."""
-    names = sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_natural)
-    if not names:
+    files = list_pictures(folder)
+    if not files:
         raise UserError(f"{folder}: no image in it")
-    for start in range(0, len(names), CHUNK):
-        pictures = []
-        for path in names[start : start + CHUNK]:
-            with reading(path, "an image"), Image.open(path) as picture:
-                array = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
-            pictures.append(np.atleast_3d(array).transpose(2, 0, 1))
-        yield torch.from_numpy(np.stack(pictures))
-
-
-def _natural(path: Path) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    channels = 3 if load_images(files[0].parent, 1).shape[1] == 3 else 1
+    for start in range(0, len(files), CHUNK):
+        pictures = [np.asarray(read_image(path, channels)) for path in files[start : start + CHUNK]]
+        if len({picture.shape for picture in pictures}) > 1:
+            raise UserError(f"{folder}: its images are of several sizes")
+        yield torch.from_numpy(np.stack(pictures).reshape(len(pictures), *pictures[0].shape[:2], -1)).permute(
+            0, 3, 1, 2
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="fid.py", description=__doc__.split("\n")[0])
-    parser.add_argument("path", nargs=2, type=Path, help="folder of images, or .npz with mu and sigma")
-    parser.add_argument("-i", "--inception", help="weights of the FID network (.pth) or its TensorFlow graph (.pb)")
-    parser.add_argument("--gpu", type=int, help="index of the GPU (default: CPU)")
-    parser.add_argument("--lowprofile", action="store_true", help="keep few images in memory")
-    parser.add_argument("--features", help="other features: lenet, pixel-pca<k>, raw, inception-tv")
-    args = parser.parse_args(argv)
-    for path in args.path:
+    argv = sys.argv[1:] if argv is None else argv
+    paths, rest = paths_and_options(list(argv), ("PATH", "PATH"))
+    options, _ = from_flags(FidOptions, rest, __doc__)
+    paths = [Path(path) for path in paths]
+    for path in paths:
         if not path.exists():
             raise UserError(f"no such file or folder: {path}")
-    name = args.features or ("inception-tf" if (args.inception or "").endswith(".pb") else "inception")
+    device = pick_device("cpu" if options.gpu is None else f"cuda:{options.gpu}")
+    if options.dry_run:
+        print(json.dumps(options.as_dict(), indent=2))
+        return
+    full_precision()
+    name = options.features or ("inception-tf" if options.inception.endswith(".pb") else "inception")
     extractor = None
-    if any(path.suffix != ".npz" for path in args.path):
-        device = "cpu" if args.gpu is None else f"cuda:{args.gpu}"
-        weights = {"weights": args.inception, "download": False} if name.startswith("inception") else {}
-        extractor = make_extractor(name, device=device, progress=sys.stderr.isatty(), **weights)
-        if args.path[0].suffix != ".npz":
-            extractor.fit(load_images(args.path[0]) if not args.lowprofile else next(chunks(args.path[0])))
-    first, second = (statistics(path, extractor, args.lowprofile) for path in args.path)
+    if any(path.suffix != ".npz" for path in paths):
+        weights = {"weights": options.inception or None, "download": False} if name.startswith("inception") else {}
+        extractor = make_extractor(name, device=str(device), progress=sys.stderr.isatty(), **weights)
+        if paths[0].suffix != ".npz":
+            extractor.fit(next(chunks(paths[0])) if options.lowprofile else load_images(paths[0]))
+    first, second = (statistics(path, extractor, options.lowprofile) for path in paths)
     print(f"FID: {first.distance(second)}")
 
 

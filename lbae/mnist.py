@@ -1,20 +1,25 @@
 """Train, evaluate and sample the Latent Bernoulli Autoencoder on MNIST (or a small set).
 
     python lbae/mnist.py                                   train mnist_bae from scratch (5000 epochs)
-    python lbae/mnist.py l                                 resume
+    python lbae/mnist.py l                                 resume; resume=auto: where there is something
     python lbae/mnist.py cfg=mnist_vae                     train the VAE baseline
     python lbae/mnist.py eval                              reconstruct the test set
     python lbae/mnist.py eval gen sample_method=cov gen_imgs=1000
     python lbae/mnist.py dataset=digits width=8 zsize=32 batch_size=64 epochs_max=2     a minute on a CPU
-    python lbae/mnist.py help                              every key
+    python lbae/mnist.py help                              every option
 
 Files go to lbae/<experiment name>; see lbae/README.md. Values are those of the published configurations.
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
-from lbae.solver import main as solve
+from lbae.command import main as command
 
 CONFIGS = {
     "mnist_bae": {
@@ -32,7 +37,7 @@ CONFIGS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    solve(CONFIGS, __file__, argv)
+    command(CONFIGS, __file__, __doc__, argv)
 
 
 if __name__ == "__main__":

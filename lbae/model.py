@@ -4,7 +4,9 @@ Paper: Fajtl et al., "Latent Bernoulli Autoencoder", ICML 2020. Layer names are 
 Letters: B batch, C image channels, S image size (32 or 64), D latent bits, w base width (64 in the paper).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +137,10 @@ class Decoder(_Residual):
 
 
 class LBAE(nn.Module):
-    """Encoder `enc` and decoder `gen` as one module. Raises UserError for an image size other than 32 or 64."""
+    """Encoder `enc` and decoder `gen` as one module. Raises UserError for an image size other than 32 or 64.
+
+    `randn_like` draws a VAE's noise; several processes set it to one that gives what one process would draw.
+    """
 
     def __init__(
         self,
@@ -153,6 +158,7 @@ class LBAE(nn.Module):
                 f"img_size={img_size}: the network is built for {' or '.join(map(str, IMAGE_SIZES))} pixels"
             )
         self.zsize, self.vae = zsize, vae
+        self.randn_like: Callable[[Tensor], Tensor] = torch.randn_like
         self.enc = Encoder(img_size, channels, zsize, width, vae, zround)
         self.gen = Decoder(img_size, channels, zsize, width, dec_in_channels)
         self.apply(_initialise)
@@ -163,7 +169,9 @@ class LBAE(nn.Module):
         The VAE draws its code mu + eps exp(logvar / 2), in evaluation too.
         """
         encoded = self.enc(x)
-        z = reparametrise(encoded.mu, encoded.logvar) if self.vae else encoded.code
+        z = encoded.code
+        if self.vae:
+            z = reparametrise(encoded.mu, encoded.logvar, self.randn_like(encoded.mu))
         return self.gen(z), encoded
 
 
@@ -177,9 +185,27 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, 0.0, 0.02)
 
 
-def reparametrise(mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> Tensor:
-    """A draw mu + eps exp(logvar / 2) of N(mu, exp(logvar)), eps ~ N(0, 1) when None. All (B, D)."""
-    return mu + (torch.randn_like(mu) if eps is None else eps) * torch.exp(logvar / 2)
+def build_model(params: Any) -> LBAE:
+    """The network that the options (`lbae.options.Params`) describe, freshly initialised."""
+    return LBAE(
+        params.img_size, params.channels, params.zsize, params.width, params.vae, params.zround,
+        params.dec_in_channels or None,
+    )  # fmt: skip
+
+
+def to_device(model: LBAE, device: torch.device) -> LBAE:
+    """The model on `device`, its weights laid out as the images are (channels last, but on MPS)."""
+    return model.to(device) if device.type == "mps" else model.to(device, memory_format=torch.channels_last)
+
+
+def precision(amp: str, device: torch.device) -> AbstractContextManager:
+    """bfloat16 convolutions with amp=bf16; the quantiser, the sigmoid and the losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if amp == "bf16" else nullcontext()
+
+
+def reparametrise(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
+    """A draw mu + eps exp(logvar / 2) of N(mu, exp(logvar)), eps ~ N(0, 1). All (B, D)."""
+    return mu + eps * torch.exp(logvar / 2)
 
 
 def reconstruction_loss(xr: Tensor, x: Tensor, binary: bool) -> Tensor:

@@ -8,21 +8,35 @@ The file holds both nets and the packed training codes with their labels (what c
 JSON file beside it holds the configuration, the epoch and the test loss.
 """
 
-import argparse
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 import torch
 
 from common.checkpoint import load_weights, save_state, save_weights, write_json
 from common.errors import UserError, run_command
-from lbae.describe import newest_config
-from lbae.experiment import KIND, Latents, pack_bits, read_checkpoint, unpack_bits
-from lbae.parameters import MODEL, TRAINING, keys_of
+from lbae.experiment import (
+    KIND,
+    Latents,
+    join_nets,
+    newest_config,
+    own_files,
+    pack_bits,
+    read_checkpoint,
+    split_nets,
+    unpack_bits,
+)
+from lbae.options import from_saved, saved_keys
 
 
 def pack(folder: Path, target: Path) -> None:
     """Write models/last.cp and latents-last of an experiment as `target` (.safetensors) and its .json."""
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target}: name a file that ends with .safetensors")
     state, latents = read_checkpoint(folder / "models" / "last.cp"), Latents.load(folder / "latents-last.npz")
     if latents.iter >= 0 and latents.iter != state["iter"]:
         raise UserError(
@@ -30,15 +44,14 @@ def pack(folder: Path, target: Path) -> None:
         )
     if latents.codes.dtype != torch.int8:
         raise UserError(f"{folder} is no binary model; only bits are packed")
-    tensors = {f"{part}.{key}": value for part in ("enc", "gen") for key, value in state[part].items()}
     labels = latents.labels.to(torch.uint8)
     if not torch.equal(labels.long(), latents.labels):
         raise UserError(f"{folder}: labels beyond 0..255 cannot be packed")
-    tensors |= {"latents.codes": pack_bits(latents.codes), "latents.labels": labels}
+    tensors = {**join_nets(state), "latents.codes": pack_bits(latents.codes), "latents.labels": labels}
     facts = {key: state[key] for key in ("epoch", "iter", "loss_eval")}
-    kept = keys_of(MODEL, TRAINING) - {"data_root"}
-    config = {key: value for key, value in newest_config(folder).items() if key in kept}
-    save_weights(target, tensors, {**config, "release": facts})
+    config, source = newest_config(folder)
+    kept = from_saved(config, saved_keys(resumes=True) - {"data_root", "wandb"}, source)
+    save_weights(target, tensors, {**kept, "release": facts})
 
 
 def unpack(source: Path, folder: Path, renew: bool = False) -> None:
@@ -46,31 +59,30 @@ def unpack(source: Path, folder: Path, renew: bool = False) -> None:
 
     Raises UserError when the folder holds something (and not `renew`), or the file is another one.
     """
-    if not renew and folder.exists() and any(folder.iterdir()):
+    if not renew and folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty; name another folder")
     tensors, config = load_weights(source)
     facts = config.pop("release", None)
-    if facts is None or "latents.codes" not in tensors:
+    if not isinstance(facts, dict) or not {"latents.codes", "latents.labels"} <= tensors.keys():
         raise UserError(f"{source} was not written by `python -m lbae.release pack`")
-    nets = {
-        part: {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
-        for part in ("enc", "gen")
-    }
-    save_state(folder / "models" / "last.cp", KIND, **facts, **nets, config=config)
-    write_json(folder / "log" / "cfg-0-0.json", config)
+    for path in own_files(folder) if renew else ():
+        path.unlink()
+    save_state(folder / "models" / "last.cp", KIND, **facts, **split_nets(tensors), config=config)
     codes = unpack_bits(tensors["latents.codes"], config["zsize"])
     Latents(codes, tensors["latents.labels"].long(), facts["epoch"], facts["iter"], "training pass").save(
         folder / "latents-last.npz"
     )
+    write_json(folder / "config.json", config)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lbae.release", description=__doc__.split("\n")[0])
-    parser.add_argument("action", choices=("pack", "unpack"))
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    args = parser.parse_args(argv)
-    (pack if args.action == "pack" else unpack)(args.source, args.target)
+    words = sys.argv[1:] if argv is None else argv
+    if any(word in ("-h", "--help", "help") for word in words):
+        print(__doc__)
+        return
+    if len(words) != 3 or words[0] not in ("pack", "unpack"):
+        raise UserError("expected `pack EXPERIMENT FILE` or `unpack FILE EXPERIMENT`; see --help")
+    (pack if words[0] == "pack" else unpack)(Path(words[1]), Path(words[2]))
 
 
 if __name__ == "__main__":

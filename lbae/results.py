@@ -1,10 +1,10 @@
 """The line that an evaluation appends to results.txt: written and read back.
 
     line     e:<epoch> loss_eval:<loss> nref:<n> <section>* [feat:<name>]
-    section  <folder> ntest:<n> [fid:<x>] [kid_mean:<x> kid_std:<x>] [f8/18:<F8>/<F1/8>]
+    section  <folder> ntest:<n> [fid:<x>] [kid_mean:<x> [kid_std:<x>]] [f8/18:<F8>/<F1/8>] [kid_size:<n>] [prd_n:<n>]
 
-A token without a colon starts a section. F8 weighs recall, F1/8 precision. `feat:` names the features when they are not
-`inception`.
+A token without a colon starts a section. F8 weighs recall, F1/8 precision; `kid_size` is the number of images of a
+subset, `prd_n` that of each set. `feat:` names the features when they are not `inception`.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ class Section:
     kid_mean: float | None = None
     kid_std: float | None = None
     f8: tuple[float, float] | None = None  # (F8, F1/8)
+    kid_size: int | None = None
+    prd_n: int | None = None
 
     def __str__(self) -> str:
         tokens = [self.name, f"ntest:{self.ntest}"]
@@ -31,6 +33,7 @@ class Section:
         ]
         if self.f8 is not None:
             tokens.append(f"f8/18:{self.f8[0]}/{self.f8[1]}")
+        tokens += [f"{key}:{getattr(self, key)}" for key in ("kid_size", "prd_n") if getattr(self, key) is not None]
         return " ".join(tokens)
 
 
@@ -78,8 +81,10 @@ def read_line(line: str) -> Results:
             elif key == "f8/18":
                 first, second = value.split("/")
                 results.sections[-1].f8 = (float(first), float(second))
-            elif key in ("ntest", "fid", "kid_mean", "kid_std"):
-                setattr(results.sections[-1], key, int(value) if key == "ntest" else float(value))
+            elif key in ("ntest", "kid_size", "prd_n"):
+                setattr(results.sections[-1], key, int(value))
+            elif key in ("fid", "kid_mean", "kid_std"):
+                setattr(results.sections[-1], key, float(value))
             else:
                 raise ValueError(token)
     except (ValueError, KeyError, IndexError) as error:

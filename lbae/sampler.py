@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from lbae.model import quantise
 
 SPLITS = ("mean", "margin")
 ATTR_MODES = ("conditional", "contrast")
@@ -71,10 +72,6 @@ class Hyperplanes:
     eigenvalues: Tensor | None = None
     G: Tensor | None = field(default=None, repr=False)  # the moments aimed at
 
-    @property
-    def bits(self) -> int:
-        return len(self.L) - 1
-
     @cached_property
     def H(self) -> Tensor:
         """The repaired matrix L L^T (D+1, D+1)."""
@@ -93,21 +90,15 @@ class Hyperplanes:
         return float(error[-1, :-1].mean()), float(error[:-1, :-1].mean())
 
 
-def hyperplanes(mean: Tensor, second: Tensor, factor: str = "eigen") -> Hyperplanes:
+def hyperplanes(mean: Tensor, second: Tensor) -> Hyperplanes:
     """Hyperplane normals from the moments of the codes: H = sin(pi/2 G) = L L^T.
 
     E[sign a sign b] = 2/pi asin(rho) for Gaussians, so H holds the correlations that give the moments G. H is rarely
-    positive semi-definite for trained codes: negative eigenvalues are clipped. `factor`: "eigen" is V sqrt(w), one
-    `eigh`, with the null space dropped (samples and paths depend on L L^T alone); "cholesky" is the published
-    triangular form, which falls back to the eigen factor of the nearest PSD matrix when H is indefinite.
+    positive semi-definite for trained codes: negative eigenvalues are clipped. L is V sqrt(w) without the null space,
+    not the published triangular factor: samples and paths depend on L L^T alone.
     """
     G = moment_matrix(mean.double(), second.double())
-    H = torch.sin(torch.pi / 2 * G)
-    if factor == "cholesky":
-        L, info = torch.linalg.cholesky_ex(H)
-        if int(info) == 0:
-            return Hyperplanes(L, mean, torch.linalg.eigvalsh(H), G)
-    L, eigenvalues = eigen_factor(H)
+    L, eigenvalues = eigen_factor(torch.sin(torch.pi / 2 * G))
     return Hyperplanes(L, mean, eigenvalues, G)
 
 
@@ -125,20 +116,12 @@ def eigen_factor(A: Tensor) -> tuple[Tensor, Tensor]:
     return V[:, keep] * w[keep].sqrt(), w
 
 
-def sample_cov(planes: Hyperplanes, normals: Tensor, zsize: int | None = None) -> Tensor:
-    """Codes (B, zsize) int8 of Gaussian directions `normals` (B, R): the sides of all hyperplanes at once.
-
-    Each row is flipped so that it lies on the positive side of the mean hyperplane, except when zsize = D + 1; columns
-    beyond D + 1 are -1. zsize is D by default.
+def sample_cov(planes: Hyperplanes, normals: Tensor) -> Tensor:
+    """Codes (B, D) int8 of Gaussian directions `normals` (B, R): the sides of all hyperplanes at once, each row flipped
+    so that it lies on the positive side of the mean hyperplane.
     """
-    zsize = planes.bits if zsize is None else zsize
     b = sign(normals.to(planes.L) @ planes.L.T)  # (B, D+1)
-    if b.shape[1] == zsize:
-        return b
-    b = b * b[:, -1:]
-    if zsize > b.shape[1]:
-        b = torch.cat([b, b.new_full((len(b), zsize - b.shape[1]), -1)], 1)
-    return b[:, :zsize]
+    return (b * b[:, -1:])[:, :-1]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -147,14 +130,10 @@ def unit(x: Tensor) -> Tensor:
     return x / torch.where(length > 0, length, 1.0)
 
 
-def slerp(t: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Spherical interpolation (B, T, n) of `low` and `high` (B, n) at `t` (T,); linear for (anti)parallel pairs."""
-    a, b = _slerp_weights(t, (unit(low) * unit(high)).sum(-1))
-    return a[..., None] * low[:, None] + b[..., None] * high[:, None]
-
-
-def _slerp_weights(t: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights (B, T) of both ends, from the cosine (B,) of their angle."""
+def slerp_weights(t: Tensor, cosine: Tensor) -> tuple[Tensor, Tensor]:
+    """The weights (B, T) of both ends in a spherical interpolation at `t` (T,), from the cosine (B,) of their angle;
+    linear for (anti)parallel ends.
+    """
     omega = torch.arccos(cosine.clamp(-1, 1))[:, None]  # (B, 1)
     sine = torch.sin(omega)
     flat = sine.abs() < FLAT
@@ -270,7 +249,7 @@ def interpolate(
     at_begin, at_end = bm @ rows.T, em @ rows.T  # (B, D)
     spaced = torch.linspace(0, 1, steps, dtype=bm.dtype, device=bm.device)
     t = spaced if steps > 1 else torch.full_like(spaced, 0.5)
-    a, b = _slerp_weights(t, (bm * em).sum(-1))
+    a, b = slerp_weights(t, (bm * em).sum(-1))
     # a slerp is a combination of its ends, and so are its projections on the normals: no product with L a step
     path = sign(a[..., None] * at_begin[:, None] + b[..., None] * at_end[:, None])  # (B, T, D)
     hamming = torch.stack([(path != sign(side)[:, None]).sum(-1) for side in (at_begin, at_end)], -1)
@@ -316,8 +295,6 @@ def fair_bits(shape: tuple[int, int], generator: torch.Generator, low: float = -
     """Codes (B, D) float32 from uniform draws in [-1, 1), clamped to [low, high] and rounded as the model's quantiser
     does: fair coins by default.
     """
-    from lbae.model import quantise
-
     return quantise((torch.rand(shape, generator=generator) * 2 - 1).clamp(low, high), decimals)
 
 

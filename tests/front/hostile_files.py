@@ -114,13 +114,11 @@ def _read_table(path: Path) -> None:
 
 
 def _read_experiment(path: Path) -> None:
-    from lbae.describe import describe
-    from lbae.parameters import MODEL, from_saved
+    from lbae.protocol import experiment_params
 
     (path.parent / "log").mkdir(exist_ok=True)
     (path.parent / "log/cfg-0-0.json").write_bytes(path.read_bytes())
-    describe(path.parent)
-    from_saved(json.loads(path.read_bytes()), (MODEL,))
+    experiment_params(path.parent, {"eval": True})
 
 
 def _read_yaml(path: Path) -> None:

@@ -17,7 +17,8 @@ from common.errors import UserError, run_command
 from glancenet import traverse
 from inv_flow import inv_flow_mnist
 from latent_flow import sample_vae, show_flows, traverse_latent_space_vae
-from lbae import mnist, solver
+from lbae import command as lbae_command
+from lbae import mnist
 from nfpi import sample
 
 ROOT = Path(released.__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def copy(tmp_path, monkeypatch):
 
 def lbae(folder, *tokens):
     """`python lbae/mnist.py TOKENS` of a clone at `folder`."""
-    solver.main(mnist.CONFIGS, str(folder / "lbae" / "mnist.py"), list(tokens))
+    lbae_command.main(mnist.CONFIGS, str(folder / "lbae" / "mnist.py"), "", list(tokens))
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -159,7 +160,7 @@ def test_inverse_flow_samples_at_once(bare, capsys):
         with pytest.raises(UserError, match="contradicts the released"):
             inv_flow_mnist.main(["--evaluate", *options])
     for options in (["--name", "mine"], ["--out", "runs/mine"]):
-        with pytest.raises(UserError, match=r"no such file: runs/.*mine"):
+        with pytest.raises(UserError, match=r"no weights at runs/.*mine"):
             inv_flow_mnist.main(["--evaluate", *options])
 
 

@@ -259,16 +259,10 @@ def check_lbae_script(script: str, *words: str) -> None:
     if script.endswith("download.sh"):
         assert (ROOT / script).is_file() and all((ROOT / word).is_file() for word in words)
         return
-    from lbae import eval as scores
-    from lbae.parameters import Params, fields_of, parse
+    from common.options import from_tokens
+    from lbae.protocol import Protocol
 
-    own = {"methods", "gen_imgs"}
-    text = (ROOT / "eval.sh").read_text()
-    for word in words:
-        key = word.partition("=")[0]
-        if key not in own:
-            to_scores = key in fields_of(scores.Options) and f"{key}=*" in text
-            parse([word], scores.Options if to_scores else Params)
+    from_tokens(Protocol, [word for word in words if word != "help"])
 
 
 def check_python(folder: str, words: list[str]) -> None:
@@ -313,22 +307,29 @@ def check_files(argv: list[str]) -> None:
 def check_arguments(name: str, argv: list[str]) -> None:
     """Run `main(argv)` of a module until its options are read and judged."""
     if name in ("lbae.mnist", "lbae.cifar10", "lbae.celeba"):
-        from lbae.experiment import _build
-        from lbae.parameters import Params, parse
+        from common.options import from_tokens
+        from lbae.command import preset
+        from lbae.options import Params
 
-        _build(importlib.import_module(name).CONFIGS, parse([word for word in argv if word != "help"], Params), {})
+        configs = importlib.import_module(name).CONFIGS
+        defaults = lambda words: preset(configs, words.get("cfg") or "")  # noqa: E731
+        from_tokens(Params, [word for word in argv if word != "help"], "", defaults)
     elif name == "lbae.eval":
-        from lbae.eval import Options
-        from lbae.parameters import parse
+        from common.options import from_tokens
+        from lbae.eval import Scores
 
-        parse(argv, Options)
+        from_tokens(Scores, argv)
     elif name == "nfpi.main":
         check_nfpi(argv)
     else:
         module = module_of(name)
         source = Path(module.__file__).read_text()
-        if "launch.main(" in source:  # inv_flow: its own parser judges the values, too
+        if "launch.script(" in source:  # inv_flow: its own parser judges the values, too
             with stopped_after("inv_flow.train.launch", "parse_given"):
+                strictly(lambda: module.main(argv))
+            return
+        if "from_flags(" in source:
+            with stopped_after(name, "from_flags"):
                 strictly(lambda: module.main(argv))
             return
         known = re.search(r"pars(e|er|e_args)\(|parse_args|run_script\(", source)  # else calling main would do the work
@@ -452,7 +453,7 @@ def test_every_script_of_an_experiment_calls_what_exists(stubs):
 @pytest.mark.parametrize(
     "right, wrong, expected",
     [
-        ("python lbae/mnist.py gen sample_method=cov", "python lbae/mnist.py gen sample_methd=cov", "sample_method"),
+        ("python lbae/mnist.py eval gen sample_method=cov", "python lbae/mnist.py gen sample_methd=cov", "sample_method"),
         ("python -m latent_flow.show_flows --zoom 2", "python -m latent_flow.show_flows --zom 2", "--zom"),
         ("python glancenet/traverse.py --latents 0 1", "python glancenet/traverse.py --latent 0 1", "--latent"),
         ("python inv_flow/inv_flow_mnist.py --layer finc", "python inv_flow/inv_flow_mnist.py --layer fink", "fink"),

@@ -391,7 +391,7 @@ def options_of(words: list[str], folder: Path, monkeypatch) -> dict:
     if paper == "glancenet":
         from glancenet import main as module
 
-        monkeypatch.setattr(module, "Trainer", reached)
+        monkeypatch.setattr(module, "train", reached)
         run = module.main
     elif paper == "latent_flow":
         import latent_flow.train
@@ -404,9 +404,9 @@ def options_of(words: list[str], folder: Path, monkeypatch) -> dict:
         monkeypatch.setattr(launch, "build", reached)
         run = __import__(f"inv_flow.{script.stem}", fromlist=["main"]).main
     elif paper == "lbae":
-        from lbae import solver
+        from lbae import command
 
-        monkeypatch.setattr(solver, "train", reached)
+        monkeypatch.setattr(command, "train", reached)
         run = __import__(f"lbae.{script.stem}", fromlist=["main"]).main
     else:
         from nfpi import main as module
@@ -417,9 +417,7 @@ def options_of(words: list[str], folder: Path, monkeypatch) -> dict:
         run(words[2:])
     options = caught.value.args[0]
     if paper == "nfpi":
-        from omegaconf import OmegaConf
-
-        return OmegaConf.to_container(options)
+        return options.as_dict()
     return dict(vars(options)) if hasattr(options, "__dict__") else dict(options)
 
 

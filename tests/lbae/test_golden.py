@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.datasets.classic import _finish as finish_images
 from common.datasets.files import fit
+from common.errors import UserError
 from common.images import grid, mosaic, to_uint8
 from common.metrics import (
     Statistics,
@@ -24,10 +25,12 @@ from common.metrics import (
     precision_recall_distribution,
 )
 from common.metrics.precision_recall import f_beta
+from common.options import from_tokens
 from lbae import reference, sampler
-from lbae.evaluation import pair_columns
+from lbae.eval import Scores
 from lbae.model import LBAE, kl_divergence, losses, quantise, reconstruction_loss, reparametrise
-from lbae.parameters import Params, coerce, experiment_name, fields_of, tokenise
+from lbae.options import LAST, Params, experiment_name
+from lbae.reconstruct import pair_columns
 from lbae.results import Results, Section, read_line
 
 MODELS = (
@@ -241,6 +244,11 @@ def test_losses():
 # ------------------------------------------------------------------------------------------------------------- sampler
 
 
+def triangular(planes: sampler.Hyperplanes) -> Tensor:
+    """The published triangular normals of positive definite H; samples and paths depend on L L^T alone."""
+    return torch.linalg.cholesky(torch.sin(torch.pi / 2 * planes.G))
+
+
 def test_hyperplanes():
     z = load("lbae", "get_covb")
     for name in case_names(z, "_z"):
@@ -250,16 +258,15 @@ def test_hyperplanes():
         close(sampler.moments((codes + 1) // 2)[0], z.get(f"{name}_mu_from_zero_one", z[f"{name}_mu"]))
         positive = z[f"{name}_eig_raw"].real.min() > 1e-10
         tolerance = 1e-8 if positive else 1e-7
-        for factor in ("eigen", "cholesky"):
-            planes = sampler.hyperplanes(mean, second, factor)
-            close(planes.G, z[f"{name}_G"])
-            close(torch.sin(torch.pi / 2 * planes.G), z[f"{name}_H_raw"], 1e-8, 1e-10)
-            close(planes.H, z[f"{name}_H"], tolerance, tolerance)
-            close(np.sort(planes.eigenvalues.numpy()), np.sort(z[f"{name}_eig_raw"].real), 1e-8, 1e-8)
-            if f"{name}_psd_projection" in z:
-                close(planes.H, z[f"{name}_psd_projection"], 1e-7, 1e-7)
+        planes = sampler.hyperplanes(mean, second)
+        close(planes.G, z[f"{name}_G"])
+        close(torch.sin(torch.pi / 2 * planes.G), z[f"{name}_H_raw"], 1e-8, 1e-10)
+        close(planes.H, z[f"{name}_H"], tolerance, tolerance)
+        close(np.sort(planes.eigenvalues.numpy()), np.sort(z[f"{name}_eig_raw"].real), 1e-8, 1e-8)
+        if f"{name}_psd_projection" in z:
+            close(planes.H, z[f"{name}_psd_projection"], 1e-7, 1e-7)
         if positive:
-            close(planes.L, z[f"{name}_L"], 1e-8, 1e-8)
+            close(triangular(planes), z[f"{name}_L"], 1e-8, 1e-8)
         L, H, _ = reference.hyperplanes_ref(codes.numpy())
         close(H, z[f"{name}_H"], 1e-6, 1e-6)  # float32 moments, as published
         close(L @ L.T, z[f"{name}_H"], 1e-6, 1e-6)
@@ -276,6 +283,17 @@ def test_nearest_psd():
         close(plain @ plain.T, z[f"{name}_H"], 1e-7, 1e-7)
 
 
+def published_width(planes: sampler.Hyperplanes, normals: Tensor, zsize: int) -> Tensor:
+    """`sample_cov` for a code of another length, as the published routine has it: all D + 1 sides are not flipped, and
+    columns beyond D + 1 are -1.
+    """
+    sides = sampler.sign(normals @ planes.L.T)
+    if zsize == sides.shape[1]:
+        return sides
+    codes = torch.cat([sampler.sample_cov(planes, normals), torch.ones(len(normals), 1, dtype=torch.int8)], 1)
+    return torch.nn.functional.pad(codes, (0, max(0, zsize - codes.shape[1])), value=-1)[:, :zsize]
+
+
 def test_sampling_from_normals():
     z = load("lbae", "sample_boundary")
     d = int(z["D"])
@@ -284,14 +302,16 @@ def test_sampling_from_normals():
         exactly(np.random.RandomState(int(z["np_seed"])).randn(*normals.shape), normals)
         planes = sampler.Hyperplanes(tensor(z[f"{name}_L"]))
         for key in (key for key in z if re.fullmatch(rf"{name}_z\d+", key)):
-            exactly(sampler.sample_cov(planes, tensor(normals), d + int(key.removeprefix(f"{name}_z"))), z[key])
+            exactly(published_width(planes, tensor(normals), d + int(key.removeprefix(f"{name}_z"))), z[key])
         exactly(sampler.sample_cov(planes, tensor(normals)), z[f"{name}_z0"])
         exactly(reference.sample_cov_ref(z[f"{name}_L"], normals), z[f"{name}_z0"])
 
 
 def test_slerp():
     z = load("lbae", "slerp")
-    close(sampler.slerp(tensor(z["t"]), tensor(z["low"]), tensor(z["high"])), z["result"])
+    low, high = tensor(z["low"]), tensor(z["high"])  # (B, n)
+    a, b = sampler.slerp_weights(tensor(z["t"]), (sampler.unit(low) * sampler.unit(high)).sum(-1))
+    close(a[..., None] * low[:, None] + b[..., None] * high[:, None], z["result"])
     for low, high, path in zip(z["low"], z["high"], z["result"], strict=True):
         close(np.stack([reference.slerp_ref(t, low, high) for t in z["t"]]), path)
 
@@ -440,21 +460,18 @@ def test_preprocessing():
 
 def test_command_line():
     cases = json.loads((folder("lbae") / "cli_cases.json").read_text())
-    declared = fields_of(Params)
     for case in cases["argv_cases"]:
-        tokens = tokenise(case["argv"])
-        assert len(tokens) == len(case["argv"])
-        for key, text in tokens:
+        for token in case["argv"]:
+            key = token.partition("=")[0]
             expected = case["upstream_values"][key]
-            if text is None:
-                assert expected is True
-            elif isinstance(expected, str):
-                assert text.split("=")[0] == expected  # the published parser drops what follows a second `=`
-            else:
-                assert float(text) == expected
-            if key in declared and key != "help":
-                typed = coerce(declared[key], text)
-                assert typed == expected or (key == "reload" and text is None and typed == -1)
+            model = next((one for one in (Params, Scores) if key in one.model_fields), None)
+            if model is None:  # the published parser takes any key
+                with pytest.raises(UserError, match="unknown option"):
+                    from_tokens(Params, [token])
+                continue
+            more = ["eval"] if key in ("gen", "set_attr") else []
+            typed = from_tokens(model, [*more, token])[1][key]
+            assert typed == expected or (token == "reload" and expected is True and typed == LAST)
     for case in cases["experiment_names"]:
         assert experiment_name(Params(**case["hps"])) == case["name"]
     for case in cases["results_lines"]:

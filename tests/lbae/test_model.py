@@ -7,9 +7,8 @@ import torch
 
 from common.errors import UserError
 from lbae import celeba, cifar10, mnist
-from lbae.experiment import build_model
-from lbae.model import LBAE, losses, parameter_counts, quantise
-from lbae.parameters import Params
+from lbae.model import LBAE, build_model, losses, parameter_counts, quantise
+from lbae.options import Params
 
 # encoder, decoder, total of the published networks
 COUNTS = {

@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.errors import UserError
 from common.metrics import Statistics, frechet_distance
-from lbae import describe, eval, fid, mnist
+from lbae import eval, fid, mnist, protocol
 from lbae.results import Results, Section, read_epoch, read_line
 
 ROOT = Path(mnist.__file__).resolve().parents[1]
@@ -139,14 +139,17 @@ def test_results_round_trip_and_refuse_other_text():
 
 
 def test_what_an_experiment_is(tmp_path):
+    """A published folder without a configuration says by its name what it holds."""
     named = tmp_path / "celeba_vae_res64_ConvResBlock32-vae-z64-m173"
     named.mkdir()
-    assert describe.describe(named) == ("celeba", Path("../celeba_eval"), ["random"])
+    params = protocol.experiment_params(named, {"eval": True})
+    assert (params.cfg, params.dataset, params.vae, params.zsize) == ("celeba_vae", "celeba", True, 64)
     (named / "config.json").write_text('{"cfg": "mnist_bae", "dataset": "digits", "img_crop_size": 20, "vae": false}')
-    assert describe.describe(named)[:2] == ("mnist", Path("../digits_20_eval"))
+    params = protocol.experiment_params(named, {"eval": True})
+    assert (params.cfg, params.dataset, params.vae) == ("mnist_bae", "digits", False)
     (tmp_path / "exp").mkdir()
     with pytest.raises(UserError, match="no saved configuration"):
-        describe.describe(tmp_path / "exp")
+        protocol.experiment_params(tmp_path / "exp", {"eval": True})
 
 
 def run_eval(folder: Path, *tokens: str) -> subprocess.CompletedProcess:
