@@ -13,6 +13,7 @@ presets and what was saved with a run are mappings below the command line: the c
 """
 
 import argparse
+import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -192,6 +193,11 @@ def field_at(cls: type[BaseModel], path: Iterable[Any]) -> tuple[str, FieldInfo 
     names, field, kind = [], None, cls
     for part in path:
         kind = _model(kind)
+        named = kind and _named_groups(kind)
+        if named and part not in kind.model_fields:
+            names.append(part)
+            kind, field = named, FieldInfo.from_annotation(named)
+            continue
         if kind is None or part not in kind.model_fields:
             if isinstance(part, str) and field is not None and typing.get_origin(_bare_type(field.annotation)) is dict:
                 names.append(part)
@@ -202,6 +208,13 @@ def field_at(cls: type[BaseModel], path: Iterable[Any]) -> tuple[str, FieldInfo 
         field = kind.model_fields[part]
         kind = field.annotation
     return ".".join(names), field
+
+
+def _named_groups(model: type[BaseModel]) -> Any:
+    """What entries of any further name are, in a model that declares `__pydantic_extra__: dict[str, ...]`."""
+    own = (inspect.get_annotations(one) for one in model.__mro__ if issubclass(one, Options))
+    found = next((kinds["__pydantic_extra__"] for kinds in own if "__pydantic_extra__" in kinds), None)
+    return typing.get_args(found)[1] if typing.get_origin(found) is dict else None
 
 
 def _model(kind: Any) -> type[BaseModel] | None:
@@ -300,12 +313,13 @@ def from_flags(
     about: str = "",
     defaults: Defaults = types.MappingProxyType({}),
     extra: Mapping[str, str] = types.MappingProxyType({}),
+    positional: Iterable[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """The options of `--key value`, `--key=value`, `--switch`, `--no-switch` and `--set key=value`, and what was given.
 
     Dashes and underscores mean the same. An option that takes a list takes the words up to the next option. `extra`
-    maps names that are no options (a preset) to their help; they are among what was given, for `defaults` to read. Help
-    as in `from_tokens`.
+    maps names that are no options (a preset) to their help; they are among what was given, for `defaults` to read.
+    `positional` options may also stand as bare words, in this order. Help as in `from_tokens`.
     """
     parser = _Parser(allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("-h", "--help", action="store_true")
@@ -328,6 +342,9 @@ def from_flags(
             off = dict.fromkeys(f"--no-{one.lstrip('-')}" for one in spellings if one.startswith("--"))
             parser.add_argument(*off, dest=name, action="store_const", const=False)
     values, rest = parser.parse_known_args(list(argv))
+    for name in positional:
+        if name not in values and rest and not rest[0].startswith("-"):
+            setattr(values, name, rest.pop(0))
     if rest:
         raise UserError(unknown(cls, rest[0].split("=")[0], "--") if rest[0].startswith("-") else
                         f"unexpected argument {rest[0]}; --help lists all options")  # fmt: skip

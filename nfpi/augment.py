@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import UserError
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -42,11 +40,26 @@ RECIPES = {
 }
 
 
-def recipe(name: str) -> Recipe:
-    """The recipe called `name`. Raises UserError for an unknown one."""
-    if name not in RECIPES:
-        raise UserError(f"augmentation={name}: expected one of {', '.join(RECIPES)}")
-    return RECIPES[name]
+@dataclass(frozen=True)
+class CnnRecipe:
+    """The classifier's transforms: random crop after `crop_pad` black pixels and flips in training, `zero_pad`
+    always.
+    """
+
+    crop_pad: int = 0
+    flip: bool = False
+    vertical: bool = False
+    zero_pad: int = 0
+
+
+CNN_RECIPES = {
+    "plain": CnnRecipe(),
+    "mnist": CnnRecipe(zero_pad=2),
+    "svhn": CnnRecipe(zero_pad=2),
+    "cifar": CnnRecipe(crop_pad=4, flip=True),
+    "tinyimagenet": CnnRecipe(crop_pad=4, flip=True),
+    "aerial": CnnRecipe(crop_pad=4, flip=True, vertical=True),
+}
 
 
 @dataclass
@@ -64,10 +77,10 @@ class Draws:
         """Draw for `count` images; the same number of draws whatever the recipe."""
         device = generator.device
         uniform = torch.rand(count, 10, generator=generator, device=device)
-        jitter = torch.tensor(recipe.jitter, device=device)
+        factors = [1 + (2 * uniform[:, 1 + i] - 1) * size for i, size in enumerate(recipe.jitter)]
         return cls(
             flip=(uniform[:, 0] < 0.5) & recipe.flip,
-            factors=1 + (2 * uniform[:, 1:4] - 1) * jitter,
+            factors=torch.stack(factors, 1),
             order=uniform[:, 4:7].argsort(1),
             radians=torch.deg2rad((2 * uniform[:, 7] - 1) * recipe.degrees),
             offset=(uniform[:, 8:10] * (recipe.margin + 1)).long().clamp_max(recipe.margin),
@@ -100,9 +113,9 @@ def flip_rows(x: Tensor, which: Tensor) -> Tensor:
 
 def grey(x: Tensor) -> Tensor:
     """Luma of RGB levels as PIL computes it (ITU-R 601, rounded): (B, 3, H, W) float -> (B, 1, H, W)."""
-    weights = torch.tensor([19595.0, 38470.0, 7471.0], device=x.device)[:, None, None]
-    total = (x.float() * weights).sum(1, keepdim=True)  # whole numbers below 2^24: exact in float32
-    return torch.floor((total + 32768) / 65536).to(x.dtype)
+    red, green, blue = x.float().unbind(1)
+    total = 19595 * red + 38470 * green + 7471 * blue  # whole numbers below 2^24: exact in float32
+    return torch.floor((total + 32768) / 65536).to(x.dtype)[:, None]
 
 
 def blend(degenerate: Tensor, x: Tensor, factor: Tensor) -> Tensor:

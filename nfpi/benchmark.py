@@ -6,14 +6,22 @@
 Prints the median seconds an iteration of both, for every mode, and the largest relative difference of their results.
 """
 
-import argparse
 import statistics
 import sys
 import time
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 import torch
+from pydantic import Field
 
 from common.errors import run_command
+from common.launch import pick_device
+from common.options import Count, Device, Options, from_flags, option
 from nfpi.fpi import FixedPoint, step, step_ref
 
 MODES = {
@@ -22,6 +30,17 @@ MODES = {
     "means and variances": {"means": True, "variances": True, "isotropic": False, "sum_trick": False},
     "means and variances, sum trick": {"means": True, "variances": True, "isotropic": True, "sum_trick": True},
 }
+
+
+class Config(Options):
+    """The options."""
+
+    classes: Annotated[int, Field(ge=2, le=10_000)] = option(100, "classes K")
+    dim: Annotated[int, Field(ge=1, le=10**7)] = option(3072, "latent dimensions d")
+    repeats: Count = option(10, "repeats of the matrix form")
+    ref_repeats: Annotated[int, Field(ge=0, le=10**6)] = option(1, "repeats of the loop; 0 leaves it out")
+    device: Device = option("cpu", "device")
+    dry_run: bool = option(False, "check the options and leave")
 
 
 def seconds(function, repeats: int) -> float:
@@ -36,13 +55,11 @@ def seconds(function, repeats: int) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and print one line a mode."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--dim", type=int, default=3072)
-    parser.add_argument("--repeats", type=int, default=10, help="of the matrix form")
-    parser.add_argument("--ref-repeats", type=int, default=1, help="of the loop; 0 leaves it out")
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
+    args, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
+    pick_device(args.device)
+    if args.dry_run:
+        print(args.model_dump_json(indent=2))
+        return
     rng = torch.Generator().manual_seed(0)
 
     def random(*shape):

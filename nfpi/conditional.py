@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from common.checkpoint import load_into, load_state, load_weights, save_weights
 from common.errors import UserError
 from nfpi.gaussians import ClassGaussians, marginal_log_prior, negative_log_likelihood
 from nfpi.label_encoder import DistancedPixels
-from nfpi.model import FlowConfig, MultiScaleFlow, postprocess, preprocess
+from nfpi.layers import postprocess, preprocess
+from nfpi.model import FlowConfig, Latent, MultiScaleFlow
 
 STATE_KIND = "nfpi-training"
 
@@ -54,11 +56,15 @@ class ConditionalFlow:
         x = self.codes.encode(x, y) if self.codes else x
         return preprocess(x.to(self.gaussians.mean.dtype), noise, self.bits)
 
-    def nll(self, x: Tensor, y: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-        """(-log p(x | y) in nats (B,), z (B, d))."""
-        latent = self.flow(self.input(x, y, noise))
+    def latent_nll(self, latent: Latent, y: Tensor) -> Tensor:
+        """-log p(x | y) in nats, (B,), of a forward pass of the flow: the training objective a sample."""
         log_prior = self.gaussians.log_prob(latent.z, y)
-        return negative_log_likelihood(log_prior, latent.log_det, latent.log_p, self.dim, self.bits), latent.z
+        return negative_log_likelihood(log_prior, latent.log_det, latent.log_p, self.dim, self.bits)
+
+    def nll(self, x: Tensor, y: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
+        """(-log p(x | y) in nats (B,), z (B, d)) of images."""
+        latent = self.flow(self.input(x, y, noise))
+        return self.latent_nll(latent, y), latent.z
 
     @torch.no_grad()
     def scores(self, x: Tensor, noise: Tensor | float) -> Tensor:
@@ -103,14 +109,17 @@ class ConditionalFlow:
         finally:
             self.flow.train(training)
 
+    def facts(self) -> dict[str, Any]:
+        """What a weights file says of the model: architecture, whether all classes share a Gaussian, bits."""
+        return {"flow": self.flow.config.as_dict(), "shared": self.gaussians.shared, "bits": self.bits}
+
     def save(self, path: str | Path, **facts) -> None:
         """The weights file for inference (.safetensors) and its .json."""
         tensors = {f"flow.{k}": v for k, v in self.flow.state_dict().items()}
         tensors |= {f"gaussians.{k}": v for k, v in self.gaussians.state_dict().items()}
         if self.codes:
             tensors["codes"] = self.codes.codes
-        config = {"flow": self.flow.config.as_dict(), "shared": self.gaussians.shared, "bits": self.bits, **facts}
-        save_weights(path, tensors, config)
+        save_weights(path, tensors, self.facts() | facts)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "ConditionalFlow":
@@ -124,33 +133,31 @@ class ConditionalFlow:
             )
         tensors, config = _of_state(path) if Path(path).suffix == ".pt" else load_weights(path)
         try:
-            flow = MultiScaleFlow(FlowConfig(**config["flow"]))
-            mean = tensors["gaussians.mean"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a weights file of nfpi (missing or unknown {error})") from error
+            flow, bits = MultiScaleFlow(FlowConfig(**config["flow"])), int(config.get("bits", 8))
+            mean, var = tensors["gaussians.mean"], tensors["gaussians.var"]
+            if mean.shape != (len(mean), flow.config.latent_dim) or var.shape != mean.shape or not 1 <= bits <= 8:
+                raise ValueError(f"Gaussians {tuple(mean.shape)}, bits {bits}")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise UserError(f"{path} is not a weights file of nfpi, or is damaged ({str(error)[:80]})") from error
         own = {k.removeprefix("flow."): v for k, v in tensors.items() if k.startswith("flow.")}
-        flow = flow.to(mean.dtype)
-        load_into(flow, own, path)
-        gaussians = ClassGaussians(mean, tensors["gaussians.var"], bool(config.get("shared", False)))
-        if mean.shape[1] != flow.config.latent_dim:
-            raise UserError(f"{path}: Gaussians of {mean.shape[1]} dimensions for {flow.config.latent_dim} latent ones")
+        load_into(flow.to(mean.dtype), own, path)
+        gaussians = ClassGaussians(mean, var, bool(config.get("shared", False)))
         codes = DistancedPixels(tensors["codes"].to(device)) if "codes" in tensors else None
-        return cls(flow.to(device).eval(), gaussians.to(device), int(config.get("bits", 8)), codes)
+        return cls(flow.to(device).eval(), gaussians.to(device), bits, codes)
 
 
 def _of_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and config, as in a weights file, of a full training state."""
     state = load_state(path, kind=STATE_KIND)
-    averaged = state["ema"] is not None and bool(state["ema"]["initted"])
-    if averaged:
-        weights = {k.removeprefix("ema_model."): v for k, v in state["ema"].items() if k.startswith("ema_model.")}
-    else:
-        weights = state["flow"]
-    tensors = {f"flow.{k}": v for k, v in weights.items()}
-    tensors |= {f"gaussians.{k}": v for k, v in state["gaussians"].items()}
-    if state["codes"] is not None:
-        tensors["codes"] = state["codes"]
-    return tensors, state["model_config"]
+    try:
+        weights, ema, codes = state["flow"], state.get("ema"), state.get("codes")
+        if ema is not None and bool(ema["initted"]):
+            weights = {k.removeprefix("ema_model."): v for k, v in ema.items() if k.startswith("ema_model.")}
+        tensors = {f"flow.{k}": v for k, v in weights.items()}
+        tensors |= {f"gaussians.{k}": v for k, v in state["gaussians"].items()}
+        return tensors | ({} if codes is None else {"codes": codes}), state["model_config"]
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is no training state of nfpi, or is damaged ({error})") from error
 
 
 def marginal_nll(scores: Tensor) -> Tensor:

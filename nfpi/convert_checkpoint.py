@@ -9,39 +9,42 @@ the architecture, read from the tensors' shapes, in a .json beside it. Nothing i
 pickled configuration objects are not loaded.
 """
 
-import argparse
 import pickle
 import re
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-if __package__ in (None, ""):  # started as a file: the repository's root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 import torch
+from pydantic import Field, StringConstraints
 from torch import Tensor
 
-from common.checkpoint import load_into, check_archive, save_weights
+from common.checkpoint import check_archive, load_into, save_weights
 from common.errors import UserError, run_command
+from common.options import Options, Says, from_flags, option
 from common.unpickle import TENSORS, Unpickler
 from nfpi.gaussians import ClassGaussians
-from nfpi.model import CONV_TYPES, FULL_RANK_LIMIT, FlowConfig, MultiScaleFlow
+from nfpi.layers import CONV_TYPES, FULL_RANK_LIMIT, ConvType
+from nfpi.model import FlowConfig, MultiScaleFlow
 
 GAUSSIANS = ("mu_arr", "cov_lower_arr", "scale_tril_arr")
 CONSTANT = ("level_out_shape_arr", "l_mask", "u_mask", "identity")  # buffers that follow from the architecture
 
 
 class _Inert:
-    """Stands for any object of a foreign package in the file: it takes whatever pickle gives and does nothing."""
+    """Stands for any object of a foreign package in the file: it keeps the plain state that pickle gives."""
 
     def __init__(self, *_, **__):
-        pass
+        self.state: Any = None
 
     def __setstate__(self, state):
-        pass
+        self.state = state
 
     def __setitem__(self, key, value):
         pass
@@ -93,10 +96,26 @@ class _TensorsOnly(Unpickler):
         return flat
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors under `state_dict` of a Lightning checkpoint, without running anything that the file names.
+def option_of(content: Any, name: str) -> Any:
+    """The number under hyper_parameters.cfg.<name>, where the configuration was pickled as plain or hydra's mapping."""
+    value = content
+    for key in ("hyper_parameters", "cfg", name):
+        if isinstance(value, _Inert) and isinstance(value.state, dict):  # hydra keeps the entries in _content
+            value = value.state.get("_content")
+        value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, _Inert) and isinstance(value.state, dict):
+        value = value.state.get("_val")
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
-    Raises UserError for a missing, damaged or foreign file.
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors under `state_dict` of a Lightning checkpoint; see `read_checkpoint`."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], int | None]:
+    """The tensors under `state_dict` of a Lightning checkpoint, and the bits of its configuration (None: it does not
+    say), without running anything that the file names. Raises UserError for a missing, damaged or foreign file.
     """
     path = Path(path)
     if not path.is_file():
@@ -116,7 +135,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise UserError(f"{path} has no 'state_dict': it is no checkpoint of the published NFPI code")
-    return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    return {str(key): value for key, value in state.items() if isinstance(value, Tensor)}, option_of(content, "bits")
 
 
 def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -134,7 +153,10 @@ def class_gaussians(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     classes = sum(key.startswith("mu_arr.") for key in state)
     if not classes:
         raise UserError("the checkpoint holds no class Gaussians (mu_arr)")
-    return tuple(torch.stack([state[f"{name}.{k}"] for k in range(classes)]) for name in GAUSSIANS[:2])
+    try:
+        return tuple(torch.stack([state[f"{name}.{k}"] for k in range(classes)]) for name in GAUSSIANS[:2])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's class Gaussians are incomplete ({error})") from error
 
 
 def infer_config(state: dict[str, Tensor]) -> FlowConfig:
@@ -194,12 +216,20 @@ def _conv_type(state: dict[str, Tensor]) -> str:
     return CONV_TYPES[0] if skew <= rotation else CONV_TYPES[1]
 
 
-def convert(source: str | Path, target: str | Path, online: bool = False, conv_type: str | None = None) -> FlowConfig:
-    """Read `source`, check that its tensors fit the architecture they imply, write `target` (.safetensors, .json)."""
-    state = read_state_dict(source)
+def convert(
+    source: str | Path, target: str | Path, online: bool = False, conv_type: str | None = None, bits: int | None = None
+) -> dict[str, Any]:
+    """Read `source`, check that its tensors fit the architecture they imply, write `target` (.safetensors, .json).
+
+    `bits`: of a grey level, where the file does not say (8, as in every published configuration). Returns what is
+    written about the model. Raises UserError where both say, and differ.
+    """
+    state, told = read_checkpoint(source)
     flow = under(state, "flow.")
     if not flow:
         raise UserError(f"{source} has no 'flow.*' tensors: it is no checkpoint of the published NFPI code")
+    if told is not None and (bits not in (None, told) or not 1 <= told <= 8):
+        raise UserError(f"--bits {bits}: {source} says {told}; leave --bits out")
     averaged = bool(state.get("ema.initted", torch.tensor(False)))
     weights = under(state, "ema.ema_model.") if averaged and not online else flow
     config = infer_config(weights)
@@ -208,32 +238,39 @@ def convert(source: str | Path, target: str | Path, online: bool = False, conv_t
     tensors = flow_tensors(weights)
     load_into(MultiScaleFlow(config), tensors, source)
     mean, var = class_gaussians(flow)  # the online Gaussians go with the averaged weights
-    load_into(
-        ClassGaussians(torch.empty(len(mean), config.latent_dim), torch.empty_like(mean)),
-        {"mean": mean, "var": var},
-        source,
-    )
+    empty = torch.empty(len(mean), config.latent_dim)
+    load_into(ClassGaussians(empty, empty), {"mean": mean, "var": var}, source)
     named = {f"flow.{k}": v.float() for k, v in tensors.items()}
-    save_weights(
-        target,
-        {**named, "gaussians.mean": mean.float(), "gaussians.var": var.float()},
-        {"flow": config.as_dict(), "shared": False, "source": Path(source).name, "averaged": averaged and not online},
-    )
-    return config
+    facts = {"flow": config.as_dict(), "shared": False, "bits": told or bits or 8, "source": Path(source).name,
+             "averaged": averaged and not online}  # fmt: skip
+    save_weights(target, {**named, "gaussians.mean": mean.float(), "gaussians.var": var.float()}, facts)
+    return {**facts, "bits_known": told is not None or bits is not None}
+
+
+Target = Annotated[str, StringConstraints(pattern=r"\.safetensors$"), Says("a name that ends in .safetensors")]
+
+
+class Config(Options):
+    """The options."""
+
+    source: str = option(..., "Lightning checkpoint (.ckpt)")
+    target: Target = option(..., "file to write")
+    online: bool = option(False, "take the online weights, not the moving average")
+    conv_type: ConvType | None = option(None, "of the 1x1 convolutions, when it cannot be inferred")
+    bits: Annotated[int, Field(ge=1, le=8)] | None = option(None, "of a grey level, where the file does not say")
+    dry_run: bool = option(False, "check the options and leave")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line: source, target, --online, --conv-type."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="Lightning checkpoint (.ckpt)")
-    parser.add_argument("target", help="file to write (.safetensors)")
-    parser.add_argument("--online", action="store_true", help="take the online weights, not the moving average")
-    parser.add_argument("--conv-type", choices=CONV_TYPES, help="of the 1x1 convolutions, when it cannot be inferred")
-    args = parser.parse_args(argv)
-    if Path(args.target).suffix != ".safetensors":
-        raise UserError(f"{args.target}: the target's name ends in .safetensors")
-    config = convert(args.source, args.target, args.online, args.conv_type)
-    print(f"wrote {args.target}: {config}")
+    """The command."""
+    args, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__, positional=("source", "target"))
+    if args.dry_run:
+        print(args.model_dump_json(indent=2))
+        return
+    facts = convert(args.source, args.target, args.online, args.conv_type, args.bits)
+    if not facts.pop("bits_known"):
+        print(f"{args.source} does not say how many bits a grey level has: 8 is taken; --bits says otherwise")
+    print(f"wrote {args.target}: {facts}")
 
 
 if __name__ == "__main__":

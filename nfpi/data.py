@@ -1,26 +1,29 @@
-"""Data sets of the experiments: the pickle contract, subsets, generators for every use of randomness.
+"""Data sets of the experiments: the pickle contract, subsets, batches with transforms, generators for every use.
 
 A set is a `Images`: uint8 (N, C, H, W), int64 targets, class names. It comes from `<root>/<name>/<name>.pickle` when
 that file exists (a dict {"train": {"data", "targets"}, "test": ..., "classes"}), otherwise from `common.datasets`.
 """
 
 import math
-import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from common import unpickle
+from common import datasets, unpickle
+from common.batches import Batches
 from common.checkpoint import atomic_write
 from common.errors import UserError
 from common.images import to_uint8 as _to_uint8
+from common.launch import Distributed
+from nfpi import augment
+from nfpi.config import Config
 
 
 @dataclass
@@ -40,10 +43,6 @@ class Images:
     def arrays(self) -> tuple[Tensor, Tensor]:
         """All images and targets."""
         return self.images, self.targets
-
-    def images_at(self, index: np.ndarray) -> Tensor:
-        """Images at the given places."""
-        return self.images[torch.as_tensor(index)]
 
     def subset(self, index: Tensor) -> "Images":
         """The images at `index`."""
@@ -95,18 +94,14 @@ def from_arrays(part: Mapping[str, Any], classes: Sequence[Any], source: str | P
 
 
 def load_split(name: str, root: str | None, split: str) -> Images:
-    """The `train` or `test` images of data set `name` below `root` (None: the environment's DATA_ROOT, else data/)."""
-    base = Path(root or os.environ.get("DATA_ROOT") or "data")
-    path = base / name / f"{name}.pickle"
+    """The `train` or `test` images of data set `name` below `root` (None: see `common.datasets.data_root`)."""
+    path = datasets.data_root(root) / name / f"{name}.pickle"
     if path.is_file():
         content = read_pickle(path)
         if not isinstance(content, dict) or split not in content:
             raise UserError(f"{path} has no '{split}' part")
         return from_arrays(content[split], content.get("classes", ()), path)
-    from common import datasets
-
-    common_name = {"fashionmnist": "fashion_mnist"}.get(name, name)
-    loaded = datasets.load(common_name, root=root, split=split)
+    loaded = datasets.load({"fashionmnist": "fashion_mnist"}.get(name, name), root=root, split=split)
     images, targets = loaded.arrays()
     return Images(torch.as_tensor(images), torch.as_tensor(targets).long(), tuple(str(c) for c in loaded.classes or ()))
 
@@ -144,26 +139,122 @@ def stratified_split(targets: Tensor, held_out: float, seed: int) -> tuple[Tenso
     return torch.from_numpy(kept), torch.from_numpy(held)
 
 
-def flow_sets(
-    train: Images, info: Mapping[str, Any], use_train: bool, ratio: float, seed: int
-) -> tuple[Images, Images]:
-    """(images that train the flow, images on which the Gaussians are estimated).
-
-    The second is the training set itself with `use_train` (all shipped configurations), else a stratified part
-    1 - `ratio`. `items_per_class_train` / `_val` in `info` cut both down, 0 keeps all; equal numbers give equal
-    subsets.
+class FlowSets(NamedTuple):
+    """Images that train the flow; images on which the Gaussians are fitted; images that train it once both have joined
+    (None: the same as before).
     """
-    fit = train
-    if not use_train:
-        kept, held = stratified_split(train.targets, 1 - ratio, seed)
-        train, fit = train.subset(kept), train.subset(held)
-    return _cut(train, info["items_per_class_train"], seed), _cut(fit, info["items_per_class_val"], seed)
+
+    train: Images
+    fit: Images
+    merged: Images | None = None
+
+
+def flow_sets(images: Images, config: Config) -> FlowSets:
+    """The sets of a run, cut to `dataset_info.items_per_class_*` images a class (0 keeps all).
+
+    With `use_train_dataset` (all shipped configurations) the Gaussians are fitted on the training images; otherwise on
+    a stratified part 1 - `train_ratio`, which joins the training images from `merge_datasets_after` on.
+    """
+    info, seed = config.dataset_info, config.seed
+    counts = info.items_per_class_train, info.items_per_class_val
+    if config.val.gmm.use_train_dataset:
+        train = _cut(images, counts[0], seed)
+        return FlowSets(train, train if counts[0] == counts[1] else _cut(images, counts[1], seed))
+    kept, held = stratified_split(images.targets, 1 - config.dataset.train_ratio, seed)
+    train, fit = (_cut(images.subset(index), n, seed) for index, n in zip((kept, held), counts, strict=True))
+    both = Images(torch.cat([train.images, fit.images]), torch.cat([train.targets, fit.targets]), images.classes)
+    return FlowSets(train, fit, both)
 
 
 def _cut(images: Images, count: int, seed: int) -> Images:
     if not count:
         return images
     return images.subset(items_per_class(images.targets, count, torch.Generator().manual_seed(seed)))
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Stream:
+    """Batches of a set as the flow takes them: (x in [0, 1] (B, C, H, W), labels (B,), dequantisation noise in [0, 1)
+    of the flow's input, images of the batch over all processes).
+
+    The set stays on the device. Random numbers are a function of (seed, use, epoch, batch), drawn for the whole batch,
+    of which a process keeps its rows. From epoch `joins` on the images are those of `merged`. `test`: no transforms but
+    black padding. `whole` leaves out a last batch with fewer images than processes.
+    """
+
+    def __init__(
+        self, images: Images, config: Config, dist: Distributed, use: int, batch_size: int, *, shuffle: bool = False,
+        test: bool = False, whole: bool = False, merged: Images | None = None, joins: int = 0,
+    ):  # fmt: skip
+        self.config, self.dist, self.use, self.batch_size = config, dist, use, batch_size
+        self.shuffle, self.test, self.whole = shuffle, test, whole
+        self.images, self.merged, self.joins = images, merged, joins
+        self.recipe = augment.RECIPES[config.dataset.augmentation]
+        self.noise = 0.0
+        if self.recipe.noise:
+            apart = config.test.uniform_noise_value if test else None
+            self.noise = config.uniform_noise_value if apart is None else apart
+        self._held: tuple[Images, Batches] | None = None
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        """Batches of the epoch under way."""
+        return self.batches(self._epoch)
+
+    def _at(self, epoch: int) -> Images:
+        return self.images if self.merged is None or epoch < self.joins else self.merged
+
+    def _sizes(self, epoch: int) -> list[int]:
+        count = len(self._at(epoch))
+        sizes = [min(self.batch_size, count - start) for start in range(0, count, self.batch_size)]
+        return sizes[:-1] if self.whole and sizes[-1] < self.dist.world else sizes
+
+    def batches(self, epoch: int) -> int:
+        """Batches of an epoch."""
+        return len(self._sizes(epoch))
+
+    def steps(self, epochs: int) -> int:
+        """Batches of the first `epochs` epochs."""
+        early = min(epochs, self.joins) if self.merged is not None else epochs
+        return early * self.batches(0) + (epochs - early) * self.batches(epochs)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+        """Batches `start`, `start` + 1, ... of `epoch`; a process without rows of a batch skips it."""
+        self._epoch, images, config, dist = epoch, self._at(epoch), self.config, self.dist
+        if self._held is None or self._held[0] is not images:
+            self._held = images, Batches(
+                images, self.batch_size, config.seed, self.shuffle, drop_last=False, rank=dist.rank, world=dist.world,
+                device=dist.device, hold=True,
+            )  # fmt: skip
+        sizes = self._sizes(epoch)
+        for index, (pixels, y) in enumerate(self._held[1].epoch(epoch, start), start):
+            if index < len(sizes) and len(y):
+                rng = generator(config.seed, self.use, epoch, index, device=dist.device)
+                x, noise = self._prepared(pixels, sizes[index], rng)
+                yield x, y, noise, sizes[index]
+
+    def _prepared(self, pixels: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        start, stop = own_rows(count, self.dist)
+        if self.test:
+            pixels = augment.for_test(pixels, self.recipe)
+        else:
+            draws = augment.Draws.make(self.recipe, count, rng).rows(start, stop)
+            pixels = augment.for_training(pixels, self.recipe, draws)
+        x = pixels.to(torch.float64 if self.config.trainer_precision == 64 else torch.float32) / 255
+        if self.noise:
+            shape = (count, *pixels.shape[1:])
+            x = x + self.noise * torch.rand(shape, generator=rng, device=rng.device)[start:stop].to(x)
+        shape = (count, x.shape[1], x.shape[2] + self.config.band_rows, x.shape[3])
+        return x, torch.rand(shape, generator=rng, device=rng.device)[start:stop].to(x)
+
+
+def own_rows(count: int, dist: Distributed) -> tuple[int, int]:
+    """The rows of a batch of `count` images that this process works on, as `Batches` deals them out."""
+    parts = np.array_split(np.arange(count), dist.world)
+    start = sum(len(part) for part in parts[: dist.rank])
+    return start, start + len(parts[dist.rank])
 
 
 # ---------------------------------------------------------------- generated images

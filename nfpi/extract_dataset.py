@@ -9,20 +9,24 @@ r"""Write a data set by the pickle contract: <root>/<name>/<name>.pickle = {"tra
 (train/<class>/images, val/images with val_annotations.txt) is understood too. SVHN's train part includes `extra`.
 """
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated
 
-if __package__ in (None, ""):  # started as a file: the repository's root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field, StringConstraints
 from torch import Tensor
 
+from common import datasets
 from common.datasets.readers import read_image
 from common.errors import UserError, run_command
+from common.options import Options, Says, from_flags, option
 from nfpi.data import write_pickle
 
 TORCHVISION = {
@@ -47,19 +51,21 @@ def as_part(data, targets) -> dict[str, Tensor]:
     return {"data": data.contiguous(), "targets": torch.as_tensor(np.asarray(targets)).long()}
 
 
-def from_torchvision(name: str, root: str, download: bool) -> dict:
-    """The set of torchvision below `root`. Raises UserError when it is absent and `download` was not asked."""
+def from_torchvision(name: str, root: Path) -> dict:
+    """The set of torchvision, fetched below `root` where it is absent. Raises UserError when that fails."""
     import torchvision
 
     if name not in TORCHVISION:
-        raise UserError(f"{name}: torchvision offers {', '.join(TORCHVISION)} here; use --folder for other images")
+        raise UserError(
+            f"--download {name}: torchvision offers {', '.join(TORCHVISION)}; use --folder for other images"
+        )
     make = getattr(torchvision.datasets, TORCHVISION[name])
 
     def part(**where):
         try:
-            return make(root, download=download, **where)
-        except RuntimeError as error:
-            raise UserError(f"{name} is not below {root}: add --download, or put it there ({error})") from error
+            return make(str(root), download=True, **where)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{name} cannot be fetched below {root} ({error})") from error
 
     if name == "svhn":
         train, extra, test = (part(split=s) for s in ("train", "extra", "test"))
@@ -74,10 +80,8 @@ def from_torchvision(name: str, root: str, download: bool) -> dict:
     return {**parts, "classes": [str(c) for c in train.classes]}
 
 
-def from_common(name: str, root: str) -> dict:
+def from_common(name: str, root: Path) -> dict:
     """The set of common.datasets."""
-    from common import datasets
-
     parts, classes = {}, None
     for split in ("train", "test"):
         loaded = datasets.load({"fashionmnist": "fashion_mnist"}.get(name, name), root=root, split=split)
@@ -98,8 +102,10 @@ def _listing(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """(file, label) of a folder of class folders, or of TinyImageNet's val folder with its annotations."""
     notes = folder / "val_annotations.txt"
     if notes.is_file():
-        rows = [line.split("\t")[:2] for line in notes.read_text().splitlines() if line.strip()]
-        return [(folder / "images" / name, classes.index(label)) for name, label in rows]
+        rows = [line.split("\t") for line in notes.read_text(errors="replace").splitlines() if line.strip()]
+        if bad := [row for row in rows if len(row) < 2 or row[1] not in classes]:
+            raise UserError(f"{notes}: {' '.join(bad[0])[:60]!r} names no file and class of the training images")
+        return [(folder / "images" / row[0], classes.index(row[1])) for row in rows]
     found = []
     for label, name in enumerate(classes):
         files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -132,22 +138,36 @@ def _has_labels(folder: Path) -> bool:
     return folder.is_dir() and any(p.is_dir() and p.name != "images" for p in folder.iterdir())
 
 
+class Config(Options):
+    """The options."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$"), Says("a name without slashes")] = option(
+        ..., "name of the set; also of the folder and file that are written")  # fmt: skip
+    root: str = option("", "where sets lie, and where the pickle goes (default: DATA_ROOT, else data/)")
+    folder: str = option("", "take the images of this folder")
+    size: Annotated[int, Field(ge=0, le=4096)] = option(0, "with --folder: resize to size x size; 0 keeps them")
+    download: bool = option(False, "let torchvision fetch the set")
+    dry_run: bool = option(False, "check the options and leave")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line: name, --root, --folder, --size, --download."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="name of the set; also of the folder and file that are written")
-    parser.add_argument("--root", default="data", help="where sets lie, and where the pickle goes")
-    parser.add_argument("--folder", help="take the images of this folder")
-    parser.add_argument("--size", type=int, default=0, help="with --folder: resize to size x size")
-    parser.add_argument("--download", action="store_true", help="let torchvision fetch the set")
-    args = parser.parse_args(argv)
+    args, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__, positional=("name",))
+    if args.folder and args.download:
+        raise UserError("--folder takes your own images, --download torchvision's: leave one out")
+    if args.size and not args.folder:
+        raise UserError("--size resizes the images of --folder: it has no effect on other sets")
+    if args.dry_run:
+        print(args.model_dump_json(indent=2))
+        return
+    root = datasets.data_root(args.root)
     if args.folder:
         content = from_folder(Path(args.folder), args.size)
     elif args.download:
-        content = from_torchvision(args.name, args.root, download=True)
+        content = from_torchvision(args.name, root)
     else:
-        content = from_common(args.name, args.root)
-    path = Path(args.root) / args.name / f"{args.name}.pickle"
+        content = from_common(args.name, root)
+    path = root / args.name / f"{args.name}.pickle"
     write_pickle(path, content)
     shapes = {split: tuple(content[split]["data"].shape) for split in ("train", "test")}
     print(f"wrote {path}: {shapes}, {len(content['classes'])} classes")

@@ -10,7 +10,7 @@ use the previous iterate (Jacobi). The step costs K x K and K x d matrices; `ste
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,11 +25,14 @@ MIN_KL = 1e-12  # two equal Gaussians exert no force on each other; their weight
 class FixedPoint:
     """What the iteration solves, and when it stops. Defaults: cifar10/mean.
 
-    `exp_den_update` 1: K_ij = exp(-1/alpha)/(alpha KL_ij); 0: exp(-KL_ij/s)/s, s the mean of alpha KL over the pairs.
+    `exp_den_update` 1: K_ij = exp(-1/alpha)/(alpha KL_ij), Phi = c ln KL with c = exp(-1/alpha)/alpha; 0: K_ij =
+    exp(-KL_ij/s)/s, Phi = -exp(-KL/s), s the mean of alpha KL over the pairs, a constant within an iteration.
     `isotropic`: the mean update sees the average over the dimensions of v_i and of 1/v_j. `sum_trick`: the variance
     update sees sum_l (mu_j - mu_l)^2 in place of (mu_i - mu_j)^2. `variance_update` `upstream` is the published one,
-    v' = sqrt(A B)/A; `exact` solves the stationarity condition, v' = v sqrt(B/A). `damping` w: x' = (1-w) new + w old.
-    Stops when the largest L2 change of a class's mean and of its variance is at most `epsilon`, or after `max_iters`.
+    v' = sqrt(A B)/A. `exact` is v' = v sqrt(B/A); `solve` then leaves out the two approximations where the variances
+    move, so that its fixed points are the points where the gradient of the objective (with s held at its last value)
+    vanishes in all that moves. `damping` w: x' = (1-w) new + w old. Stops when the largest L2 change of a class's mean
+    and of its variance is at most `epsilon`, or after `max_iters`.
     """
 
     strength: float = 500_000.0  # lambda
@@ -50,14 +53,19 @@ class FixedPoint:
         if not 0 <= self.damping < 1:
             raise UserError(f"damping={self.damping}: expected 0 <= damping < 1")
 
+    @property
+    def exact(self) -> bool:
+        """Whether the iteration solves for a stationary point of means and variances."""
+        return self.variances and self.variance_update == "exact"
+
     def pull(self, classes: int) -> float:
         """lambda' = lambda / (K (K - 1))."""
         return self.strength / (classes * (classes - 1))
 
     def bounded(self, classes: int) -> bool:
-        """Whether the exact objective has a maximum: lambda <= K/(2c), c = exp(-1/alpha)/alpha, if variances move."""
+        """Whether the exact objective has a maximum. With Phi = c ln KL: lambda <= K/(2c), if variances move."""
         c = math.exp(-1 / self.alpha) / self.alpha
-        return not (self.variances and self.variance_update == "exact") or self.strength <= classes / (2 * c)
+        return not (self.exact and self.exp_den_update) or self.strength <= classes / (2 * c)
 
 
 @dataclass
@@ -122,12 +130,11 @@ def step(
 
 def _variance(mean, var, data_mean, data_var, outflow, inflow, tau, pull, settings: FixedPoint) -> Tensor:
     """A and B of the stationarity condition A = B, and the new variance. NaN where A is negative."""
-    exact = settings.variance_update == "exact"
     # the likelihood's part is the second moment about mu_i; the published code takes the variance about the class mean
-    moment = data_var + (data_mean - mean) ** 2 if exact else data_var
+    moment = data_var + (data_mean - mean) ** 2 if settings.exact else data_var
     b = moment + pull * var**2 * outflow
     a = (1 + tau)[:, None] * var + pull * inflow
-    return var * torch.sqrt(b / a) if exact else torch.sqrt(b * a) / a
+    return var * torch.sqrt(b / a) if settings.exact else torch.sqrt(b * a) / a
 
 
 def step_ref(
@@ -174,6 +181,8 @@ def solve(
     """
     if len(mean) < 2:
         raise UserError("the fixed point iteration separates classes: it needs at least two")
+    if settings.exact:  # with the approximations the fixed point is no stationary point of the objective
+        settings = replace(settings, isotropic=False, sum_trick=False)
     store, device = mean.dtype, mean.device
     if device.type == "mps":  # no float64 there, and K x d is small
         data_mean, data_var, mean, var = (x.cpu() for x in (data_mean, data_var, mean, var))

@@ -9,146 +9,236 @@ r"""NFPI: a flow with one Gaussian a class, placed by fixed point iteration; cla
     torchrun --nproc_per_node=2 nfpi/main.py --config-path=___configs/cifar10 --config-name=mean
     python nfpi/main.py --config-path=___configs/digits --config-name=smoke        # seconds, on a CPU
 
-Enescu & Sahbi, "Learning conditionally untangled latent spaces using Fixed Point Iteration", BMVC 2024. Options: hydra
-overrides of nfpi/___configs/base.yaml (`--config_path` is understood too). Three stages, each can be switched off:
-train_nf, test_nf_alone, train_classifier. Everything is written below
-outputs/<dataset>/<variant>/<lambda_mu>_<lambda_sigma>/<extra>/version_<N>/ (see train.py and cnn.py), the figures of
-all stages in results.json there. An unfinished training run goes on with nf_ckpt_path=.../state_epoch<e>.pt.
+Enescu & Sahbi, "Learning conditionally untangled latent spaces using Fixed Point Iteration", BMVC 2024. Options are
+hydra overrides (`--config_path` is understood too); --help lists them with the values of the chosen file, dry_run=true
+checks them. Three stages, each can be switched off: train_nf, test_nf_alone, train_classifier. Everything is written
+below outputs/<dataset>/<variant>/<lambda_mu>_<lambda_sigma>/<extra>/version_<N>/ (see train.py and cnn.py), the figures
+of all stages in results.json there. An unfinished training run goes on with resume=auto, or with
+nf_ckpt_path=.../checkpoints/state_epoch<e>.pt.
 """
 
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a file: the repository's root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
+import itertools
+import json
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import hydra
-import numpy as np
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from common.checkpoint import load_state, write_json
+from common.checkpoint import read_json, write_json
 from common.errors import NonFiniteError, UserError, disk_full, run_command
-from common.launch import Distributed, seed_everything
-from common.run import Run
+from common.launch import Distributed, full_precision, pick_device, seed_everything
+from common.options import check_resume, compare
 from nfpi import augment, cnn
-from nfpi.conditional import STATE_KIND, ConditionalFlow
-from nfpi.config import config_place, plain_argv, resolve, search_path
-from nfpi.data import Images, flow_sets, load_generated, load_split
-from nfpi.train import evaluate, train_flow
-
-HYDRA_ONLY = (
-    "--help",
-    "-h",
-    "--hydra-help",
-    "--version",
-    "--cfg",
-    "-c",
-    "--info",
-    "-i",
-    "--resolve",
-    "--package",
-    "-p",
+from nfpi.conditional import ConditionalFlow
+from nfpi.config import (
+    Config,
+    composed,
+    config_place,
+    help_text,
+    judge,
+    override_names,
+    plain_argv,
+    resolve,
+    search_path,
+    take_architecture,
+    without_effect,
 )
+from nfpi.data import Images, flow_sets, load_generated, load_split
+from nfpi.evaluate import repeated, test_stream
+from nfpi.train import FlowTraining, read_state, train_flow
+
+HYDRA_ONLY = ("--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p")
 
 
-def load_images(cfg: DictConfig) -> tuple[Images, Images]:
-    """The real training and test images, of the size that the configuration says."""
-    info = cfg.dataset_info[cfg.dataset_name]
-    pad = augment.recipe(info.augmentation).zero_pad
+def load_images(config: Config) -> tuple[Images, Images, Images]:
+    """The real training and test images, of the size that the configuration says, and the images of the real-data CNN:
+    the data set itself, another one, or a generated file.
+    """
+    info, name = config.dataset, config.dataset_classification
+    pad = augment.RECIPES[info.augmentation].zero_pad
     shape = (info.ch, info.h - 2 * pad, info.w - 2 * pad)
-    train, test = (load_split(cfg.dataset_nf, cfg.data_path, split) for split in ("train", "test"))
-    return tuple(part.check(shape, info.num_classes, f"data set {cfg.dataset_nf}") for part in (train, test))
 
+    def checked(images: Images, source: str) -> Images:
+        return images.check(shape, info.num_classes, source)
 
-def version_folder(base: Path, dist: Distributed) -> Path:
-    """`base/version_<N>`, N the first free number; the same on all processes."""
-    taken = [int(p.name[8:]) for p in base.glob("version_*") if p.name[8:].isdigit()] if dist.is_main else []
-    return base / f"version_{int(dist.sum(float(max(taken, default=-1) + 1 if dist.is_main else 0)))}"
-
-
-def classifier_images(cfg: DictConfig, real: Images) -> Images:
-    """The labelled training images of the real-data CNN: the data set itself, another one, or a generated file."""
-    name = str(cfg.dataset_classification)
+    train, test = (checked(load_split(config.dataset_nf, config.data_path, split), f"data set {config.dataset_nf}")
+                   for split in ("train", "test"))  # fmt: skip
+    if name == config.dataset_nf or not config.train_classifier:
+        return train, test, train
     if name.endswith(".pickle"):
-        info = cfg.dataset_info[cfg.dataset_name]
-        return load_generated(name, real.classes).check(tuple(real.images.shape[1:]), info.num_classes, name)
-    return real if name == cfg.dataset_nf else load_split(name, cfg.data_path, "train")
+        return train, test, checked(load_generated(name, train.classes), name)
+    return train, test, checked(load_split(name, config.data_path, "train"), f"data set {name}")
 
 
-def experiment(cfg: DictConfig, output: Path) -> dict:
-    """All stages of one configuration; returns (and writes) the figures."""
-    dist = Distributed.start(cfg.device)
-    # atomics in some CUDA kernels vary from run to run; deterministic=true forbids them
-    seed_everything(cfg.seed, bool(cfg.deterministic) and dist.device.type == "cuda")
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    real, test = load_images(cfg)
-    state = load_state(cfg.nf_ckpt_path, kind=STATE_KIND) if cfg.nf_ckpt_path else None
-    folder = Path(cfg.nf_ckpt_path).resolve().parent.parent if state else version_folder(output, dist)
-    results, model = {"config": plain, "folder": str(folder)}, None
-    where = {"resume": state is not None, "resume_step": state["step"] if state else None}
+# ---------------------------------------------------------------- the folder of a run
+
+
+def resumed_state(config: Config) -> dict[str, Any] | None:
+    """The state at `nf_ckpt_path`. Raises UserError, before anything is written, for one that does not lie in a run's
+    folder or was made with other settings.
+    """
+    if not config.nf_ckpt_path:
+        return None
+    path = Path(config.nf_ckpt_path)
+    state = read_state(path)
+    check_resume(state["options"], config, path)
+    if path.resolve().parent.name != "checkpoints":
+        raise UserError(f"nf_ckpt_path={path}: a run goes on in its own folder, and its states lie in "
+                        "<run>/checkpoints/; put the file back")  # fmt: skip
+    return state
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest full state of a run."""
+    return max((folder / "checkpoints").glob("state_epoch[0-9]*.pt"), default=None)
+
+
+def is_finished(folder: Path, config: Config) -> bool:
+    """Whether all stages of a run have ended, and as many epochs as are asked now."""
+    results = folder / "results.json"
+    if not results.is_file():
+        return False
+    content = read_json(results)
+    epochs = content.get("config", {}).get("train", {}).get("epochs", 0)
+    return content.get("finished", True) and epochs >= config.train.epochs
+
+
+def of_same_command(base: Path, config: Config) -> list[Path]:
+    """The version folders that were made with these settings, the newest first."""
+    found = [p for p in base.glob("version_*") if p.name[8:].isdigit() and (p / "config.json").is_file()]
+    found = [p for p in found if not compare(read_json(p / "config.json"), config)["same"]]
+    return sorted(found, key=lambda p: -int(p.name[8:]))
+
+
+def version_folder(base: Path, config: Config, dist: Distributed) -> Path:
+    """`base/version_<N>`, the same on all processes: with resume=auto the newest one of this command, unless the newest
+    is finished and none is unfinished; otherwise a new one.
+    """
+    number = 0
+    if dist.is_main:
+        earlier = of_same_command(base, config) if config.resume and config.train_nf else []
+        unfinished = [p for p in earlier if not is_finished(p, config)]
+        if chosen := unfinished[:1] or earlier[:1]:
+            number = int(chosen[0].name[8:])
+        else:
+            taken = [int(p.name[8:]) for p in base.glob("version_*") if p.name[8:].isdigit()]
+            for number in itertools.count(max(taken, default=-1) + 1):
+                try:
+                    (base / f"version_{number}").mkdir(parents=True)
+                    break
+                except FileExistsError:  # another process was faster
+                    continue
+                except OSError as error:
+                    raise UserError(f"cannot make a folder in {base}: {error.strerror}") from error
+    return base / f"version_{int(dist.sum(float(number)))}"
+
+
+# ---------------------------------------------------------------- the stages
+
+
+def experiment(config: Config, output: Path, given: Iterable[str] = (), state: dict[str, Any] | None = None) -> dict:
+    """All stages of one configuration; returns (and writes) the figures. `given`: the options of the command line;
+    `state`: what `resumed_state` read.
+    """
+    dist = Distributed.start(config.device)
     try:
-        with Run(folder, plain, **where, wandb=cfg.wandb or None, enabled=dist.is_main) as run:
-            run.info(f"device {dist.device}, {dist.world} process(es), writing to {folder}")
-            weights = cfg.nf_load_path
-            if cfg.train_nf:
-                train, fit = flow_sets(
-                    real,
-                    cfg.dataset_info,
-                    bool(cfg.val.gmm.use_train_dataset),
-                    cfg.dataset_info[cfg.dataset_name].train_ratio,
-                    cfg.seed,
-                )
-                weights = train_flow(cfg, train, fit, test, dist, run, state)
-                if weights is None:  # a signal stopped the training, and its state is saved
-                    raise KeyboardInterrupt
-            if weights:
-                model = ConditionalFlow.load(weights, dist.device)
-                check_model(model, cfg, weights)
-            if cfg.test_nf_alone:
-                results["nf"] = test_flow(model, test, cfg, dist, run)
-            if cfg.train_classifier:
-                if model is not None and not model.knows_classes and cfg.classifier_nf_strategy != "do_not_use":
-                    raise UserError(f"{weights} has no classes to generate: add train_classifier=0")
-                source = classifier_images(cfg, real)
-                results["cnn"] = {}
-                for t in cnn.temperatures(cfg):
-                    accuracy = cnn.train_cnn(model, cfg, source, test, t, dist, folder)
-                    results["cnn"][f"{t:.1f}"] = accuracy
-                    run.info(f"CNN ({cfg.classifier_nf_strategy}, T={t:.1f}): test accuracy {accuracy:.4f}")
-            if dist.is_main:
-                write_json(folder / "results.json", results)
-                report(results)
+        return _stages(config, output, list(given), state, dist)
     finally:
         dist.close()
+
+
+def _stages(config: Config, output: Path, given: list[str], state: dict[str, Any] | None, dist: Distributed) -> dict:
+    full_precision(config.tf32)
+    # atomics in some CUDA kernels vary from run to run; deterministic=true forbids them
+    seed_everything(config.seed, config.deterministic and dist.device.type == "cuda")
+    notes = list(without_effect(config, given))
+    check_files(config)
+    config, model = loaded_model(config, given, dist.device)
+    real, test, cnn_images = load_images(config)
+    if config.train_classifier and config.cnn_load_path:
+        cnn.new_net(config)  # refuses weights that do not fit before hours of training
+    if state is not None:
+        folder, how = Path(config.nf_ckpt_path).resolve().parent.parent, {"resume": True}
+        how["checkpoint"] = config.nf_ckpt_path
+    else:
+        folder, how = version_folder(output, config, dist), {}
+        if config.resume and config.train_nf and (folder / "config.json").is_file():
+            if is_finished(folder, config):
+                print(f"{folder} is finished")
+                return read_json(folder / "results.json")
+            how = {"resume": "auto", "checkpoint": newest_state(folder)}
+    results: dict[str, Any] = {"config": config.as_dict(), "folder": str(folder), "finished": False}
+    with FlowTraining(folder, config, dist, state, wandb=config.wandb or None, **how) as training:
+        run = training.run
+        for line in (f"device {dist.device}, {dist.world} process(es), writing to {folder}", *notes):
+            run.info(line)
+        if config.train_nf:
+            try:
+                weights = train_flow(config, flow_sets(real, config), test, training, dist)
+            except KeyboardInterrupt:
+                run.info(f"go on with resume=auto, or with nf_ckpt_path={training.checkpoint}")
+                raise
+            model = ConditionalFlow.load(weights, dist.device)
+        if config.test_nf_alone:
+            results["nf"] = repeated(model, test_stream(test, config, dist), config.num_test_alone, dist, run)
+            keep(results, dist)
+        for t in cnn.temperatures(config) if config.train_classifier else ():
+            accuracy = cnn.train_cnn(model, config, cnn_images, test, t, dist, folder)
+            results.setdefault("cnn", {})[f"{t:.1f}"] = accuracy
+            run.info(f"CNN ({config.classifier_nf_strategy}, T={t:.1f}): test accuracy {accuracy:.4f}")
+            keep(results, dist)
+        results["finished"] = True
+        keep(results, dist)
+        if dist.is_main:
+            report(results)
     return results
 
 
-def check_model(model: ConditionalFlow, cfg: DictConfig, source: str | Path) -> None:
+def keep(results: dict, dist: Distributed) -> None:
+    """Write what is known so far: a later stage may fail."""
+    if dist.is_main:
+        write_json(Path(results["folder"]) / "results.json", results)
+
+
+def check_files(config: Config) -> None:
+    """Raise UserError for weights that are asked for and missing."""
+    for path in (config.nf_weights_load_path, config.gaussians_load_path, config.cnn_load_path):
+        if path and not Path(path).is_file():
+            raise UserError(f"no weights at {path}")
+
+
+def loaded_model(config: Config, given: Iterable[str], device: Any) -> tuple[Config, ConditionalFlow | None]:
+    """With train_nf=0 the model at `nf_load_path`, and the options with its architecture."""
+    if config.train_nf or not config.nf_load_path:
+        return config, None
+    model = ConditionalFlow.load(config.nf_load_path, device)
+    config = take_architecture(config, model.facts(), given, config.nf_load_path)
+    check_model(model, config)
+    return config, model
+
+
+def check_model(model: ConditionalFlow, config: Config) -> None:
     """Raise UserError when loaded weights are of another image size or number of classes than the configuration."""
-    info, config = cfg.dataset_info[cfg.dataset_name], model.flow.config
+    info, architecture, source = config.dataset, model.flow.config, config.nf_load_path
     rows = model.codes.rows if model.codes else 0
-    if (config.channels, config.height - rows, config.width) != (info.ch, info.h, info.w):
-        raise UserError(
-            f"{source}: a flow of {config.channels} x {config.height} x {config.width} images, not {cfg.dataset_name}'s"
-        )
+    if (architecture.channels, architecture.height - rows, architecture.width) != (info.ch, info.h, info.w):
+        shape = f"{architecture.channels} x {architecture.height} x {architecture.width}"
+        raise UserError(f"{source}: a flow of {shape} images, not {config.dataset_name}'s")
     if model.classes != info.num_classes:
-        raise UserError(f"{source}: {model.classes} classes, {cfg.dataset_name} has {info.num_classes}")
-
-
-def test_flow(model: ConditionalFlow, test: Images, cfg: DictConfig, dist: Distributed, run: Run) -> dict:
-    """Mean and standard deviation of the test figures over `num_test_alone` draws of the dequantisation noise."""
-    rows = [evaluate(model, test, cfg, dist, repeat) for repeat in range(cfg.num_test_alone)]
-    figures = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        figures[name] = float(np.mean(values))
-        figures[f"{name}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    run.info(f"test over {len(rows)} draw(s): " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-    return {"repeats": len(rows), **figures}
+        raise UserError(f"{source}: {model.classes} classes, {config.dataset_name} has {info.num_classes}")
+    if config.train_classifier and not model.knows_classes and config.classifier_nf_strategy != "do_not_use":
+        raise UserError(f"{source} has no classes to generate: add train_classifier=0")
 
 
 def report(results: dict) -> None:
@@ -158,6 +248,9 @@ def report(results: dict) -> None:
     for temperature, value in results.get("cnn", {}).items():
         print(f"cnn T={temperature} accuracy {value:.4f}")
     print(f"results: {results['folder']}/results.json")
+
+
+# ---------------------------------------------------------------- the command line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -170,21 +263,34 @@ def main(argv: list[str] | None = None) -> None:
     flags = [a for a in argv if a not in overrides]  # hydra wants them in front
     asks = any(a.partition("=")[0] in HYDRA_ONLY for a in flags)
     stray = [a for a in flags if not a.startswith("-")]
+    if {"-h", "--help"} & set(flags) or "help" in stray:
+        print(help_text(composed(folder, name, overrides), __doc__))
+        return
     if stray and not asks:
         raise UserError(f"cannot read '{stray[0]}': options are written key=value")
-    multirun = bool({"-m", "--multirun"} & set(flags))
-    if not asks and not multirun:
-        resolve(folder, name, overrides)  # refuse a bad configuration before hydra makes a folder
+    state, multirun = None, bool({"-m", "--multirun"} & set(flags))
+    given = override_names(overrides)
+    if not asks and not multirun:  # refuse what is wrong before hydra makes a folder
+        config = resolve(folder, name, overrides)
+        if config.dry_run:
+            dry_run(config, given)
+            return
+        state = resumed_state(config)
+        if state is not None:  # in the folder of the run, whatever this call's options would name it
+            own = Path(config.nf_ckpt_path).resolve().parent.parent.parent
+            overrides = [*overrides, f"hydra.run.dir={json.dumps(str(own), ensure_ascii=False)}"]
     failures: list[BaseException] = []
 
-    def job(cfg: DictConfig) -> None:
+    def job(values: DictConfig) -> None:
         # hydra would turn these into a traceback and exit code 1
         if any(isinstance(failure, KeyboardInterrupt) for failure in failures):
             return
         try:
-            if multirun:
-                resolve(folder, name, list(HydraConfig.get().overrides.task))
-            experiment(cfg, Path(HydraConfig.get().runtime.output_dir))
+            config = judge(values, name)
+            if config.dry_run:
+                dry_run(config, given)
+                return
+            experiment(config, Path(HydraConfig.get().runtime.output_dir), given, state or resumed_state(config))
         except (UserError, NonFiniteError, KeyboardInterrupt) as error:
             failures.append(error)
         except OSError as error:
@@ -204,6 +310,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.argv = before
     if failures:
         raise failures[0]
+
+
+def dry_run(config: Config, given: Iterable[str]) -> None:
+    """Check what needs neither data nor training, and print the options as JSON."""
+    pick_device(config.device)
+    check_files(config)
+    for line in without_effect(config, given):
+        print(line, file=sys.stderr)
+    config, _ = loaded_model(config, given, "cpu")
+    resumed_state(config)
+    print(json.dumps(config.as_dict(), indent=2))
 
 
 def _flag(argv: list[str], *names: str) -> tuple[str | None, list[str]]:

@@ -34,16 +34,18 @@ def row_norm(a: Tensor) -> Tensor:
     return a.abs().sum(-1).amax(-1)
 
 
-def expm(a: Tensor) -> Tensor:
+def expm(a: Tensor, most: int | None = None) -> Tensor:
     """exp(a) of square matrices (..., n, n) by scaling and squaring; each matrix is scaled by its own norm.
 
     Float32 or float64. A matrix that needs fewer squarings than its neighbours keeps its result, so a batch of mixed
-    magnitudes is as accurate as one matrix at a time.
+    magnitudes is as accurate as one matrix at a time. `most`: squarings that are enough, where the caller knows it; the
+    device is then not asked, and a matrix that would need more becomes NaN.
     """
     norm = row_norm(a.detach()).clamp_min(torch.finfo(a.dtype).tiny)
     squarings = torch.ceil(torch.log2(norm)).clamp_min(-1) + 1  # per matrix: norm / 2^s <= 1/2
     squarings = squarings.nan_to_num(0, 0, 0)  # a lost weight stays lost; the training loop names its layer
-    most = int(squarings.max())  # the one synchronisation of this call
+    bounded = most is not None
+    most = most if bounded else int(squarings.max())  # the one synchronisation of this call
     _, terms = taylor_plan(0.5, torch.finfo(a.dtype).eps)
     x = a * torch.exp2(-squarings)[..., None, None]
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -52,7 +54,7 @@ def expm(a: Tensor) -> Tensor:
         y = eye + (x @ y) / k
     for k in range(most):
         y = torch.where((squarings > k)[..., None, None], y @ y, y)
-    return y
+    return torch.where((squarings > most)[..., None, None], math.nan, y) if bounded else y
 
 
 def expm_ref(a: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Pictures of a run: sample grids, mean and variance curves, sorted pairwise KL, t-SNE, confusion matrix.
 
-Every function returns (H, W, 3) uint8; `show` writes it below the run's folder and to TensorBoard.
+Every function returns (H, W, 3) uint8; `write_all` puts pictures below the run's folder and into TensorBoard.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from nfpi.conditional import ConditionalFlow
 
 
-def show(run: Run, name: str, picture: np.ndarray, step: int) -> None:
-    """Write `pictures/<name>.png` (the newest replaces the older one) and the TensorBoard image of the same name."""
-    if run.enabled:
+def write_all(run: Run, shown: Mapping[str, np.ndarray], step: int) -> None:
+    """Write `pictures/<name>.png` (the newest replaces the older one) and TensorBoard images of the same names."""
+    for name, picture in shown.items() if run.enabled else ():
         save_image(run.folder / "pictures" / f"{name}.png", picture)
         run.image(name, picture, step)
 
@@ -47,13 +47,6 @@ def class_grids(model: "ConditionalFlow", temperature: float, rng: torch.Generat
         images, _ = model.sample(y, temperature, rng)
         grids[f"samples_{k}"] = mosaic(images.float().cpu(), columns=8)
     return grids
-
-
-def overview(model: "ConditionalFlow", temperature: float, rng: torch.Generator, columns: int = 8) -> np.ndarray:
-    """One row of samples a class, of the first ten classes."""
-    y = torch.arange(min(model.classes, 10), device=model.device).repeat_interleave(columns)
-    images, _ = model.sample(y, temperature, rng)
-    return mosaic(images.float().cpu(), columns=columns)
 
 
 def fpi_curves(history: Sequence[dict[str, float]]) -> np.ndarray:
@@ -124,15 +117,8 @@ def scatter(
     last = (classes or int(labels.max()) + 1) - 1
     figure = Figure(figsize=(5, 5), dpi=100, layout="constrained")
     axes = figure.subplots()
-    axes.scatter(
-        points[:, 0],
-        points[:, 1],
-        c=labels,
-        s=size,
-        vmin=0,
-        vmax=max(last, 9),
-        cmap="tab10" if last < 10 else "nipy_spectral",
-    )
+    colours = {"vmin": 0, "vmax": max(last, 9), "cmap": "tab10" if last < 10 else "nipy_spectral"}
+    axes.scatter(points[:, 0], points[:, 1], c=labels, s=size, **colours)
     if limits:
         axes.set_xlim(limits[0][0], limits[1][0])
         axes.set_ylim(limits[0][1], limits[1][1])

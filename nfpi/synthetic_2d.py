@@ -1,37 +1,44 @@
 r"""The 2-D experiment: class Gaussians of a labelled planar cloud before and after the fixed point iteration.
 
-    python nfpi/synthetic_2d.py --data cifar10_tsne.npz --out runs/synthetic_2d          # t-SNE of CIFAR-10
+    python nfpi/synthetic_2d.py --data cifar10_tsne.npz --out runs/synthetic_2d          # t-SNE of CIFAR-10, ships
     python nfpi/synthetic_2d.py --data rings --strength 100 1000 5000                    # a generated cloud
     python nfpi/synthetic_2d.py --data cloud.npz --force-isotropic 4 --no-variances
 
---data: a .npz with `x` (N, 2) and `y` (N,), a pickle with the same keys (only arrays are read), or `blobs`, `rings`.
+--data: a .npz with `x` (N, 2) and `y` (N,), a pickle with the same keys (only arrays are read; the published
+tsne_cifar10_data_file.pickle is one), or `blobs`, `rings`. cifar10_tsne.npz lies beside this script: CIFAR-10's 50,000
+training images in the plane, scikit-learn's TSNE(n_components=2, random_state=0) of their pixels, with their labels;
+the coordinates of the published file, float32, compressed.
 Start values are the class statistics; no sum trick; as in section "2-D data" of Enescu & Sahbi (BMVC 2024).
 Writes to --out: tsne.png (the cloud), tsne_class<k>.png (classes added one after the other), tsne_gaussians.png (1000
 samples a class of the estimated Gaussians), fpi_<lambda>.png (the same after the iteration), steps_<lambda>.png, and
 results.json (iterations, means, standard deviations, smallest KL).
 """
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
-if __package__ in (None, ""):  # started as a file: the repository's root is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from common.checkpoint import write_json
 from common.datasets.readers import read_npz
 from common.errors import UserError, run_command
 from common.images import save_image
+from common.options import Count, Decay, NonNegative, Options, from_flags, option
 from nfpi import pictures
 from nfpi.data import read_pickle
-from nfpi.fpi import FixedPoint, FixedPointResult, solve
+from nfpi.fpi import FixedPoint, solve
 from nfpi.gaussians import ClassMoments, kl_matrix, off_diagonal
 
 STRENGTHS = (100.0, 1000.0, 5000.0, 10000.0, 50000.0, 100000.0)
+CIFAR10 = Path(__file__).parent / "cifar10_tsne.npz"
 SAMPLES = 1000  # a class, in the pictures of Gaussians
 
 
@@ -40,9 +47,11 @@ def load_cloud(source: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     if source in ("blobs", "rings"):
         return generated_cloud(source, seed)
     path = Path(source)
+    if path == Path(CIFAR10.name) and not path.exists():
+        path = CIFAR10
     if path.suffix == ".npz":
         if not path.is_file():
-            raise UserError(f"no file {path}; --data takes a .npz, a pickle, blobs or rings")
+            raise UserError(f"no file {path}; --data takes {CIFAR10.name} (it ships), a .npz, a pickle, blobs or rings")
         content = read_npz(path)
     else:
         content = read_pickle(path)
@@ -52,6 +61,8 @@ def load_cloud(source: str, seed: int = 0) -> tuple[Tensor, Tensor]:
         raise UserError(f"{path} has no points 'x' and labels 'y'") from error
     if x.ndim != 2 or x.shape[1] != 2 or y.shape != x.shape[:1] or len(x) == 0:
         raise UserError(f"{path}: expected x (N, 2) and y (N,), got {tuple(x.shape)} and {tuple(y.shape)}")
+    if not bool(torch.isfinite(x).all()) or not 0 <= int(y.min()) <= int(y.max()) < 10_000:
+        raise UserError(f"{path}: expected finite points and labels 0 to K - 1")
     return x, y
 
 
@@ -74,24 +85,39 @@ def class_statistics(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return ClassMoments.of(x, y, int(y.max()) + 1).statistics()
 
 
-def run(mean: Tensor, var: Tensor, strength: float, args: argparse.Namespace) -> FixedPointResult:
-    """The iteration from the class statistics, or from variances fixed at `--force-isotropic`; float32 iterates."""
-    start = var
-    if args.force_isotropic:
-        start = torch.full_like(var, args.force_isotropic)
-    settings = FixedPoint(
-        strength=strength,
-        means=args.means,
-        variances=args.variances and not args.force_isotropic,
-        isotropic=args.isotropic,
-        sum_trick=args.sum_trick,
-        alpha=args.alpha,
-        variance_update=args.variance_update,
-        damping=args.damping,
-        epsilon=args.epsilon,
-        max_iters=args.max_iters,
-    )
-    return solve(mean, var, mean.float(), start.float(), settings)
+class Config(Options):
+    """The options."""
+
+    data: str = option(..., ".npz or pickle with x and y, or blobs, rings")
+    out: str = option("runs/synthetic_2d", "folder for pictures and results.json")
+    strength: Annotated[list[NonNegative], Field(min_length=1)] = option(list(STRENGTHS), "values of lambda")
+    means: bool = option(True, "let the means move")
+    variances: bool = option(True, "let the variances move")
+    isotropic: bool = option(True, "mean update with averaged variances")
+    sum_trick: bool = option(False, "summed squares in the variance update")
+    force_isotropic: NonNegative = option(0.0, "fix all variances at this value (0 = off)")
+    variance_update: Literal["upstream", "exact"] = option(
+        "upstream", "exact: stationary in means and variances, whatever isotropic and sum-trick say")  # fmt: skip
+    damping: Decay = option(0.0, "weight of the previous iterate")
+    alpha: Annotated[float, Field(ge=1e-3, le=1e9)] = option(10.0, "alpha of the pair weights")
+    epsilon: NonNegative = option(0.1, "stop when no mean or variance moves further")
+    max_iters: Count = option(10000, "iterations at most")
+    dry_run: bool = option(False, "check the options and leave")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.variance_update == "exact" and (self.force_isotropic or not self.variances):
+            raise ValueError("--variance-update exact has no effect where the variances do not move: leave it, "
+                             "--force-isotropic and --no-variances out")  # fmt: skip
+        return self
+
+    def fixed_point(self, strength: float) -> FixedPoint:
+        """The iteration for one lambda."""
+        return FixedPoint(
+            strength=strength, means=self.means, variances=self.variances and not self.force_isotropic,
+            isotropic=self.isotropic, sum_trick=self.sum_trick, alpha=self.alpha, variance_update=self.variance_update,
+            damping=self.damping, epsilon=self.epsilon, max_iters=self.max_iters,
+        )  # fmt: skip
 
 
 def gaussian_samples(mean: Tensor, var: Tensor, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -104,22 +130,10 @@ def gaussian_samples(mean: Tensor, var: Tensor, seed: int = 0) -> tuple[np.ndarr
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line, iterate for every lambda, write pictures and results.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = argparse.BooleanOptionalAction
-    parser.add_argument("--data", required=True, help=".npz or pickle with x and y, or blobs, rings")
-    parser.add_argument("--out", default="runs/synthetic_2d", help="folder for pictures and results.json")
-    parser.add_argument("--strength", type=float, nargs="+", default=list(STRENGTHS), help="values of lambda")
-    parser.add_argument("--means", action=flag, default=True, help="let the means move")
-    parser.add_argument("--variances", action=flag, default=True, help="let the variances move")
-    parser.add_argument("--isotropic", action=flag, default=True, help="mean update with averaged variances")
-    parser.add_argument("--sum-trick", action=flag, default=False, help="summed squares in the variance update")
-    parser.add_argument("--force-isotropic", type=float, default=0.0, help="fix all variances at this value (0 = off)")
-    parser.add_argument("--variance-update", choices=("upstream", "exact"), default="upstream")
-    parser.add_argument("--damping", type=float, default=0.0, help="weight of the previous iterate, 0 to 1")
-    parser.add_argument("--alpha", type=float, default=10.0)
-    parser.add_argument("--epsilon", type=float, default=0.1, help="stop when no mean or variance moves further")
-    parser.add_argument("--max-iters", type=int, default=10000)
-    args = parser.parse_args(argv)
+    args, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
+    if args.dry_run:
+        print(args.model_dump_json(indent=2))
+        return
     out = Path(args.out)
     x, y = load_cloud(args.data)
     mean, var = class_statistics(x, y)
@@ -132,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     save_image(out / "tsne_gaussians.png", pictures.scatter(*gaussian_samples(mean, var), size=1))
     results = {}
     for strength in args.strength:
-        result = run(mean, var, strength, args)
+        start = torch.full_like(var, args.force_isotropic) if args.force_isotropic else var
+        result = solve(mean, var, mean.float(), start.float(), args.fixed_point(strength))  # float32 iterates
         smallest = float(off_diagonal(kl_matrix(result.mean, result.var)).min())
         std = result.var.double().sqrt()
         results[f"{strength:g}"] = {

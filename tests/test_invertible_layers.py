@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from nfpi_layer_cases import contract_cases
 from torch import Tensor, nn
 
 from inv_flow.layers import activations as act
@@ -22,7 +23,7 @@ from inv_flow.layers.flow import FlowSequential
 from inv_flow.layers.inv_conv import InverseConv2d, InverseConvUnit, MaskedConv2d
 from inv_flow.layers.preprocess import LogitTransform, Normalization, SigmoidTransform, Squeeze, UnSqueeze
 from inv_flow.layers.selfnorm import SelfNormConv, SelfNormFC
-from nfpi.model import FlowConfig, MultiScaleFlow, contract_cases
+from nfpi.model import FlowConfig, MultiScaleFlow
 
 
 @dataclass

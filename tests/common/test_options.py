@@ -1,7 +1,7 @@
 from typing import Annotated, ClassVar, Literal
 
 import pytest
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from common.errors import UserError
 from common.options import (
@@ -165,3 +165,35 @@ def test_resume_rules():
         check_resume(old, Config(width=16, inner=Inner(beta=0.5)), "here")
     del old["width"]  # an option that an older run did not have
     assert check_resume(old, Config(width=16), "here") == []
+
+
+class Entry(Options):
+    size: Count = option(1, "size", resume="change")
+
+
+class Sets(Options):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Entry]
+    all: Count = option(1, "of all sets")
+
+
+class WithSets(Options):
+    sets: Sets = option(..., "sets")
+    source: str = option("", "file")
+
+
+def test_entries_of_any_name_are_judged_and_compared():
+    made = WithSets.build({"sets": {"mine": {"size": 3}}})
+    assert made.as_dict()["sets"] == {"all": 1, "mine": {"size": 3}}
+    with pytest.raises(UserError, match=r"sets\.mine\.size=-1: expected a whole number of at least 1"):
+        WithSets.build({"sets": {"mine": {"size": -1}}})
+    with pytest.raises(UserError, match=r"sets\.mine=3: expected a group"):
+        WithSets.build({"sets": {"mine": 3}})
+    assert compare({"sets": {"mine": {"size": 4}}}, made)["change"] == {"sets.mine.size": (4, 3)}
+
+
+def test_positional_words():
+    made, given = from_flags(Entry, ["7"], positional=("size",))
+    assert made.size == 7 and given == {"size": 7}
+    with pytest.raises(UserError, match="unexpected argument 8"):
+        from_flags(Entry, ["7", "8"], positional=("size",))

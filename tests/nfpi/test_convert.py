@@ -109,9 +109,11 @@ def test_compiled_names_are_understood(tmp_path):
 def test_standard_convolutions_can_be_named(tmp_path):
     config = architecture(conv_type="standard")
     write(tmp_path / "s.ckpt", published(config)[0])
-    assert convert_checkpoint.convert(tmp_path / "s.ckpt", tmp_path / "s.safetensors").conv_type == "standard"
+    assert (
+        convert_checkpoint.convert(tmp_path / "s.ckpt", tmp_path / "s.safetensors")["flow"]["conv_type"] == "standard"
+    )
     named = convert_checkpoint.convert(tmp_path / "s.ckpt", tmp_path / "s.safetensors", conv_type="matrixexp")
-    assert named.conv_type == "matrixexp"
+    assert named["flow"]["conv_type"] == "matrixexp"
 
 
 class Evil:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from common.errors import UserError
 from nfpi import data, extract_dataset
+from nfpi.config import config_place, resolve
 from nfpi.label_encoder import DistancedPixels
 
 
@@ -78,15 +79,19 @@ def test_wrong_contents_are_named(tmp_path):
 def test_subsets_are_seeded_equal_and_balanced():
     targets = torch.arange(90) % 3
     images = data.Images(torch.arange(90, dtype=torch.uint8).view(90, 1, 1, 1), targets, ())
-    info = {"items_per_class_train": 5, "items_per_class_val": 5}
-    train, fit = data.flow_sets(images, info, True, 0.9, 1999)
+
+    def sets(count, *more):
+        few = [f"dataset_info.items_per_class_{part}={count}" for part in ("train", "val")]
+        return data.flow_sets(images, resolve(*config_place("___configs/digits", "smoke"), [*few, *more]))
+
+    train, fit, merged = sets(5)
     assert torch.equal(train.images, fit.images) and torch.bincount(train.targets).tolist() == [5, 5, 5]
-    other, _ = data.flow_sets(images, info, True, 0.9, 7)
-    assert not torch.equal(train.images, other.images)
-    whole = {"items_per_class_train": 0, "items_per_class_val": 0}
-    train, fit = data.flow_sets(images, whole, False, 0.9, 1999)
+    assert merged is None
+    assert not torch.equal(train.images, sets(5, "seed=7").train.images)
+    train, fit, merged = sets(0, "val.gmm.use_train_dataset=0")
     assert len(train) == 81 and torch.bincount(fit.targets).tolist() == [3, 3, 3]
-    assert not set(train.images.flatten().tolist()) & set(fit.images.flatten().tolist())
+    parts = [set(part.images.flatten().tolist()) for part in (train, fit, merged)]
+    assert not parts[0] & parts[1] and parts[2] == parts[0] | parts[1]
 
 
 def test_generators_depend_on_every_part_of_their_place():

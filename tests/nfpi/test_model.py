@@ -8,17 +8,9 @@ import torch
 from common.errors import UserError
 from nfpi.conditional import ConditionalFlow
 from nfpi.gaussians import ClassGaussians
+from nfpi.layers import ActNorm, AttentionBlock, Conv1x1, CouplingLayer, postprocess, preprocess
 from nfpi.matrix_exp import expm, expm_action, expm_action_ref, expm_ref, phi_action, taylor_plan
-from nfpi.model import (
-    ActNorm,
-    AttentionBlock,
-    Conv1x1,
-    CouplingLayer,
-    FlowConfig,
-    MultiScaleFlow,
-    postprocess,
-    preprocess,
-)
+from nfpi.model import FlowConfig, MultiScaleFlow
 
 
 def randomise(module, seed=0, size=0.3):
