@@ -8,130 +8,108 @@ folder of images, an .npy or .npz file of images (uint8, or floats in [0, 1]), a
 statistics (`mu`, `sigma`). Results go to stdout, warnings and progress to stderr.
 """
 
-import argparse
 import json
 import sys
 import warnings
+from typing import Annotated, Literal
 
-from common.errors import UserError, run_command, suggest
+from pydantic import Field, StringConstraints
+
+from common.errors import UserError, run_command
+from common.metrics import paths_and_options
+from common.options import Count, Device, Options, Says, Seed, from_flags, option
 
 _SERVES = {
-    "--inception-weights": "inception",
-    "--inception-sha256": "inception",
-    "--lenet-data": "lenet",
-    "--data-root": "lenet",
+    "inception_weights": "inception",
+    "inception_sha256": "inception",
+    "lenet_data": "lenet",
+    "data_root": "lenet",
 }
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-fA-F]{4,64}$"), Says("4 to 64 hexadecimal digits")]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
+def _up_to(most: int, least: int = 1):
+    return Annotated[int, Field(ge=least, le=most)]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m common.metrics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+class Config(Options):
+    """The options of the command."""
+
+    metrics: list[Literal["fid", "kid", "prd", "ipr"]] = option(["fid", "kid"], "what to compute", min_length=1)
+    as_json: bool = option(False, "one JSON object instead of a table", flags=("--json",))
+    features: str = option(
+        "inception",
+        "inception, inception-tf, inception-tv, raw, pixel-pca<k>, lenet; all but the first two are not comparable to "
+        "published FIDs",
+        group="features",
     )
-    parser.add_argument("evaluated", help="folder, .npy or .npz that is judged")
-    parser.add_argument("reference", help="folder, .npy or .npz it is judged against")
-    parser.add_argument("--metrics", nargs="+", default=["fid", "kid"], help="fid kid prd ipr (default: fid kid)")
-    parser.add_argument(
-        "--features",
-        default="inception",
-        help="inception (default), inception-tf, inception-tv, raw, pixel-pca<k>, lenet; "
-        "all but the first two are not comparable to published FIDs",
+    inception_weights: str | None = option(None, "weights file of the chosen Inception (.pth, .pb)", group="features")
+    inception_sha256: Digest | None = option(None, "refuse a weights file with another digest", group="features")
+    offline: bool = option(False, "do not download weights", group="features")
+    mode: Literal["paper", "clean"] = option(
+        "paper", "resize as the papers did (paper) or antialiased bicubic (clean)", group="features"
     )
-    group = parser.add_argument_group("features")
-    group.add_argument("--inception-weights", metavar="PATH", help="weights file of the chosen Inception (.pth, .pb)")
-    group.add_argument("--inception-sha256", metavar="HEX", help="refuse a weights file with another digest")
-    group.add_argument("--offline", action="store_true", help="do not download weights")
-    group.add_argument(
-        "--mode", default="paper", help="resize as the papers did (paper) or antialiased bicubic (clean)"
+    size: _up_to(4096) | None = option(
+        None, "raw, pixel-pca<k>: resize all images to this side first", group="features"
     )
-    group.add_argument("--size", type=int, help="raw, pixel-pca<k>: resize all images to this side first")
-    group.add_argument("--lenet-data", metavar="NAME", help="data set that lenet is trained on (default: mnist)")
-    group.add_argument(
-        "--data-root", metavar="DIR", help="where lenet finds its data set (default: DATA_ROOT or data/)"
+    lenet_data: str | None = option(None, "data set that lenet is trained on (without: mnist)", group="features")
+    data_root: str | None = option(
+        None, "where lenet finds its data set (without: DATA_ROOT or data/)", group="features"
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda[:i], mps (default: auto)")
-    group.add_argument("--batch-size", type=int, default=64)
-    group.add_argument("--cache", metavar="DIR", help="folder of weights and features (default: METRICS_CACHE)")
-    group.add_argument("--no-cache", action="store_true", help="neither read nor keep features")
-    group = parser.add_argument_group("protocol")
-    group.add_argument("--limit", type=int, help="only the first so many images of each set")
-    group.add_argument("--seed", type=int, default=0, help="of PRD's clusterings (default: 0)")
-    group.add_argument("--kid-subsets", type=int, default=100)
-    group.add_argument("--kid-subset-size", type=int, default=1000)
-    group.add_argument("--kid-seed", type=int, default=12345)
-    group.add_argument("--kid-legacy", action="store_true", help="draw KID's subsets as numpy's old global generator")
-    group.add_argument("--prd-clusters", type=int, default=20)
-    group.add_argument("--prd-angles", type=int, default=1001)
-    group.add_argument("--prd-runs", type=int, default=10)
-    group.add_argument("--ipr-k", type=int, default=3, help="neighbours of the k-NN precision and recall (default: 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    return parser
+    device: Device = option("auto", "where features are computed", group="features")
+    batch_size: _up_to(65_536) = option(64, "images at once, in memory too", group="features")
+    cache: str | None = option(None, "folder of weights and features (without: METRICS_CACHE)", group="features")
+    no_cache: bool = option(False, "neither read nor keep features", group="features")
+    limit: Count | None = option(None, "only the first so many images of each set", group="protocol")
+    seed: Seed = option(0, "of PRD's clusterings", group="protocol")
+    kid_subsets: _up_to(1_000_000) = option(100, "subsets of the kernel distance", group="protocol")
+    kid_subset_size: _up_to(1_000_000_000, 2) = option(1000, "samples of each subset", group="protocol")
+    kid_seed: Seed = option(12345, "of KID's subsets", group="protocol")
+    kid_legacy: bool = option(False, "draw KID's subsets as numpy's old global generator", group="protocol")
+    prd_clusters: _up_to(1_000_000) = option(20, "clusters of PRD", group="protocol")
+    prd_angles: _up_to(1_000_000, 3) = option(1001, "points of PRD's curve", group="protocol")
+    prd_runs: _up_to(10_000) = option(10, "clusterings that PRD averages over", group="protocol")
+    ipr_k: _up_to(1_000_000) = option(3, "neighbours of the k-NN precision and recall", group="protocol")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the metrics of two sets. Raises UserError for anything the user can mend."""
-    parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        raise UserError(f"unknown option {unknown[0]}{suggest(unknown[0], flags)}; see --help")
+    sets, words = paths_and_options(sys.argv[1:] if argv is None else argv, ("EVALUATED", "REFERENCE"))
+    options, _ = from_flags(Config, words, about=__doc__)
+    for name, kind in _SERVES.items():
+        if getattr(options, name) is not None and not options.features.startswith(kind):
+            raise UserError(f"--{name.replace('_', '-')} has no use with --features {options.features}")
 
     from common.metrics.features import FeatureCache, default_cache
     from common.metrics.generation import score
 
+    protocol = [name for name, field in Config.model_fields.items() if field.json_schema_extra["group"] == "protocol"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default", UserWarning)
         result = score(
-            args.evaluated,
-            args.reference,
-            args.metrics,
-            args.features,
-            cache=None if args.no_cache else FeatureCache(f"{args.cache or default_cache()}/features"),
-            limit=args.limit,
-            seed=args.seed,
-            kid_subsets=args.kid_subsets,
-            kid_subset_size=args.kid_subset_size,
-            kid_seed=args.kid_seed,
-            kid_legacy=args.kid_legacy,
-            prd_clusters=args.prd_clusters,
-            prd_angles=args.prd_angles,
-            prd_runs=args.prd_runs,
-            ipr_k=args.ipr_k,
-            **_extractor_options(args),
+            *sets,
+            options.metrics,
+            options.features,
+            cache=None if options.no_cache else FeatureCache(f"{options.cache or default_cache()}/features"),
+            **{name: getattr(options, name) for name in protocol},
+            **_extractor_options(options),
         )
     messages = list(dict.fromkeys(" ".join(str(one.message).split()) for one in caught))
     for message in messages:
         print(f"warning: {message}", file=sys.stderr)
-    result = {"evaluated": args.evaluated, "reference": args.reference, **result, "warnings": messages}
-    print(json.dumps(result, indent=2, allow_nan=False) if args.json else table(result))
+    result = {"evaluated": sets[0], "reference": sets[1], **result, "warnings": messages}
+    print(json.dumps(result, indent=2, allow_nan=False) if options.as_json else table(result))
 
 
-def _extractor_options(args: argparse.Namespace) -> dict:
-    """The options of `make_extractor`. Raises UserError for a flag that the chosen features have no use for."""
-    for flag, kind in _SERVES.items():
-        if getattr(args, flag.strip("-").replace("-", "_")) is not None and not args.features.startswith(kind):
-            raise UserError(f"{flag} has no use with --features {args.features}")
-    options = {
-        "device": args.device,
-        "batch_size": args.batch_size,
-        "mode": args.mode,
-        "size": args.size,
-        "weights": args.inception_weights,
-        "sha256": args.inception_sha256,
-        "download": False if args.offline and args.features.startswith("inception") else None,
-        "dataset": args.lenet_data,
-        "data_root": args.data_root,
-    }
-    if args.features.startswith(("inception", "lenet")):
-        options["cache"] = args.cache
-    return {key: value for key, value in options.items() if value is not None}
+def _extractor_options(options: Config) -> dict:
+    """What `make_extractor` takes of the options; None is left out."""
+    found = {name: getattr(options, name) for name in ("device", "batch_size", "mode", "size", "data_root")}
+    found |= {"weights": options.inception_weights, "sha256": options.inception_sha256, "dataset": options.lenet_data}
+    if options.features.startswith("inception"):
+        found["download"] = not options.offline
+    if options.features.startswith(("inception", "lenet")):
+        found["cache"] = options.cache
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def table(result: dict) -> str:
@@ -144,15 +122,14 @@ def table(result: dict) -> str:
     if result["note"]:
         lines.append(f"note       {result['note']}")
     rows = {
-        "FID": ("fid",),
-        "KID": ("kid_mean", "kid_std"),
-        "PRD F8, F1/8 (recall, precision)": ("prd_f8", "prd_f1/8"),
-        "k-NN precision, recall": ("ipr_precision", "ipr_recall"),
+        "FID": "{fid:.6g}",
+        "KID": "{kid_mean:.6g} +/- {kid_std:.6g}  ({kid_subsets} subsets of {kid_subset_size})",
+        "PRD F8, F1/8 (recall, precision)": "{prd_f8:.6g}  {prd_f1/8:.6g}  ({prd_n} samples of each)",
+        "k-NN precision, recall": "{ipr_precision:.6g}  {ipr_recall:.6g}",
     }
-    for label, keys in rows.items():
-        if keys[0] in result:
-            joint = " +/- " if label == "KID" else "  "
-            lines.append(f"{label:33s} {joint.join(f'{result[key]:.6g}' for key in keys)}")
+    for (label, row), key in zip(rows.items(), ("fid", "kid_mean", "prd_n", "ipr_recall"), strict=True):
+        if key in result:
+            lines.append(f"{label:33s} {row.format_map(result)}")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Feature extractors behind one interface, the files they need, and the cache of features on disk.
 
     extractor = make_extractor("inception", device="cuda", weights="pt_inception-2015-12-05-6726825d.pth")
-    features = extractor.fit(reference).features(images)          # uint8 (N, C, H, W) -> float64 (N, extractor.dim)
+    features = extractor.fit("reference/").features("samples/")          # -> float64 (N, extractor.dim)
 
 Only `inception` (and `inception-tf`, the same network as a TensorFlow graph) gives numbers that may stand beside
 published FIDs. The others work without any download and compare runs of one's own.
@@ -26,13 +26,14 @@ from tqdm import tqdm
 from common.checkpoint import atomic_write, load_into, load_tensors, load_weights, save_weights
 from common.errors import UserError, suggest
 from common.launch import pick_device
-from common.metrics.frechet import read_npz
+from common.metrics.frechet import check_features, read_npz
 from common.metrics.inception import fid_inception
-from common.metrics.inputs import as_images
+from common.metrics.inputs import Images, file_sha256, open_images
 from common.metrics.resize import MODES, resize
 
 NAMES = ("inception", "inception-tf", "inception-tv", "raw", "pixel-pca<k>", "lenet")
 NOT_COMPARABLE = "not comparable to published FID"
+MOST_BYTES, MOST_BATCH_BYTES = 16 << 30, 4 << 30  # of the features of one set, of one batch of images
 
 # One file under two names: the FID network converted from the TensorFlow graph of 2015-12-05.
 INCEPTION_URLS = (
@@ -58,7 +59,7 @@ class Extractor:
     features, in one line; features and statistics with different fingerprints never mix.
     """
 
-    name = ""
+    name, weights_id = "", "none"
     comparable = False
     channels: int | None = None  # 1: grey, 3: colour, None: as the images are
     dtype = torch.float32
@@ -77,7 +78,7 @@ class Extractor:
     @property
     def fingerprint(self) -> str:
         """`name weights:<digest> resize:<mode> size:<side>`."""
-        return f"{self.name} weights:{self._weights_id()} resize:{self.mode} size:{self.size or 'as is'}"
+        return f"{self.name} weights:{self.weights_id} resize:{self.mode} size:{self.size or 'as is'}"
 
     @property
     def note(self) -> str:
@@ -85,21 +86,44 @@ class Extractor:
         return "" if self.comparable else f"features '{self.name}': {NOT_COMPARABLE}"
 
     def fit(self, reference) -> "Extractor":
-        """Adapt to the reference images, uint8 (N, C, H, W) or (N, H, W, C); most extractors have nothing to adapt."""
+        """Adapt to the reference images (whatever `open_images` takes); most extractors have nothing to adapt."""
         return self
 
     @torch.inference_mode()
     def features(self, images) -> np.ndarray:
-        """float64 features (N, dim) of uint8 images (N, C, H, W) or (N, H, W, C), batch by batch on the device."""
-        images = as_images(images)
-        parts = []
-        batches = images.split(self.batch_size)
-        for batch in tqdm(batches, desc=f"{self.name} features", disable=None if self.progress else True):
-            embedded = self._embed(self._prepare(batch))
-            parts.append(embedded.cpu().numpy().astype(np.float64))
-        features = np.concatenate(parts)
-        self._check_dim(features.shape[1])
+        """float64 features (N, dim) of whatever `open_images` takes, read and embedded batch by batch on the device.
+
+        Raises UserError for images of several sizes (where they are taken as they are), for features that would not fit
+        into memory, and for features that are not finite.
+        """
+        images = self._open(images)
+        features: np.ndarray | None = None
+        done = 0
+        with tqdm(total=len(images), desc=f"{self.name} features", disable=None if self.progress else True) as bar:
+            for batch in images.batches(self.batch_size):
+                part = self._embed(self._prepare(batch)).cpu().numpy().astype(np.float64)
+                self._check_dim(part.shape[1])
+                if features is None:
+                    _check_memory(len(images), self.dim, MOST_BYTES, "give fewer or smaller images")
+                    features = np.empty((len(images), self.dim))
+                features[done : done + len(part)] = part
+                done += len(part)
+                bar.update(len(part))
+        if not np.isfinite(features).all():
+            raise UserError(
+                f"{images.name}: features '{self.name}' hold NaN or infinite values; are the weights whole?"
+            )
         return features
+
+    def _open(self, images) -> Images:
+        images = open_images(images)
+        if self.size is None:
+            images.need_one_size()
+        pixels = max([height * width for height, width in images.sizes] + [(self.size or 0) ** 2])
+        values = (self.channels or images.channels) * pixels
+        rows = min(self.batch_size, len(images))
+        _check_memory(rows, values, MOST_BATCH_BYTES, "give smaller images or a smaller batch size")
+        return images
 
     def _prepare(self, batch: Tensor) -> Tensor:
         """Levels 0..255 as floats on the device, with the extractor's channels and size."""
@@ -118,8 +142,10 @@ class Extractor:
             )
         self.dim = dim
 
-    def _weights_id(self) -> str:
-        return "none"
+
+def _check_memory(rows: int, columns: int, most: int, remedy: str) -> None:
+    if rows * columns * 8 > most:
+        raise UserError(f"{rows} images of {columns} values take {rows * columns * 8 / 2**30:.1f} GB; {remedy}")
 
 
 def _with_channels(x: Tensor, channels: int | None) -> Tensor:
@@ -146,23 +172,26 @@ class Raw(Extractor):
 class PixelPca(Extractor):
     """Projection of the pixels on the first k principal components of the reference images."""
 
-    dtype = torch.float64
-    most_images = 10_000
+    dtype, weights_id = torch.float64, "not fitted"
+    most_images, most_values = 10_000, 1 << 28  # of the reference, in memory for the fit
 
     def __init__(self, k: int, **options):
         super().__init__(**options)
         if k < 1:
             raise UserError(f"pixel-pca{k}: at least one component is needed")
-        self.name, self.k, self._mean, self._axes, self._reference = f"pixel-pca{k}", k, None, None, ""
+        self.name, self.k, self._mean, self._axes = f"pixel-pca{k}", k, None, None
 
     @torch.inference_mode()
     def fit(self, reference) -> "PixelPca":
         """Find the components of (at most 10 000, evenly spaced) reference images. Raises UserError for too few."""
         from sklearn.decomposition import PCA
 
-        images = as_images(reference)
-        rows = np.unique(np.linspace(0, len(images) - 1, min(len(images), self.most_images)).round().astype(int))
-        pixels = np.concatenate([self._pixels(part).cpu().numpy() for part in images[rows].split(self.batch_size)])
+        images = self._open(reference)
+        first = self._pixels(images.rows([0]))
+        most = min(len(images), self.most_images, self.most_values // first.shape[1])
+        rows = np.unique(np.linspace(0, len(images) - 1, most).round().astype(int))
+        parts = np.split(rows, range(self.batch_size, len(rows), self.batch_size))
+        pixels = np.concatenate([self._pixels(images.rows(part)).cpu().numpy() for part in parts])
         if self.k > min(pixels.shape):
             raise UserError(
                 f"{self.name}: {len(pixels)} reference images of {pixels.shape[1]} pixels have fewer components"
@@ -171,7 +200,7 @@ class PixelPca(Extractor):
         self._mean, self._axes = (
             torch.from_numpy(part.copy()).to(self.device) for part in (pca.mean_, pca.components_)
         )
-        self._reference = fingerprint_of(images)[:16]
+        self.weights_id = f"fitted-on-{images.fingerprint[:16]}"
         return self
 
     def _pixels(self, batch: Tensor) -> Tensor:
@@ -187,91 +216,82 @@ class PixelPca(Extractor):
             raise UserError(f"{self.name}: images of {x.shape[1]} pixels, fitted on {len(self._mean)}; give a size")
         return (x - self._mean) @ self._axes.T
 
-    def _weights_id(self) -> str:
-        return f"fitted-on-{self._reference}" if self._reference else "not fitted"
 
+class Pretrained(Extractor):
+    """An ImageNet network from a weights file: the given one, the one in the cache, or a download; 2048 features."""
 
-class Inception(Extractor):
-    """The FID network in PyTorch, 2048 pooled features."""
-
-    name, channels, comparable = "inception", 3, True
+    urls: tuple[str, ...] = ()
+    published = ""  # first digits of the file's sha256
+    channels = 3
 
     def __init__(self, weights=None, sha256: str | None = None, download: bool = True, cache=None, **options):
         super().__init__(**options, size=299)
-        path = find_weights(self.name, weights, INCEPTION_URLS, INCEPTION_SHA256, download, cache)
-        state, self.digest = read_weights(path, sha256)
+        path = find_weights(self.name, weights, self.urls, self.published, download, cache)
+        self.digest, self.dim = file_sha256(path), 2048
+        _check_digest(path, self.digest, sha256)
+        self.weights_id = self.digest[:16]
+        self.model = self._network(path)
+
+    def _network(self, path: Path):
+        """The network with the weights of a file."""
+        raise TypeError(f"{type(self).__name__} does not say how to read its weights")
+
+
+class Inception(Pretrained):
+    """The FID network in PyTorch."""
+
+    name, urls, published = "inception", INCEPTION_URLS, INCEPTION_SHA256
+
+    def _network(self, path: Path) -> nn.Module:
         self.comparable = self.digest == INCEPTION_SHA256
         if not self.comparable:
             warnings.warn(
-                f"{path}: sha256 {self.digest[:16]}... is not that of the FID network; {NOT_COMPARABLE}", stacklevel=3
+                f"{path}: sha256 {self.digest[:16]}... is not that of the FID network; {NOT_COMPARABLE}", stacklevel=4
             )
-        self.model = fid_inception(state, str(path)).to(self.device)
-        self.dim = 2048
+        return fid_inception(read_weights(path), str(path)).to(self.device)
 
     def _embed(self, x: Tensor) -> Tensor:
         return _full_precision(self.model, (x - 128) / 128)
 
-    def _weights_id(self) -> str:
-        return self.digest[:16]
 
+class TorchvisionInception(Pretrained):
+    """torchvision's Inception-v3, of other weights and pools than the FID's."""
 
-class TorchvisionInception(Extractor):
-    """torchvision's Inception-v3 (other weights and pools than the FID's), 2048 pooled features."""
+    name, urls, published = "inception-tv", TORCHVISION_URLS, TORCHVISION_SHA256
 
-    name, channels = "inception-tv", 3
-
-    def __init__(self, weights=None, sha256: str | None = None, download: bool = True, cache=None, **options):
+    def _network(self, path: Path) -> nn.Module:
         from torchvision.models import inception_v3
 
-        super().__init__(**options, size=299)
-        path = find_weights(self.name, weights, TORCHVISION_URLS, TORCHVISION_SHA256, download, cache)
-        state, self.digest = read_weights(path, sha256)
         # the auxiliary head serves training only, and some files leave it out
-        state = {key: value for key, value in state.items() if not key.startswith("AuxLogits.")}
+        state = {key: value for key, value in read_weights(path).items() if not key.startswith("AuxLogits.")}
         model = inception_v3(weights=None, aux_logits=False, transform_input=False, init_weights=False)
         load_into(model, state, str(path))
         model.fc = nn.Identity()
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        self.dim = 2048
+        return model.eval().requires_grad_(False).to(self.device)
 
     def _embed(self, x: Tensor) -> Tensor:
         return _full_precision(self.model, x / 127.5 - 1)
 
-    def _weights_id(self) -> str:
-        return self.digest[:16]
 
-
-class FrozenGraph(Extractor):
-    """The FID network as TTUR runs it: the TensorFlow graph classify_image_graph_def.pb, `pool_3`, 2048 features.
+class FrozenGraph(Pretrained):
+    """The FID network as TTUR runs it: the TensorFlow graph classify_image_graph_def.pb, `pool_3`.
 
     The graph resizes by itself (`paper`); in mode `clean` it is fed images of 299 x 299 already.
     """
 
-    name, channels, comparable = "inception-tf", 3, True
+    name, comparable = "inception-tf", True
 
-    def __init__(self, weights=None, sha256: str | None = None, download: bool = True, cache=None, **options):
-        super().__init__(**options, size=299)
-        if weights is None:
-            raise UserError(
-                "inception-tf needs the graph: give the path of classify_image_graph_def.pb "
-                "(from inception-2015-12-05.tgz) as inception weights"
-            )
-        if not Path(weights).is_file():
-            raise UserError(f"no such file: {weights}")
-        self.digest = file_sha256(weights)
-        _check_digest(weights, self.digest, sha256)
-        self.session, self.input, self.output = _open_graph(weights)
+    def _network(self, path: Path):
+        self.dim = None  # that of the graph
+        return _open_graph(path)
 
     def _prepare(self, batch: Tensor) -> Tensor:
         x = _with_channels(batch, 3).float()
         return resize(x, self.size, "clean") if self.mode == "clean" else x
 
     def _embed(self, x: Tensor) -> Tensor:
-        pooled = self.session.run(self.output, {self.input: x.permute(0, 2, 3, 1).numpy()})
-        return torch.from_numpy(pooled.reshape(len(x), -1))
-
-    def _weights_id(self) -> str:
-        return self.digest[:16]
+        session, images, pooled = self.model
+        return torch.from_numpy(session.run(pooled, {images: x.permute(0, 2, 3, 1).numpy()}).reshape(len(x), -1))
 
 
 def import_tensorflow():
@@ -343,20 +363,28 @@ class Lenet(Extractor):
         super().__init__(**options, size=32)
         folder = Path(cache) if cache is not None else default_cache()
         path = folder / f"lenet-{dataset}-{self.mode}-e{epochs}.safetensors"
-        if not path.is_file():
+        try:
+            self._load(path)
+        except UserError as error:
+            if path.is_file():
+                warnings.warn(f"{error}: trained again", stacklevel=3)
             _train_lenet(path, dataset, data_root, epochs, self.mode, self.progress)
+            self._load(path)
+        digest = hashlib.sha256()  # of the weights: the container's bytes vary from save to save
+        for value in self.model.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+        self.weights_id, self.dim = f"{dataset}-{digest.hexdigest()[:16]}", 84
+
+    def _load(self, path: Path) -> None:
         tensors, config = load_weights(path)
-        self.dataset, self.channels = dataset, config["channels"]
-        self.model = LenetNetwork(config["channels"], config["classes"])
-        load_into(self.model, tensors, str(path))
-        self.model.eval().requires_grad_(False).to(self.device)
-        self.digest, self.dim = file_sha256(path), 84
+        if not {"channels", "classes"} <= config.keys():
+            raise UserError(f"{path}: not a classifier of images")
+        model = LenetNetwork(config["channels"], config["classes"])
+        load_into(model, tensors, str(path))
+        self.channels, self.model = config["channels"], model.eval().requires_grad_(False).to(self.device)
 
     def _embed(self, x: Tensor) -> Tensor:
         return _full_precision(self.model.features, x / 127.5 - 1)
-
-    def _weights_id(self) -> str:
-        return f"{self.dataset}-{self.digest[:16]}"
 
 
 def _train_lenet(path: Path, dataset: str, root, epochs: int, mode: str, progress: bool) -> None:
@@ -405,6 +433,15 @@ _KINDS = {
 }
 
 
+def extractor_kind(name: str) -> tuple[type[Extractor], dict[str, int]]:
+    """The class of the extractor called `name`, and the number of its components. Raises UserError for others."""
+    pca = re.fullmatch(r"pixel-pca(\d{1,9})", name)
+    kind = PixelPca if pca else _KINDS.get(name)
+    if kind is None:
+        raise UserError(f"unknown features '{name}'{suggest(name, NAMES)}; known: {', '.join(NAMES)}")
+    return kind, {"k": int(pca[1])} if pca else {}
+
+
 def make_extractor(name: str, device: str | torch.device = "auto", **options) -> Extractor:
     """The extractor called `name`: inception, inception-tf, inception-tv, raw, pixel-pca<k> or lenet.
 
@@ -414,60 +451,54 @@ def make_extractor(name: str, device: str | torch.device = "auto", **options) ->
     Raises UserError for unknown names and for weights that are missing, damaged or of another network.
     """
     options = {key: value for key, value in options.items() if value is not None}
-    pca = re.fullmatch(r"pixel-pca(\d+)", name)
-    kind = PixelPca if pca else _KINDS.get(name)
-    if kind is None:
-        raise UserError(f"unknown features '{name}'{suggest(name, NAMES)}; known: {', '.join(NAMES)}")
+    kind, components = extractor_kind(name)
     known = {*inspect.signature(kind).parameters, *inspect.signature(Extractor).parameters} - {"k", "options"}
     if "size" in options and kind not in (Raw, PixelPca):
         raise UserError(f"features '{name}' have an input size of their own; leave the size out")
     for key in options:
         if key not in known:
             raise UserError(f"features '{name}' have no option '{key}'{suggest(key, known)}")
-    return kind(**({"k": int(pca[1])} if pca else {}), device=device, **options)
+    return kind(**components, device=device, **options)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def file_sha256(path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_weights(path) -> dict[str, Tensor]:
+    """The state dict of a .pth or .safetensors file, read without executing anything in it.
 
-
-def read_weights(path, sha256: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """(state dict, file digest) of a .pth or .safetensors file, read without executing anything in it.
-
-    Raises UserError for missing, damaged or foreign files and when the digest does not begin with `sha256`.
+    Raises UserError for damaged and foreign files.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    digest = file_sha256(path)
-    _check_digest(path, digest, sha256)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         try:
-            return load_file(path), digest
+            return load_file(path)
         except Exception as error:  # SafetensorError, and what a lying header does to PyTorch
             raise UserError(f"{path}: not a readable .safetensors file ({str(error)[:80]})") from error
     state = load_tensors(path)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: not a state dict (names of layers to tensors)")
-    return state, digest
+    return state
 
 
 def find_weights(name: str, given, urls, sha256: str, download: bool, cache) -> Path:
     """The weights file: the given one, else the one in the cache, else downloaded there."""
     if given is not None:
+        if not Path(given).is_file():
+            raise UserError(f"no such file: {given}")
         return Path(given)
+    if not urls:
+        raise UserError(
+            f"{name} needs the graph: give the path of classify_image_graph_def.pb (from inception-2015-12-05.tgz) as "
+            "inception weights"
+        )
     target = (Path(cache) if cache is not None else default_cache()) / urls[0].rsplit("/", 1)[1]
     if target.is_file():
         _check_digest(target, file_sha256(target), sha256)
         return target
-    remedy = f"give the file (--inception-weights PATH, {urls[0]}), or use --features raw, pixel-pca64 or lenet"
+    remedy = f"get {urls[0]} and name it as inception weights, or use the features raw, pixel-pca64 or lenet"
     if not download:
         raise UserError(f"features '{name}' need weights that are not in {target.parent}; {remedy}")
     failures = []
@@ -503,13 +534,6 @@ def _check_digest(source, digest: str, expected: str | None) -> None:
 # ---- cache ---------------------------------------------------------------------------------------------------------
 
 
-def fingerprint_of(images: Tensor) -> str:
-    """SHA-256 over shape and pixels of uint8 images: changed images are never taken for the old ones."""
-    digest = hashlib.sha256(str(tuple(images.shape)).encode())
-    digest.update(images.contiguous().numpy())
-    return digest.hexdigest()
-
-
 class FeatureCache:
     """Features on disk, one file per (images, extractor, resize mode and size, number of images)."""
 
@@ -518,13 +542,13 @@ class FeatureCache:
 
     def features(self, images, extractor: Extractor) -> np.ndarray:
         """`extractor.features(images)`, from the disk when it was computed before; a damaged file is made again."""
-        images = as_images(images)
-        key = json.dumps([fingerprint_of(images), extractor.fingerprint, len(images)])
+        images = open_images(images)
+        key = json.dumps([images.fingerprint, extractor.fingerprint, len(images)])
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-        stored = self._read(path, key)
-        if stored is not None and len(stored) == len(images):
+        stored = self._read(path, key, len(images)) if path.is_file() else None
+        if stored is not None:
             extractor._check_dim(stored.shape[1])
-            return stored.astype(np.float64)
+            return stored
         features = extractor.features(images)
         narrow = features.astype(np.float32)
         exact = np.array_equal(narrow, features)  # a float32 network: half the size, nothing lost
@@ -533,12 +557,12 @@ class FeatureCache:
         return features
 
     @staticmethod
-    def _read(path: Path, key: str) -> np.ndarray | None:
-        if not path.is_file():
-            return None
+    def _read(path: Path, key: str, rows: int) -> np.ndarray | None:
         try:
             arrays = read_npz(path)
+            if str(arrays.get("key")) != key or len(arrays.get("features", ())) != rows:
+                raise UserError(f"{path}: not the features that its name says")
+            return check_features(arrays["features"], str(path), 1)
         except UserError as error:
             warnings.warn(f"{error}: computed again", stacklevel=3)
             return None
-        return arrays["features"] if str(arrays.get("key")) == key and "features" in arrays else None

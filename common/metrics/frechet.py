@@ -91,14 +91,26 @@ def check_features(features, name: str = "features", least: int = 2) -> np.ndarr
     """`features` as a finite float64 array (n, d) with n >= `least`; UserError otherwise."""
     if hasattr(features, "detach"):  # a torch tensor, possibly on another device
         features = features.detach().cpu().numpy()
-    array = np.asarray(features, np.float64)
-    if array.ndim != 2:
+    array = np.asarray(features)
+    if array.dtype.kind not in "fiub":
+        raise UserError(f"{name}: values of type {array.dtype}, expected numbers")
+    array = array.astype(np.float64, copy=False)
+    if array.ndim != 2 or array.shape[1] == 0:
         raise UserError(f"{name}: expected an array (samples, features), got shape {array.shape}")
     if len(array) < least:
         raise UserError(f"{name}: {len(array)} sample(s), at least {least} are needed")
     if not np.isfinite(array).all():
         raise UserError(f"{name}: holds NaN or infinite values")
     return array
+
+
+def need_one_extractor(first: str, second: str) -> None:
+    """Raise UserError for fingerprints of two extractors; an empty one is unknown."""
+    if first and second and first != second:
+        raise UserError(
+            f"features of '{first}' and '{second}' cannot be compared; "
+            "compute both with one extractor, resize mode and size"
+        )
 
 
 class Statistics:
@@ -142,11 +154,7 @@ class Statistics:
 
         Raises UserError when the two come from different extractors (name, weights, resize mode or size).
         """
-        if self.extractor and other.extractor and self.extractor != other.extractor:
-            raise UserError(
-                f"features of '{self.extractor}' and '{other.extractor}' cannot be compared; "
-                "compute both with one extractor, resize mode and size"
-            )
+        need_one_extractor(self.extractor, other.extractor)
         d = len(self.mu)
         few = [n for n in (self.n, other.n) if 0 < n <= d]
         if few:
@@ -173,10 +181,10 @@ class Statistics:
         arrays = read_npz(path)
         if "mu" not in arrays or "sigma" not in arrays:
             raise UserError(f"{path}: no feature statistics (arrays 'mu' and 'sigma'); it holds {sorted(arrays)}")
-        n = int(arrays["n"]) if "n" in arrays else len(arrays.get("activations", ()))
         try:
+            n = int(arrays["n"]) if "n" in arrays else len(arrays.get("activations", ()))
             return cls(arrays["mu"], arrays["sigma"], n, str(arrays.get("extractor", "")))
-        except UserError as error:
+        except (UserError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: {error}") from error
 
 

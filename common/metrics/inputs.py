@@ -1,11 +1,13 @@
-"""Image sets as one uint8 tensor (N, C, H, W): from folders, arrays, tensors, data sets and generators.
+"""Image sets, batch by batch: from folders, arrays, tensors, data sets and generators.
 
 Everything a user can get wrong about his images is refused here, in one line that names the file or the range.
 """
 
-import re
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -14,40 +16,195 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
-from common.images import to_uint8
+from common.images import MAX_PIXELS, PICTURE_SUFFIXES, list_pictures, open_picture, read_picture, to_uint8
 from common.metrics.frechet import read_npz
 from common.metrics.resize import resize
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _ARRAY_NAMES = ("images", "samples", "x", "arr_0")
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
+_READERS = 8  # threads that decode pictures
 
 
-def load_images(source, limit: int | None = None, size: int | None = None, mode: str = "paper") -> Tensor:
-    """Images of `source` as uint8 (N, C, H, W), C = 1 or 3, on the CPU.
+class Images:
+    """A set of images in memory, taken batch by batch; `Folder` has the same interface.
+
+    `name` for messages, `sizes`: the (height, width) that occur, `channels`: 1 or 3, `formats`: of the files, where
+    there are any.
+    """
+
+    formats: frozenset[str] = frozenset()
+
+    def __init__(self, images: Tensor, name: str):
+        self.name, self._images = name, images
+        self.channels, self.sizes = images.shape[1], [tuple(images.shape[2:])]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, count: int) -> Iterator[Tensor]:
+        """uint8 (n, C, H, W) of one size each, at most `count` images at a time, in order."""
+        yield from self._images.split(count)
+
+    def rows(self, rows: Sequence[int]) -> Tensor:
+        """The images with these indices, uint8 (n, C, H, W)."""
+        return self._images[torch.as_tensor(rows)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of shape and pixels: changed images are never taken for the old ones."""
+        digest = hashlib.sha256(str(tuple(self._images.shape)).encode())
+        digest.update(self._images.contiguous().numpy())
+        return digest.hexdigest()
+
+    def need_one_size(self) -> None:
+        """Raise UserError, naming a file, when the images differ in size."""
+
+
+class Folder(Images):
+    """The pictures of a folder in natural order of their names, decoded when a batch is asked for.
+
+    Memory holds two batches, whatever the folder. Grey pictures become colour where any picture is colour. `size`:
+    each picture is resized to size x size and rounded.
+    """
+
+    def __init__(self, folder: Path, limit: int | None = None, size: int | None = None, mode: str = "paper"):
+        self.name, self._size, self._mode = str(folder), size, mode
+        self.files = list_pictures(folder)[:limit]
+        if not self.files:
+            inside = " (its sub-folders are not searched)" if any(path.is_dir() for path in folder.iterdir()) else ""
+            raise UserError(f"{folder}: no image in this folder{inside}; expected files {', '.join(PICTURE_SUFFIXES)}")
+        with ThreadPoolExecutor(_READERS) as pool:
+            formats, colours, self._sizes = zip(*pool.map(_head, self.files), strict=True)
+        self.formats = frozenset(formats)
+        self.channels = 3 if any(colours) else 1
+        self.sizes = sorted(set(self._sizes))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def batches(self, count: int) -> Iterator[Tensor]:
+        """uint8 (n, C, H, W) of one size each, at most `count` images at a time, in order; the next ones are decoded
+        meanwhile.
+        """
+        places = range(len(self.files))
+        shape = (lambda i: None) if self._size is not None else self._sizes.__getitem__
+        alike = [list(group) for _, group in groupby(places, key=shape)]
+        parts = [group[start : start + count] for group in alike for start in range(0, len(group), count)]
+        with ThreadPoolExecutor(_READERS) as pool:
+            ahead = [pool.submit(self._read, i) for i in parts[0]]
+            for following in [*parts[1:], []]:
+                pictures = [picture.result() for picture in ahead]
+                ahead = [pool.submit(self._read, i) for i in following]
+                yield torch.stack(pictures)
+
+    def rows(self, rows: Sequence[int]) -> Tensor:
+        """The images with these indices, uint8 (n, C, H, W), all of one size."""
+        self.need_one_size()
+        with ThreadPoolExecutor(_READERS) as pool:
+            return torch.stack(list(pool.map(self._read, map(int, rows))))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the files' bytes: changed images are never taken for the old ones."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            parts = list(pool.map(file_sha256, self.files))
+        return hashlib.sha256(repr(("files", self._size, self._mode, parts)).encode()).hexdigest()
+
+    def need_one_size(self) -> None:
+        """Raise UserError, naming a file, when the images differ in size."""
+        if self._size is not None:
+            return
+        for path, (height, width) in zip(self.files, self._sizes, strict=True):
+            if (height, width) != self._sizes[0]:
+                first = "x".join(map(str, self._sizes[0][::-1]))
+                raise UserError(
+                    f"{path}: {width}x{height} pixels, the first image has {first}; make them one size, or use "
+                    "features that resize by themselves, such as lenet"
+                )
+
+    def _read(self, index: int) -> Tensor:
+        picture = torch.from_numpy(np.require(read_picture(self.files[index]), requirements="W"))
+        picture = picture.expand(self.channels, -1, -1) if len(picture) == 1 else picture
+        if self._size is not None:
+            return _resized(picture[None], self._size, self._mode)[0]
+        if picture.shape[1:] != self._sizes[index]:
+            raise UserError(f"{self.files[index]}: changed while it was read")
+        return picture
+
+
+def _head(path: Path) -> tuple[str, bool, tuple[int, int]]:
+    """Format, whether it is in colour, (height, width) as it is shown; without decoding the picture."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels")
+            turned = picture.getexif().get(_ORIENTATION) in _TURNED
+            return picture.format, picture.mode not in ("1", "L", "LA"), (width, height) if turned else (height, width)
+    except Exception:
+        open_picture(path)  # says what is wrong with it
+        raise
+
+
+def file_sha256(path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_images(source, limit: int | None = None, size: int | None = None, mode: str = "paper") -> Images:
+    """The images of `source`, uint8 with 1 or 3 channels, to be taken batch by batch.
 
     `source`: a folder of pictures (in natural order of their names), an .npy or .npz file, an array or a tensor
     (N, H, W), (N, C, H, W) or (N, H, W, C), a data set with `.arrays()`, or a generator of such batches.
     Integers must lie in 0..255, floats in [0, 1]. `limit`: the first so many images. `size`: resize to size x size
-    (`mode` as in `resize`); without it all images must have one size.
+    (`mode` as in `resize`) and round.
     Raises UserError for an empty, unreadable or non-image source and for values out of range.
     """
+    if isinstance(source, Images):
+        return source
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: at least one image is needed")
+    name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
     if isinstance(source, (str, Path)):
-        images = _from_path(Path(source), limit, size, mode)
+        if Path(source).is_dir():
+            return Folder(Path(source), limit, size, mode)
+        images = _from_file(Path(source), limit)
     elif isinstance(source, (np.ndarray, Tensor)):
-        images = as_images(source[:limit])
+        images = as_images(source[:limit] if source.ndim else source)
     elif hasattr(source, "arrays"):
         images = as_images(source.arrays()[0][:limit])
     elif isinstance(source, Iterable):
         images = _from_batches(source, limit)
     else:
-        raise UserError(
-            f"cannot take images from a {type(source).__name__}; give a folder, a file, an array or batches"
-        )
+        raise UserError(f"cannot take images from a {name}; give a folder, a file, an array or batches")
     if size is not None and images.shape[-2:] != (size, size):
         images = torch.cat([_resized(part, size, mode) for part in images.split(256)])
-    return images
+    return Images(images, name)
+
+
+def load_images(source, limit: int | None = None, size: int | None = None, mode: str = "paper") -> Tensor:
+    """All images of `open_images(...)` in memory, uint8 (N, C, H, W), all of one size."""
+    images = open_images(source, limit, size, mode)
+    images.need_one_size()
+    return torch.cat(list(images.batches(len(images))))
+
+
+def differences(evaluated: Images, reference: Images) -> list[str]:
+    """What makes two sets differ before any content does, a line each: pixels, colour, compression."""
+    found = []
+    pixels = [{f"{width}x{height}" for height, width in part.sizes} for part in (evaluated, reference)]
+    if pixels[0] != pixels[1]:
+        shown = [", ".join(sorted(part)[:3]) + (", ..." if len(part) > 3 else "") for part in pixels]
+        found.append(f"images of {shown[0]} pixels against {shown[1]}: resizing alone moves the distance")
+    if evaluated.channels != reference.channels:
+        names = {1: "grey", 3: "colour"}
+        found.append(f"{names[evaluated.channels]} images against {names[reference.channels]} ones")
+    formats = [part.formats for part in (evaluated, reference)]
+    if all(formats) and formats[0] != formats[1]:
+        shown = ["/".join(sorted(part)) for part in formats]
+        found.append(f"{shown[0]} files against {shown[1]}: compression alone moves the distance")
+    return found
 
 
 def as_images(values: np.ndarray | Tensor, name: str = "images") -> Tensor:
@@ -85,9 +242,7 @@ def _levels(array: np.ndarray, name: str) -> np.ndarray:
     return to_uint8(array)
 
 
-def _from_path(path: Path, limit: int | None, size: int | None, mode: str) -> Tensor:
-    if path.is_dir():
-        return _from_folder(path, limit, size, mode)
+def _from_file(path: Path, limit: int | None) -> Tensor:
     if not path.exists():
         raise UserError(f"no such folder or file: {path}")
     if path.suffix == ".npz":
@@ -107,46 +262,6 @@ def _from_path(path: Path, limit: int | None, size: int | None, mode: str) -> Te
             raise UserError(f"{path}: not a readable .npy file ({str(error)[:160]})") from error
         return as_images(array[:limit] if array.ndim else array, str(path))
     raise UserError(f"{path}: neither a folder of images nor an .npy or .npz file")
-
-
-def _from_folder(folder: Path, limit: int | None, size: int | None, mode: str) -> Tensor:
-    files = sorted(
-        (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")),
-        key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)],
-    )[:limit]
-    if not files:
-        inside = " (its sub-folders are not searched)" if any(path.is_dir() for path in folder.iterdir()) else ""
-        raise UserError(f"{folder}: no image in this folder{inside}; expected files {', '.join(SUFFIXES)}")
-    with ThreadPoolExecutor(8) as pool:
-        pictures = list(pool.map(_read_picture, files))
-    colour = any(picture.ndim == 3 for picture in pictures)
-    if colour:
-        pictures = [p if p.ndim == 3 else np.repeat(p[:, :, None], 3, 2) for p in pictures]
-    if size is not None:
-        pictures = [_resized_picture(picture, size, mode) for picture in pictures]
-    for path, picture in zip(files, pictures, strict=True):
-        if picture.shape[:2] != pictures[0].shape[:2]:
-            sizes = ["x".join(map(str, part.shape[1::-1])) for part in (pictures[0], picture)]
-            raise UserError(f"{path}: {sizes[1]} pixels, the first image has {sizes[0]}; give a size to resize to")
-    return as_images(np.stack(pictures), str(folder))
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8."""
-    from common.datasets import readers
-
-    try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith(("I", "F")):
-                raise UserError(f"{path}: more than 8 bits a pixel (mode {picture.mode}); convert it to 8 bits")
-            grey = picture.mode in ("L", "1", "LA")
-            return np.asarray(picture.convert("L" if grey else "RGB"))
-    except readers.DAMAGE as error:
-        raise UserError(f"{path}: not a readable image ({str(error)[:100]})") from error
-
-
-def _resized_picture(picture: np.ndarray, size: int, mode: str) -> np.ndarray:
-    return _resized(as_images(picture[None]), size, mode)[0].permute(1, 2, 0).squeeze(2).numpy()
 
 
 def _resized(images: Tensor, size: int, mode: str) -> Tensor:

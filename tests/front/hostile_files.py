@@ -200,7 +200,7 @@ READERS: dict[str, tuple[Callable[[Path], bytes], Callable[[Path], object]]] = {
     "3dshapes.h5": (_h5, _read_h5),
     "made.mat": (_mat, _lazy("common.datasets.readers", "read_mat", ("X", "y"))),
     "0.png": (_png, _lazy("common.datasets.readers", "read_image", 3)),
-    "picture.png": (_png, _lazy("common.metrics.inputs", "_read_picture")),
+    "picture.png": (_png, _lazy("common.images", "read_picture")),
     "data.zip": (_zip, _unpack("common.datasets.prepare")),
     "data.tar.gz": (_tar, _unpack("common.datasets.prepare")),
     "models.zip": (_zip, _unpack("lbae.download")),

@@ -13,9 +13,10 @@ from PIL import Image
 
 from common import metrics
 from common.errors import UserError
-from common.metrics import benchmark, disentanglement
-from common.metrics.__main__ import _parser, main
+from common.metrics import benchmark, disentanglement, paths_and_options
+from common.metrics.__main__ import Config, main
 from common.metrics.frechet import Statistics, frechet_distance
+from common.options import from_flags
 
 
 @pytest.fixture(scope="module")
@@ -122,23 +123,89 @@ def test_saved_statistics_and_features(sets, capsys, tmp_path):
     [
         (["--metrics", "fdi"], "did you mean 'fid'"),
         (["--features", "rwa"], "did you mean 'raw'"),
-        (["--jsn"], "did you mean '--json'"),
+        (["--jsn"], "did you mean 'as_json'"),
         ([*RAW, "--inception-weights", "w.pth"], "--inception-weights has no use with --features raw"),
-        (["--features", "inception", "--offline"], "--inception-weights PATH"),
+        (["--features", "inception", "--offline"], "name it as inception weights"),
         (["--features", "inception", "--inception-weights", "absent.pth"], "no such file: absent.pth"),
         ([*RAW[:2], "--device", "cuda:99"], "cuda:99"),
-        ([*RAW, "--mode", "best"], "expected paper or clean"),
+        ([*RAW, "--mode", "best"], "--mode=best: expected one of paper, clean"),
         ([*RAW, "--limit", "1"], "at least 2"),
-        ([*RAW, "--limit", "many"], "invalid int value"),
+        ([*RAW, "--limit", "many"], "--limit=many: expected a whole number of at least 1"),
         ([*RAW, "--metrics", "ipr", "--ipr-k", "40"], "at least 41"),
-        ([*RAW, "--metrics", "kid", "--kid-subsets", "0"], "at least 1 subset"),
+        ([*RAW, "--metrics", "kid", "--kid-subsets", "0"], "--kid_subsets=0: expected a whole number of at least 1"),
         ([*RAW, "--metrics", "prd", "--prd-clusters", "100"], "100 clusters"),
+        ([*RAW, "--size", "100000"], "--size=100000: expected a whole number"),
+        ([*RAW, "--size", "4096", "--batch-size", "200"], "40 images of 16777216 values"),
+        ([*RAW, "--metrics", "fid", "statistics"], "--metrics=statistics: expected a list, each one of fid, kid, prd, ipr"),
+        (["--features", "pixel-pca99999999999"], "unknown features"),
     ],
 )
 def test_mistakes_are_user_errors(sets, flags, message):
     root, _ = sets
     with pytest.raises(UserError, match=message):
         main([str(root / "a"), str(root / "b"), *flags])
+
+
+@pytest.mark.parametrize("name", [name for name in Config.model_fields if name not in ("features", "as_json")])
+@pytest.mark.parametrize("value", ["", "-1", "0", "nan", "inf", "1e30", "x", "1.5"])
+def test_every_option_is_checked_before_any_image_is_read(name, value, tmp_path):
+    """One line about the value or, where it is allowed, about the sets, which are not there."""
+    with pytest.raises(UserError, match=rf"--{name}|{name.replace('_', '-')} has no use|no such folder") as error:
+        main([str(tmp_path / "a"), str(tmp_path / "b"), f"--{name}={value}", *RAW])
+    field = str(Config.model_fields[name].annotation)
+    if ("int" in field and name not in ("limit", "size")) or "float" in field:
+        allowed = ("0",) if "seed" in name else ()
+        assert ("no such folder" in str(error.value)) == (value in allowed)
+
+
+def test_the_two_sets_may_stand_behind_the_options(sets, capsys):
+    root, _ = sets
+    pair = [str(root / "a"), str(root / "b")]
+    words = [*RAW, "--no-cache", "--json", "--metrics", "fid", "ipr"]
+    main([*words, *pair])
+    assert json.loads(capsys.readouterr().out)["fid"] > 0
+    with pytest.raises(UserError, match="expected EVALUATED REFERENCE before the options"):
+        main([pair[0], *words])
+
+
+def test_subset_size_and_sample_count_are_recorded(sets, capsys):
+    root, _ = sets
+    command = [str(root / "a"), str(root / "b"), *RAW, "--metrics", "kid", "prd", "--prd-runs", "1", "--limit", "30"]
+    main([*command, "--kid-subset-size", "20", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert (result["kid_subsets"], result["kid_subset_size"], result["prd_n"]) == (100, 20, 30)
+    main([*command, "--json"])  # subsets of 1000 are the whole sets here
+    output = capsys.readouterr()
+    result = json.loads(output.out)
+    assert (result["kid_subsets"], result["kid_subset_size"], result["kid_std"]) == (1, 30, 0)
+    assert "there is no standard deviation" in output.err
+    main(command)
+    assert "(1 subsets of 30)" in capsys.readouterr().out
+
+
+def test_sets_of_another_make_are_compared_with_a_line(tmp_path, capsys):
+    """28 against 32 pixels, PNG against JPEG, grey against colour: each one warning; the same kind: none."""
+    rng = np.random.default_rng(3)
+    for name, side, channels, suffix in (("a", 28, 1, "png"), ("b", 32, 3, "jpg")):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            picture = rng.integers(0, 256, (side, side, channels), dtype=np.uint8).squeeze()
+            Image.fromarray(picture).save(tmp_path / name / f"{i}.{suffix}")
+    options = ["--features", "lenet", "--lenet-data", "digits", "--metrics", "ipr", "--json", "--device", "cpu"]
+    main([str(tmp_path / "a"), str(tmp_path / "b"), *options])
+    warned = json.loads(capsys.readouterr().out)["warnings"]
+    for start in ("images of 28x28 pixels against 32x32", "grey images against colour", "PNG files against JPEG"):
+        assert sum(line.startswith(start) for line in warned) == 1, warned
+    main([str(tmp_path / "a"), str(tmp_path / "a"), *options])
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+
+
+def test_features_of_two_extractors_never_mix(tmp_path):
+    """Not for any metric, where the files say which extractor made them."""
+    for name, extractor in (("x", "raw size:4"), ("y", "raw size:8")):
+        np.savez(tmp_path / f"{name}.npz", features=np.random.default_rng(0).random((20, 3)), extractor=extractor)
+    with pytest.raises(UserError, match=r"'raw size:4' and 'raw size:8' cannot be compared"):
+        main([str(tmp_path / "x.npz"), str(tmp_path / "y.npz"), "--metrics", "kid"])
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(sets, tmp_path):
@@ -154,8 +221,9 @@ def test_the_commands_of_the_readme_are_understood():
     lines = [line for line in readme.splitlines() if line.startswith("python -m common.metrics ")]
     assert len(lines) == 3
     for line in lines:
-        args = _parser().parse_args(shlex.split(line)[3:])
-        assert args.evaluated.startswith("samples") and args.reference
+        (evaluated, reference), words = paths_and_options(shlex.split(line)[3:], ("EVALUATED", "REFERENCE"))
+        assert evaluated.startswith("samples") and reference
+        from_flags(Config, words)
 
 
 def test_the_package_is_light():

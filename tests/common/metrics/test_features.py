@@ -1,12 +1,15 @@
 """Extractors, resizing, image inputs, weights files and the feature cache."""
 
 import hashlib
-import json
 import pathlib
 import pickle
 import shutil
+import struct
+import subprocess
+import sys
 import types
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -14,11 +17,13 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from common.checkpoint import load_weights
 from common.errors import UserError
 from common.metrics import features as module
+from common.metrics import inputs
 from common.metrics.features import FeatureCache, fetch, file_sha256, find_weights, make_extractor, read_weights
 from common.metrics.inception import FidInception, fid_inception
-from common.metrics.inputs import load_images
+from common.metrics.inputs import load_images, open_images
 from common.metrics.resize import resize
 
 
@@ -143,9 +148,9 @@ def test_the_published_digest_makes_it_comparable(weights, monkeypatch):
 def test_safetensors_hold_the_same_weights(weights, tmp_path):
     from safetensors.torch import save_file
 
-    state, _ = read_weights(weights)
+    state = read_weights(weights)
     save_file(state, tmp_path / "w.safetensors")
-    again, _ = read_weights(tmp_path / "w.safetensors")
+    again = read_weights(tmp_path / "w.safetensors")
     assert state.keys() == again.keys() and all(torch.equal(state[key], again[key]) for key in state)
 
 
@@ -247,7 +252,7 @@ def test_weights_come_from_the_cache_then_the_network(tmp_path):
     source.write_bytes(b"weights")
     digest, cache = file_sha256(source), tmp_path / "cache"
     missing = (tmp_path / "nowhere.pth").as_uri()
-    with pytest.raises(UserError, match="--features raw"):
+    with pytest.raises(UserError, match="features raw"):
         find_weights("inception", None, (source.as_uri(),), digest, download=False, cache=cache)
     with pytest.raises(UserError, match="download failed"):
         find_weights("inception", None, (missing,), digest, download=True, cache=cache)
@@ -294,7 +299,7 @@ def test_lenet_is_trained_once_and_tells_classes_apart(tmp_path):
         return {"dataset": "digits", "epochs": 8, "cache": tmp_path, **more}
 
     extractor = make_extractor("lenet", "cpu", **options())
-    config = json.loads((tmp_path / "lenet-digits-paper-e8.json").read_text())
+    config = load_weights(tmp_path / "lenet-digits-paper-e8.safetensors")[1]
     assert config["training_accuracy"] > 0.8 and config["classes"] == 10 and config["channels"] == 1
     images, targets = load_set("digits", split="test").arrays()
     codes = extractor.features(images)
@@ -307,7 +312,11 @@ def test_lenet_is_trained_once_and_tells_classes_apart(tmp_path):
     again = make_extractor("lenet", "cpu", **options())
     np.testing.assert_array_equal(again.features(images), codes)
     assert again.fingerprint == extractor.fingerprint and not again.comparable
-    assert (tmp_path / "lenet-digits-paper-e8.safetensors").stat().st_mtime_ns == written
+    kept = tmp_path / "lenet-digits-paper-e8.safetensors"
+    assert kept.stat().st_mtime_ns == written
+    kept.write_bytes(kept.read_bytes()[:1000])  # a damaged file of the cache is made again
+    with pytest.warns(UserWarning, match="trained again"):
+        assert make_extractor("lenet", "cpu", **options()).fingerprint == extractor.fingerprint
     fresh = make_extractor("lenet", "cpu", **options(cache=tmp_path / "other"))
     assert fresh.fingerprint == extractor.fingerprint  # one seed, one result
     # colour images are converted, so a grey picture stored in colour has the same features
@@ -366,6 +375,47 @@ def test_features_are_computed_once(tmp_path):
     with pytest.warns(UserWarning, match="computed again"):
         np.testing.assert_array_equal(cache.features(images, extractor), first)
     assert extractor.calls == 4
+    path = max(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    with np.load(path) as stored:
+        key = stored["key"]
+    for wrong in (np.full((6, 16), np.nan), np.zeros((5, 16)), np.zeros(6), np.array(["x"] * 6), None):
+        np.savez(path, key=key, **({} if wrong is None else {"features": wrong}))
+        with pytest.warns(UserWarning, match="computed again"):
+            np.testing.assert_array_equal(cache.features(images, extractor), first)
+
+
+def test_features_of_a_folder_follow_its_files(tmp_path):
+    """The key is of the files' bytes: no picture is decoded when nothing changed, and all are when one did."""
+    folder, cache, extractor = _write(tmp_path / "g", _uint8((6, 1, 4, 4))), FeatureCache(tmp_path / "c"), None
+    extractor = make_extractor("raw", "cpu")
+    first = cache.features(folder, extractor)
+    changed = _uint8((1, 1, 4, 4), 5)[0, 0].numpy()
+    Image.fromarray(changed).save(folder / "3.png")
+    again = cache.features(folder, extractor)
+    np.testing.assert_array_equal(again[3], changed.ravel() / 255)
+    np.testing.assert_array_equal(np.delete(again, 3, 0), np.delete(first, 3, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "read_picture", lambda path: pytest.fail("decoded again"))
+        np.testing.assert_array_equal(cache.features(folder, extractor), again)
+
+
+def test_two_processes_fill_one_cache(tmp_path):
+    """Both get their numbers, and what they leave is whole."""
+    np.save(tmp_path / "a.npy", _uint8((200, 1, 8, 8)).numpy())
+    code = (
+        "import sys; from common.metrics import FeatureCache, make_extractor; from common.metrics.inputs import *;"
+        "x = make_extractor('raw', 'cpu', progress=False); c = FeatureCache(sys.argv[2]);"
+        "print(sum(float(c.features(load_images(sys.argv[1], n), x).sum()) for n in range(90, 110)))"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "a.npy"), str(tmp_path / "cache")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    found = [process.communicate()[0] for process in running]
+    assert all(process.returncode == 0 for process in running) and found[0] == found[1]
+    cache, extractor = FeatureCache(tmp_path / "cache"), make_extractor("raw", "cpu")
+    assert len(list(cache.folder.iterdir())) == 20
+    extractor._embed = lambda x: pytest.fail("computed again")
+    found_again = [float(cache.features(load_images(tmp_path / "a.npy", n), extractor).sum()) for n in range(90, 110)]
+    assert float(found[0]) == pytest.approx(sum(found_again))
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------
@@ -411,12 +461,94 @@ def test_grey_folders_stay_grey_and_mixed_ones_become_colour(tmp_path):
     assert load_images(folder).shape == (4, 3, 6, 6)
 
 
-def test_folders_of_mixed_sizes_need_a_size(tmp_path):
+def test_folders_of_mixed_sizes_need_a_size_unless_the_features_resize(tmp_path):
     folder = _write(tmp_path / "g", _uint8((3, 1, 6, 6)))
     Image.fromarray(np.full((8, 4), 7, np.uint8)).save(folder / "z.png")
-    with pytest.raises(UserError, match="4x8 pixels"):
-        load_images(folder)
+    Image.fromarray(np.full((6, 6), 9, np.uint8)).save(folder / "zz.png")
+    for use in (load_images, make_extractor("raw", "cpu").features, make_extractor("pixel-pca1", "cpu").fit):
+        with pytest.raises(UserError, match=r"z\.png: 4x8 pixels, the first image has 6x6"):
+            use(folder)
     assert load_images(folder, size=5, mode="clean")[3].unique().tolist() == [7]
+    features = make_extractor("raw", "cpu", size=5, batch_size=2).features(folder)
+    assert features.shape == (5, 25) and features[3:, 0] * 255 == pytest.approx([7, 9])
+
+
+def test_a_folder_is_read_batch_by_batch(tmp_path, monkeypatch):
+    """At most two batches are decoded and not yet used, whatever the folder; the features are those of the array."""
+    images = _uint8((50, 1, 6, 6))
+    folder = open_images(_write(tmp_path / "g", images))
+    read, alive, most = inputs.read_picture, set(), []
+
+    def counted(path):
+        picture = read(path)
+        alive.add(id(picture))
+        most.append(len(alive))
+        return picture
+
+    monkeypatch.setattr(inputs, "read_picture", counted)
+
+    class Embedding(module.Raw):
+        def _embed(self, x):
+            assert len(alive) <= 8
+            alive.clear()
+            return super()._embed(x)
+
+    features = Embedding(device="cpu", batch_size=4).features(folder)
+    np.testing.assert_array_equal(features, images.reshape(50, -1).double().numpy() / 255)
+    assert len(most) == 50 and max(most) <= 8
+    assert [len(batch) for batch in folder.batches(20)] == [20, 20, 10]
+
+
+def test_the_names_of_real_life(tmp_path):
+    """A superscript digit is no number to int(); orientation and transparency are as a viewer shows them."""
+    folder = tmp_path / "g"
+    folder.mkdir()
+    stripe = np.zeros((4, 6), np.uint8)
+    stripe[0] = 255
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown after a quarter turn clockwise
+    for name in ("10.png", "\u00b23.png", "9.png"):
+        Image.fromarray(stripe).save(folder / name)
+    Image.fromarray(stripe).save(folder / "turned.png", exif=turned)
+    images = open_images(folder)
+    assert [path.name for path in images.files][-1] == "turned.png" and len(images) == 4
+    assert images.sizes == [(4, 6), (6, 4)]
+    last = list(images.batches(4))[-1][0, 0]
+    assert last[:, -1].min() > 200 and last[:, 0].max() < 50  # the upper row is the right column now
+    clear = np.zeros((4, 4, 4), np.uint8)  # black, and transparent: its colour must not show
+    (tmp_path / "t").mkdir()
+    Image.fromarray(clear, "RGBA").save(tmp_path / "t" / "0.png")
+    assert load_images(tmp_path / "t").shape == (1, 3, 4, 4)
+    assert int(load_images(tmp_path / "t").min()) == 255
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused(tmp_path):
+    """Twenty kilobytes that would decode to gigabytes."""
+    header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(40_001))), (b"IEND", b""))
+    parts = [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks]
+    (tmp_path / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(UserError, match=r"0\.png"):
+        load_images(tmp_path)
+
+
+def test_what_would_not_fit_into_memory_is_refused(monkeypatch):
+    images = _uint8((30, 1, 8, 8))
+    monkeypatch.setattr(module, "MOST_BYTES", 8 * 64 * 29)
+    monkeypatch.setattr(module, "MOST_BATCH_BYTES", 8 * 64 * 29)
+    with pytest.raises(UserError, match="30 images of 64 values"):
+        make_extractor("raw", "cpu", batch_size=10).features(images)
+    with pytest.raises(UserError, match=r"10 images of 400 values.*smaller batch size"):
+        make_extractor("raw", "cpu", batch_size=10, size=20).features(images)
+
+
+def test_features_that_are_not_finite_are_refused():
+    class Broken(module.Raw):
+        def _embed(self, x):
+            return super()._embed(x) / 0
+
+    with pytest.raises(UserError, match="NaN or infinite"):
+        Broken(device="cpu").features(_uint8((3, 1, 2, 2)))
 
 
 def test_sources_that_are_refused(tmp_path):
@@ -436,8 +568,8 @@ def test_sources_that_are_refused(tmp_path):
     for source, message in (
         (empty, "no image in this folder"),
         (tmp_path, "sub-folders are not searched"),
-        (broken, r"2\.png: not a readable image"),
-        (text, r"2\.jpg: not a readable image"),
+        (broken, r"2\.png as an image"),
+        (text, r"2\.jpg as an image"),
         (deep, "8 bits"),
         (tmp_path / "a.pdf", "neither a folder"),
         (tmp_path / "absent", "no such folder"),
