@@ -5,12 +5,18 @@
     python inv_flow/classify_mnist.py --no_inverse          the linear layer alone, for comparison
 
 Each inverse convolution has one channel, 8 free taps and its own scan order (TL, BR), and is followed by a leaky ReLU.
-Prints the test accuracy of every epoch and writes <out>/classifier.csv.
+Prints the test accuracy of every epoch and writes <out>/<dataset>.csv (<dataset>_linear.csv for the linear layer).
 """
 
-import argparse
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import json
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +26,36 @@ from common.batches import Batches
 from common.checkpoint import atomic_write
 from common.datasets import load
 from common.errors import UserError, run_command
-from common.launch import check_finite, pick_device, seed_everything
+from common.launch import check_finite, full_precision, pick_device, seed_everything
+from common.options import Count, Device, Options, Positive, Seed, from_flags, option
 from inv_flow.layers.inv_conv import InverseConv2d
+from inv_flow.train.config import Cap, Text
+
+
+class ClassifierOptions(Options):
+    """The options of the classifier."""
+
+    dataset: Literal["mnist", "fashion_mnist", "digits"] = option("mnist", "data set")
+    data_root: Text | None = option(None, "folder of the data sets (default: DATA_ROOT or data/)")
+    epochs: Count = option(50, "training epochs")
+    batch_size: Count = option(100, "images a step")
+    lr: Positive = option(1e-3, "learning rate at the start; it falls along a cosine")
+    no_inverse: bool = option(False, "only the linear layer")
+    max_row_sum: Cap | None = option(0.95, "cap on the free taps of a kernel (none: no cap)")
+    seed: Seed = option(0, "seed of everything random")
+    device: Device = option("auto", "where to compute")
+    tf32: bool = option(False, "let a GPU round float32 convolutions and matrix products to TF32")
+    out: Text = option("runs/inv_flow/classifier", "folder of the table")
+    dry_run: bool = option(False, "check the options, print them as JSON, and leave")
 
 
 class Classifier(nn.Module):
     """(B, 1, H, W) in [0, 1] -> class scores (B, classes)."""
 
-    def __init__(self, side: int, classes: int, inverse: bool = True):
+    def __init__(self, side: int, classes: int, inverse: bool = True, max_row_sum: float | None = 0.95):
         super().__init__()
-        self.convs = nn.ModuleList(
-            [InverseConv2d(1, 3, order, max_row_sum=0.95) for order in ("TL", "BR")] if inverse else []
-        )
+        orders = ("TL", "BR") if inverse else ()
+        self.convs = nn.ModuleList(InverseConv2d(1, 3, order, max_row_sum=max_row_sum) for order in orders)
         self.linear = nn.Linear(side * side, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,32 +67,24 @@ class Classifier(nn.Module):
 @torch.no_grad()
 def accuracy(model: Classifier, batches: Batches) -> float:
     """Share of right answers."""
-    right = total = 0
-    for images, targets in batches.epoch(0):
-        right += int((model(images.float() / 255).argmax(1) == targets).sum())
-        total += len(targets)
-    return right / total
+    right = [(model(images.float() / 255).argmax(1) == targets).sum() for images, targets in batches.epoch(0)]
+    return int(torch.stack(right).sum()) / len(batches.dataset)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="mnist", choices=("mnist", "fashion_mnist", "digits"))
-    parser.add_argument("--data_root")
-    parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--batch_size", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--no_inverse", action="store_true", help="only the linear layer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", default="runs/inv_flow/classifier")
-    args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size) < 1:
-        raise UserError("epochs and batch_size must be positive")
+    args, given = from_flags(ClassifierOptions, sys.argv[1:] if argv is None else argv, __doc__)
+    if args.no_inverse and "max_row_sum" in given:
+        raise UserError("--max_row_sum does nothing here: it needs the inverse convolutions, without --no_inverse")
     device = pick_device(args.device)
+    if args.dry_run:
+        print(json.dumps(args.as_dict(), indent=2))
+        return
+    full_precision(args.tf32)
     seed_everything(args.seed)
     train, test = (load(args.dataset, args.data_root, split) for split in ("train", "test"))
-    model = Classifier(train.height, len(train.targets.unique()), not args.no_inverse).to(device)
+    classes = int(train.targets.max()) + 1
+    model = Classifier(train.height, classes, not args.no_inverse, args.max_row_sum).to(device)
     kernels = sum(int(conv.mask.sum()) for conv in model.convs)
     print(f"{kernels} free kernel entries, {sum(p.numel() for p in model.linear.parameters()):,} linear ones")
     batches = Batches(train, args.batch_size, seed=args.seed, device=device, hold=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.batches import Batches
 from common.datasets import ArraySet, load, split, subset
-from common.errors import UserError, suggest
+from common.errors import UserError
 from common.launch import Distributed
 from inv_flow.train.config import Config
 
@@ -47,7 +47,29 @@ class ShiftAndFlip:
 
 
 AUGMENTATIONS = {"mnist": RandomCrop, "cifar10": ShiftAndFlip}
-NAMES = ("mnist", "cifar10", "imagenet", "imagenet32", "imagenet64", "celeba", "digits")
+SIZES = {"mnist": (1, 28, 28), "digits": (1, 8, 8), "cifar10": (3, 32, 32), "celeba": (3, 64, 64)}
+
+
+def image_size(config: Config) -> tuple[int, int, int]:
+    """Channels, height and width of the images, without reading them. Raises UserError for what cannot be had."""
+    name, side = config.dataset, config.resolution
+    if config.test:
+        channels, height, width = config.image_size or (1, 28, 28)
+        return channels, side or height, side or width
+    if config.data_aug and name not in AUGMENTATIONS:
+        raise UserError(f"data_aug: {name} has no augmentation; it is for {' and '.join(AUGMENTATIONS)}")
+    if name.startswith("imagenet"):
+        own = int(name.removeprefix("imagenet") or side or 32)
+        if own not in (32, 64) or side not in (0, own):
+            raise UserError(f"resolution={side}: {name} is published at 32 and 64 pixels; set dataset=imagenet and one "
+                            "of them as resolution")  # fmt: skip
+        size = (3, own, own)
+    else:
+        channels, height, width = SIZES[name]
+        size = (channels, side or height, side or width)
+    if config.image_size not in (None, size):
+        raise UserError(f"image_size={config.image_size}: the images of {name} are {size}; leave it out")
+    return size
 
 
 def noise_images(n: int, size: tuple[int, ...], seed: int) -> ArraySet:
@@ -57,35 +79,26 @@ def noise_images(n: int, size: tuple[int, ...], seed: int) -> ArraySet:
 
 
 def datasets(config: Config) -> tuple:
-    """(train, val, test) sets of `config.dataset`. Raises UserError for an unknown or absent data set."""
+    """(train, val, test) sets of `config.dataset`. Raises UserError where they are absent."""
     name, root, side = config.dataset, config.data_root, config.resolution
     options = {"image_size": side} if side else {}
-    if config.data_aug and name not in AUGMENTATIONS:
-        raise UserError(f"data_aug: {name} has no augmentation; it is for {' and '.join(AUGMENTATIONS)}")
+    size = image_size(config)
     if config.test:
-        channels, height, width = config.image_size or (1, 28, 28)
-        size = (channels, side or height, side or width)
         train, val, test = (noise_images(n, size, config.seed + i) for i, n in enumerate((1000, 200, 200)))
     elif name in TRAIN_SIZES:
         plain, test = load(name, root, "train", **options), load(name, root, "test", **options)
         source = load(name, root, "train", transform=AUGMENTATIONS[name](), **options) if config.data_aug else plain
         train = subset(source, indices=np.arange(min(TRAIN_SIZES[name], len(source) * 5 // 6)))
         val = subset(plain, indices=np.arange(len(train), len(plain)))
-    elif name in ("imagenet", "imagenet32", "imagenet64"):
-        if name == "imagenet":
-            name = f"imagenet{side or 32}"
-        if name not in ("imagenet32", "imagenet64") or (side and name != f"imagenet{side}"):
-            raise UserError(f"resolution={side}: {config.dataset} is published at 32 and 64 pixels; choose imagenet")
-        whole, test = load(name, root, "train"), load(name, root, "test")
+    elif name.startswith("imagenet"):
+        whole, test = (load(f"imagenet{size[1]}", root, part) for part in ("train", "test"))
         n_val = min(IMAGENET_VAL, len(whole) // 5)
         val, train = split(whole, [n_val, len(whole) - n_val], config.seed)
     elif name == "celeba":
         train, val, test = (load(name, root, part, image_size=side or 64) for part in ("train", "valid", "test"))
-    elif name == "digits":
+    else:
         whole, test = load(name, root, "train", **options), load(name, root, "test", **options)
         val, train = split(whole, [len(whole) // 8, len(whole) - len(whole) // 8], config.seed)
-    else:
-        raise UserError(f"dataset={name}: expected one of {', '.join(NAMES)}{suggest(name, NAMES)}")
     if config.n_train:
         train = subset(train, n=min(config.n_train, len(train)), seed=config.seed)
     if config.n_test:
@@ -97,8 +110,6 @@ def loaders(config: Config, dist: Distributed) -> tuple[tuple[int, int, int], tu
     """The image size, and the train, validation and test loaders with this process's share of each batch."""
     train, val, test = datasets(config)
     size = (train.channels, train.height, train.width)
-    if config.image_size not in (None, size):
-        raise UserError(f"image_size={config.image_size}: the images of {config.dataset} are {size}; leave it out")
     # on a GPU a set that fits is kept there: a copy from ordinary memory would make the host wait at each step
     held = dist.device.type == "cuda" and len(train) * math.prod(size) <= HELD_BYTES
     options = {

@@ -8,6 +8,11 @@ Writes runs/inv_flow/celeba (see inv_flow/train/experiment.py).
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
 from inv_flow.train import launch
@@ -26,11 +31,7 @@ PRESET = {
 }
 PRESETS = {"32": {"resolution": 32}, "64": {"resolution": 64}, "128": {"resolution": 128}}
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    launch.main(argv, __doc__, PRESET, PRESETS)
-
+main = launch.script(__doc__, PRESET, PRESETS)
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

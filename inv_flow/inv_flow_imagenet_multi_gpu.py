@@ -9,6 +9,11 @@ Writes runs/inv_flow/imagenet (see inv_flow/train/experiment.py).
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
 from inv_flow.train import launch
@@ -40,11 +45,7 @@ PRESETS = {
     },
 }
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    launch.main(argv, __doc__, PRESET, PRESETS)
-
+main = launch.script(__doc__, PRESET, PRESETS)
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -13,17 +13,18 @@ Writes runs/inv_flow/mnist (see inv_flow/train/experiment.py).
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
 from inv_flow.train import launch
 
 PRESET = {"name": "mnist", "dataset": "mnist", "num_blocks": 2, "block_size": 16, "epochs": 100, "sample_epochs": 10}
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    launch.main(argv, __doc__, PRESET)
-
+main = launch.script(__doc__, PRESET)
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -6,7 +6,9 @@ that choice alone.
 """
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -16,9 +18,9 @@ from inv_flow.layers.conv1x1 import Conv1x1
 from inv_flow.layers.convexp import ConvExp
 from inv_flow.layers.coupling import Coupling, SplitPrior
 from inv_flow.layers.emerging import Emerging
-from inv_flow.layers.flow import FlowSequential, ModifiedGradFlowLayer
+from inv_flow.layers.flow import FlowSequential, ModifiedGradFlowLayer, encode_through, standard_normal_log_prob
 from inv_flow.layers.inv_conv import InverseConv2d, InverseConvUnit, MaskedConv2d
-from inv_flow.layers.preprocess import Flatten, Pad2d, Squeeze, preprocessing
+from inv_flow.layers.preprocess import Dequantization, Flatten, Pad2d, Squeeze, preprocessing
 from inv_flow.layers.selfnorm import SelfNormConv, SelfNormFC
 from inv_flow.train.config import Config
 from inv_flow.utils.inv_conv_cuda import ORDERS
@@ -36,6 +38,29 @@ class FlowModel(FlowSequential):
     ):
         super().__init__(layers)
         self.image_size, self.latent_sizes, self.levels = image_size, latent_sizes, levels
+        # the layers from here on act on real numbers
+        self.continuous = next(i for i, layer in enumerate(self.layers) if isinstance(layer, Dequantization)) + 1
+
+    def dequantize(self, x: Tensor, rand_like: Callable[[Tensor], Tensor] = torch.rand_like) -> Tensor:
+        """x + u of integer images (B, C, H, W), padded where the flow pads; `rand_like` draws u in [0, 1)."""
+        for layer in list(self.layers)[: self.continuous]:
+            x = layer(x, rand_like(x))[0] if isinstance(layer, Dequantization) else layer(x)[0]
+        return x
+
+    def density(self) -> FlowSequential:
+        """The flow on what `dequantize` returns."""
+        return FlowSequential(self.layers[self.continuous :])
+
+    def encode(self, x: Tensor, rand_like: Callable[[Tensor], Tensor] = torch.rand_like) -> tuple[list[Tensor], Tensor]:
+        """x (B, C, H, W) -> (latents, sum of all log-determinants (B,))."""
+        return encode_through(list(self.layers)[self.continuous :], self.dequantize(x, rand_like))
+
+    def forward(
+        self, x: Tensor, rand_like: Callable[[Tensor], Tensor] = torch.rand_like
+    ) -> tuple[list[Tensor], Tensor]:
+        """x (B, C, H, W) -> (latents, log p(x) in nats (B,)), with one draw of the dequantisation noise."""
+        latents, log_det = self.encode(x, rand_like)
+        return latents, log_det + sum(standard_normal_log_prob(z) for z in latents)
 
     def sample_images(self, n: int, temperature: float = 1.0) -> Tensor:
         """n images (n, C, H, W) of integers in 0..levels-1; every latent is temperature * N(0, I)."""
@@ -75,7 +100,7 @@ def flow_step(config: Config, size: tuple[int, int, int], index: int, last: bool
             raise UserError(f"ff: a FInC unit needs a multiple of 4 channels, this level has {channels}")
         layers += [MaskedConv2d(channels, kernel, ORDERS, groups=4, **stability) for _ in range(config.ff_units)]
     if config.emerging:
-        layers.append(Emerging(channels, kernel))
+        layers.append(Emerging(channels, kernel, config.max_row_sum))
     if config.convexp:
         layers.append(ConvExp(size, add_maps=config.convexp_maps))
     for twin in range(config.inv_conv + config.inv_conv_no_pad):
@@ -90,7 +115,7 @@ def flow_step(config: Config, size: tuple[int, int, int], index: int, last: bool
     if config.conv1x1:
         layers.append(Conv1x1(channels))
     if config.coupling_width:
-        layers.append(Coupling(channels, config.coupling_width, config.coupling, config.autocast))
+        layers.append(Coupling(channels, config.coupling_width, config.coupling, config.amp))
     if not layers:
         raise UserError("a step without any layer: switch on a convolution, an activation or the coupling")
     return layers
@@ -98,7 +123,7 @@ def flow_step(config: Config, size: tuple[int, int, int], index: int, last: bool
 
 def fully_connected(config: Config, layers: list[nn.Module], size: tuple[int, int, int]) -> FlowModel:
     """The fully connected flow of the SNF experiments: `layers`, then linear layers and activations on (B, C H W)."""
-    features, depth = math.prod(size), config.num_blocks * config.block_size
+    features, depth = math.prod(size), config.num_blocks * config.steps
     layers.append(Flatten(size))
     for index in range(depth):
         layers.append(SelfNormFC(features))
@@ -115,29 +140,27 @@ def create_model(config: Config) -> FlowModel:
     """The flow of `config`. Raises UserError for a size that does not squeeze and for steps without layers."""
     if config.image_size is None or len(config.image_size) != 3:
         raise UserError(f"image_size={config.image_size}: expected channels,height,width")
-    if not 1e-6 <= config.alpha < 0.5:
-        raise UserError(f"alpha={config.alpha}: must lie in [1e-6, 0.5); with less, float32 rounds bright pixels to 1")
     channels, height, width = config.image_size
     layers: list[nn.Module] = [Pad2d(config.padding)] if config.padding else []
     layers += preprocessing(config.alpha, config.levels)
     height, width = height + 2 * config.padding, width + 2 * config.padding
     if config.fc:
         return fully_connected(config, layers, (channels, height, width))
-    latents, index, total = [], 0, config.num_blocks * config.block_size
+    latents, index, total = [], 0, config.num_blocks * config.steps
     for block in range(config.num_blocks):
         if block or config.first_squeeze:
             if height % 2 or width % 2:
                 raise UserError(
                     f"num_blocks={config.num_blocks}: level {block} is {height}x{width}, which does not squeeze; "
-                    "take fewer blocks, or padding=2 to make 28x28 images 32x32"
+                    "lower num_blocks, or pad the images (28x28 with 2 on each side squeezes five times)"
                 )
             layers.append(Squeeze())
             channels, height, width = 4 * channels, height // 2, width // 2
-        for _ in range(config.block_size):
+        for _ in range(config.steps):
             layers += flow_step(config, (channels, height, width), index, last=index == total - 1)
             index += 1
         if config.split_prior and block < config.num_blocks - 1:
-            layers.append(SplitPrior(channels, config.split_width, config.coupling, config.autocast))
+            layers.append(SplitPrior(channels, config.split_width, config.coupling, config.amp))
             channels //= 2
             latents.append((channels, height, width))
     latents.append((channels, height, width))

@@ -15,26 +15,34 @@ the resident set), parameters. Rows are written as they are measured to <out>/ti
 those that are there. A plot stands beside it.
 """
 
-import argparse
-import csv
-import ctypes
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import csv
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
 import torch
+from pydantic import Field, model_validator
 
 from common.checkpoint import atomic_write
 from common.errors import UserError, run_command
-from common.launch import pick_device
+from common.launch import full_precision, pick_device
+from common.options import Device, Options, from_flags, option
 from inv_flow.layers.inv_conv import InverseConv2d
-from inv_flow.model import create_model
-from inv_flow.train.config import LAYERS, Config, layer_choice
+from inv_flow.train.config import LAYERS, Config, Kernel, Side, Text, layer_choice
+from inv_flow.train.launch import check, make_model
 
-SIZES = {7: (16, 32, 64, 128, 256), 10: (32,)}
-KERNELS = {7: (3,), 10: (2, 3, 5, 7, 9, 11)}
+SIZES = {"7": (16, 32, 64, 128, 256), "10": (32,)}
+KERNELS = {"7": (3,), "10": (2, 3, 5, 7, 9, 11)}
 TIMES = ("forward", "train_step", "sample_1", "sample_batch")
 # what a row was measured of; a row with the same ones is not measured again
 KEYS = (
@@ -45,6 +53,48 @@ COLUMNS = [
     *KEYS, "parameters",
     *(f"{name}_{part}" for name in TIMES for part in ("ms", "std")), "peak_mb",
 ]  # fmt: skip
+
+
+class TimingOptions(Options):
+    """The options of a measurement."""
+
+    table: Literal["7", "10"] = option("7", "the paper's table: 7 (image sizes) or 10 (kernel sizes)")
+    layers: Annotated[list[Literal[LAYERS]], Field(min_length=1)] = option(["inverse", "finc"], "layers to compare")
+    sizes: list[Side] | None = option(None, "image sides (none: the table's)")
+    kernels: list[Kernel] | None = option(None, "kernel sizes (none: the table's)")
+    channels: Annotated[int, Field(ge=1, le=1024)] = option(3, "of the images (3; MNIST: 1)")
+    num_blocks: int = option(2, "L: levels", ge=1, le=16)
+    block_size: int = option(32, "K: steps a level", ge=1, le=1024)
+    coupling_width: int = option(512, "hidden channels of the coupling (0: no coupling)", ge=0, le=8192)
+    batch: int = option(100, "images", ge=1, le=100_000)
+    repeats: int = option(20, "measurements of each time", ge=1, le=100_000)
+    share: bool = option(False, "the inverse layers' share of the MNIST flow's step instead of a table")
+    conv1x1: bool = option(False, "a 1x1 convolution in each step, too")
+    device: Device = option("auto", "where to compute")
+    tf32: bool = option(False, "let a GPU round float32 convolutions and matrix products to TF32")
+    out: Text = option("runs/inv_flow/timing", "folder of the tables")
+    dry_run: bool = option(False, "check the options, print them as JSON, and leave")
+
+    @model_validator(mode="after")
+    def _one_flow(self) -> Self:
+        if self.share and self.layers[0] not in ("inverse", "unit"):
+            raise ValueError(f"layers={self.layers[0]} has no inverse convolution that share measures; name inverse or "
+                             "unit")  # fmt: skip
+        return self
+
+    def flow(self, layer: str, size: int, kernel: int) -> Config:
+        """The flow of one row."""
+        size_keys = ("num_blocks", "block_size", "coupling_width", "device")
+        return Config.build(
+            layer_choice(layer) | ({"conv1x1": True} if self.conv1x1 else {}),
+            {"image_size": (self.channels, size, size), "test": True, "if_kernel_size": kernel},
+            {"activation": "Identity"} | {name: getattr(self, name) for name in size_keys},
+        )  # fmt: skip
+
+    def rows(self) -> list[tuple[str, int, int]]:
+        """(layer, size, kernel) of every row of the table."""
+        sizes, kernels = self.sizes or SIZES[self.table], self.kernels or KERNELS[self.table]
+        return [(layer, size, kernel) for layer in self.layers for size in sizes for kernel in kernels]
 
 
 def measure(action: Callable[[], object], device: torch.device, repeats: int) -> tuple[float, float]:
@@ -69,7 +119,7 @@ def measure(action: Callable[[], object], device: torch.device, repeats: int) ->
 def time_flow(config: Config, batch: int, repeats: int, device: torch.device) -> dict[str, float]:
     """The times of one flow, its parameters, and the peak memory of its training step in MB."""
     torch.manual_seed(config.seed)
-    model = create_model(config).to(device)
+    model = make_model(config).to(device)
     images = torch.randint(0, 256, (batch, *config.image_size), device=device).float()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
 
@@ -103,11 +153,11 @@ def step_share(config: Config, batch: int, repeats: int, device: torch.device) -
 
     Medians in milliseconds: `step_ms`; `layers_ms`, forward and backward of every inverse convolution on the input
     that it gets inside the flow; `without_ms`, the step of the flow with --layer none. `share` = layers / step;
-    `share_difference` = 1 - without / step. Raises UserError when the flow has no inverse convolution.
+    `share_difference` = 1 - without / step.
     """
     torch.manual_seed(config.seed)
-    model = create_model(config).to(device)
-    without = create_model(config.replace(**layer_choice("none"))).to(device)
+    model = make_model(config).to(device)
+    without = make_model(config.with_changes(**layer_choice("none"))).to(device)
     images = torch.randint(0, 256, (batch, *config.image_size), device=device).float()
     inputs: list[tuple[torch.nn.Module, torch.Tensor]] = []
     handles = [
@@ -117,8 +167,6 @@ def step_share(config: Config, batch: int, repeats: int, device: torch.device) -
         for module in model.modules()
         if isinstance(module, InverseConv2d)
     ]
-    if not handles:
-        raise UserError("this flow has no inverse convolution; name --layers inverse")
     with torch.no_grad():
         model.log_prob(images)
     for handle in handles:
@@ -147,11 +195,12 @@ def step_share(config: Config, batch: int, repeats: int, device: torch.device) -
     }
 
 
-def share_table(args: argparse.Namespace, device: torch.device) -> None:
+def share_table(args: TimingOptions, device: torch.device) -> None:
     """Measure `step_share` for --coupling_width and the first of --layers, print it and write timing_share.csv."""
-    config = Config().replace(
-        **layer_choice(args.layers[0]), image_size=(1, 28, 28), num_blocks=2, block_size=16, conv1x1=args.conv1x1,
-        coupling_width=args.coupling_width, split_width=args.coupling_width,
+    config = Config.build(
+        layer_choice(args.layers[0]),
+        {"image_size": (1, 28, 28), "num_blocks": 2, "block_size": 16, "conv1x1": args.conv1x1,
+         "coupling_width": args.coupling_width, "split_width": args.coupling_width or 512},
     )  # fmt: skip
     row = {"coupling_width": args.coupling_width, "batch": args.batch, "device": device.type,
            "threads": torch.get_num_threads(), **step_share(config, args.batch, args.repeats, device)}  # fmt: skip
@@ -207,61 +256,54 @@ def plot(path: Path, rows: list[dict[str, str]], axis: str) -> None:
     pyplot.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=int, choices=(7, 10), default=7)
-    parser.add_argument("--layers", nargs="+", default=["inverse", "finc"], metavar="LAYER", help=", ".join(LAYERS))
-    parser.add_argument("--sizes", nargs="+", type=int, help="image sides (default: the table's)")
-    parser.add_argument("--kernels", nargs="+", type=int, help="kernel sizes (default: the table's)")
-    parser.add_argument("--channels", type=int, default=3, help="of the images (3; MNIST: 1)")
-    parser.add_argument("--num_blocks", type=int, default=2)
-    parser.add_argument("--block_size", type=int, default=32)
-    parser.add_argument("--coupling_width", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--share", action="store_true", help="the inverse layers' share of the MNIST flow's step")
-    parser.add_argument("--conv1x1", action="store_true", help="a 1x1 convolution in each step, too")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", default="runs/inv_flow/timing")
-    args = parser.parse_args(argv)
-    if min(args.batch, args.repeats, args.channels, *(args.sizes or [1]), *(args.kernels or [1])) < 1:
-        raise UserError("batch, repeats, channels, sizes and kernels must be positive")
-    device = pick_device(args.device)
-    if args.share:
-        return share_table(args, device)
-    path = Path(args.out) / f"timing_table{args.table}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    if path.exists():
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows that are measured already. Raises UserError for a table of another kind."""
+    if not path.exists():
+        return []
+    try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        if rows and list(rows[0]) != COLUMNS:
-            raise UserError(f"{path} has other columns; move it away or name another --out")
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); move it away or name another --out") from error
+    if any(list(row) != COLUMNS or None in row.values() for row in rows):
+        raise UserError(f"{path} has other columns; move it away or name another --out")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv`."""
+    args, given = from_flags(TimingOptions, sys.argv[1:] if argv is None else argv, __doc__)
+    idle = [name for name in ("table", "sizes", "kernels", "channels", "num_blocks", "block_size") if name in given]
+    if args.share and idle:
+        raise UserError(f"--{idle[0]} does nothing with --share, which measures the MNIST flow; leave it out")
+    device = pick_device(args.device)
+    for row in [] if args.share else args.rows():
+        check(args.flow(*row))
+    path = Path(args.out) / f"timing_table{args.table}.csv"
+    rows = [] if args.share else read_table(path)
+    if args.dry_run:
+        print(json.dumps(args.as_dict(), indent=2))
+        return
+    full_precision(args.tf32)
+    if args.share:
+        return share_table(args, device)
     done = {tuple(row[key] for key in KEYS) for row in rows}
     shape = (args.num_blocks, args.block_size, args.coupling_width, int(args.conv1x1))
     where = (*shape, args.batch, device.type, torch.get_num_threads())
-    for layer in args.layers:
-        for size in args.sizes or SIZES[args.table]:
-            for kernel in args.kernels or KERNELS[args.table]:
-                names = (layer, args.channels, size, kernel, *where)
-                if tuple(map(str, names)) in done:
-                    continue
-                mixing = {"conv1x1": True} if args.conv1x1 else {}
-                config = Config().replace(
-                    **layer_choice(layer) | mixing, image_size=(args.channels, size, size), if_kernel_size=kernel,
-                    activation="Identity", num_blocks=args.num_blocks, block_size=args.block_size,
-                    coupling_width=args.coupling_width,
-                )  # fmt: skip
-                row = dict(zip(KEYS, names, strict=True)) | time_flow(config, args.batch, args.repeats, device)
-                rows.append({key: str(row[key]) for key in COLUMNS})
-                text = [",".join(COLUMNS), *(",".join(row[key] for key in COLUMNS) for row in rows)]
-                with atomic_write(path) as file:
-                    file.write(("\n".join(text) + "\n").encode())
-                print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    for layer, size, kernel in args.rows():
+        names = (layer, args.channels, size, kernel, *where)
+        if tuple(map(str, names)) in done:
+            continue
+        times = time_flow(args.flow(layer, size, kernel), args.batch, args.repeats, device)
+        row: dict[str, Any] = dict(zip(KEYS, names, strict=True)) | times
+        rows.append({key: str(row[key]) for key in COLUMNS})
+        text = [",".join(COLUMNS), *(",".join(row[key] for key in COLUMNS) for row in rows)]
+        with atomic_write(path) as file:
+            file.write(("\n".join(text) + "\n").encode())
+        print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     same = (str(args.channels), *map(str, where))  # one curve a layer: the rows of this configuration
     rows = [row for row in rows if (row["channels"], *(row[key] for key in KEYS[4:])) == same]
-    plot(path.with_suffix(".png"), rows, "size" if args.table == 7 else "kernel")
+    plot(path.with_suffix(".png"), rows, "size" if args.table == "7" else "kernel")
     print(f"{path} and {path.with_suffix('.png')}")
 
 

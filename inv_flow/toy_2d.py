@@ -7,23 +7,32 @@ A point is an image of two channels and one pixel: a step is ActNorm, a 1x1 inve
 coupling. Writes <out>/<density>.png and <out>/<density>.csv (step, nll in nats).
 """
 
-import argparse
-import math
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import json
+import math
+from typing import Annotated, Literal
+
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from common.checkpoint import atomic_write
-from common.errors import UserError, run_command, suggest
-from common.launch import check_finite, pick_device, seed_everything
+from common.errors import run_command
+from common.launch import check_finite, full_precision, pick_device, seed_everything
+from common.options import Count, Device, Options, Positive, Seed, from_flags, option
 from inv_flow.layers.actnorm import ActNorm
 from inv_flow.layers.conv1x1 import Conv1x1
 from inv_flow.layers.coupling import Coupling
 from inv_flow.layers.flow import FlowSequential
 from inv_flow.layers.inv_conv import InverseConv2d
+from inv_flow.train.config import Text, Width
 
 LIMIT = 4.0  # the pictures show [-LIMIT, LIMIT]^2
 DENSITIES = (
@@ -31,8 +40,24 @@ DENSITIES = (
 )  # fmt: skip
 
 
+class ToyOptions(Options):
+    """The options of a flow on the plane."""
+
+    density: Literal[DENSITIES] = option("8gaussians", "what to learn")
+    steps: Count = option(5000, "training steps")
+    batch: Annotated[int, Field(ge=1, le=1_000_000)] = option(500, "points a step")
+    lr: Positive = option(1e-3, "learning rate at the start; it falls along a cosine")
+    depth: Annotated[int, Field(ge=1, le=1000)] = option(8, "steps of the flow")
+    width: Width = option(64, "hidden channels of the couplings")
+    seed: Seed = option(0, "seed of everything random")
+    device: Device = option("auto", "where to compute")
+    tf32: bool = option(False, "let a GPU round float32 convolutions and matrix products to TF32")
+    out: Text = option("runs/inv_flow/toy", "folder of the picture and the table")
+    dry_run: bool = option(False, "check the options, print them as JSON, and leave")
+
+
 def sample_density(name: str, n: int, rng: np.random.Generator) -> np.ndarray:
-    """n points (n, 2) float32 of the density `name`, inside about [-4, 4]^2. Raises UserError for an unknown name."""
+    """n points (n, 2) float32 of the density `name`, inside about [-4, 4]^2."""
     turn = rng.uniform(0, 2 * np.pi, n)
     noise = rng.standard_normal((n, 2))
     if name == "1gaussian":
@@ -67,11 +92,9 @@ def sample_density(name: str, n: int, rng: np.random.Generator) -> np.ndarray:
         column = rng.integers(-2, 2, n)
         row = 2 * rng.integers(-1, 1, n) + column % 2
         points = 1.8 * (np.stack([column, row], 1) + rng.uniform(size=(n, 2)))
-    elif name == "rings":
+    else:  # rings
         radius = rng.choice([0.75, 1.5, 2.25, 3.0], n) + 0.08 * rng.standard_normal(n)
         points = radius[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
-    else:
-        raise UserError(f"density={name}: expected one of {', '.join(DENSITIES)}{suggest(name, DENSITIES)}")
     return points.astype(np.float32)
 
 
@@ -114,20 +137,12 @@ def picture(path: Path, name: str, flow: FlowSequential, data: np.ndarray, devic
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--density", default="8gaussians", help=", ".join(DENSITIES))
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=500)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--depth", type=int, default=8, help="steps of the flow")
-    parser.add_argument("--width", type=int, default=64, help="hidden channels of the couplings")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", default="runs/inv_flow/toy")
-    args = parser.parse_args(argv)
-    if min(args.steps, args.batch, args.depth, args.width) < 1:
-        raise UserError("steps, batch, depth and width must be positive")
+    args, _ = from_flags(ToyOptions, sys.argv[1:] if argv is None else argv, __doc__)
     device = pick_device(args.device)
+    if args.dry_run:
+        print(json.dumps(args.as_dict(), indent=2))
+        return
+    full_precision(args.tf32)
     seed_everything(args.seed)
     rng = np.random.default_rng(args.seed)
     flow = make_flow(args.depth, args.width).to(device)

@@ -4,28 +4,19 @@ python inv_flow/experiments/conv1x1_glow_cifar.py [--key value ...]
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[2])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
+from inv_flow.experiments import CIFAR, GLOW
 from inv_flow.train import launch
 
-PRESET = {
-    "name": "conv1x1_glow_cifar",
-    "dataset": "cifar10",
-    "data_aug": True,
-    "block_size": 32,
-    "conv1x1": True,
-    "activation": "Identity",
-    "scheduler_name": "none",
-    "epochs": 10000,
-    "warmup_epochs": 10,
-    "inv_conv": False,
-}
+PRESET = GLOW | CIFAR | {"name": "conv1x1_glow_cifar", "block_size": 32, "conv1x1": True}
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    launch.main(argv, __doc__, PRESET)
-
+main = launch.script(__doc__, PRESET)
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -4,36 +4,22 @@ python inv_flow/experiments/exact_cnn_mnist.py [--key value ...]
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[2])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
+from inv_flow.experiments import CNN
 from inv_flow.train import launch
 
-PRESET = {
-    "name": "exact_cnn_mnist",
-    "dataset": "mnist",
-    "num_blocks": 3,
-    "block_size": 3,
-    "order": "TL",
-    "actnorm": False,
-    "first_squeeze": False,
-    "split_prior": False,
-    "last_activation": False,
-    "coupling_width": 0,
-    "batch_size": 1000,
-    "lr": 0.0001,
-    "scheduler_name": "none",
-    "epochs": 10000,
-    "activation": "Spline",
-    "n_bins": 5,
+PRESET = CNN | {
+    "name": "exact_cnn_mnist", "num_blocks": 3, "block_size": 3, "order": "TL", "batch_size": 1000, "lr": 1e-4,
     "tail_bound": 100.0,
-    "individual_weights": True,
-}
+}  # fmt: skip
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    launch.main(argv, __doc__, PRESET)
-
+main = launch.script(__doc__, PRESET)
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -4,30 +4,22 @@ python inv_flow/experiments/geco_selfnorm_glow_mnist.py [--key value ...]
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[2])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
+from inv_flow.experiments import GLOW
 from inv_flow.train import launch
 
-PRESET = {
-    "name": "geco_selfnorm_glow_mnist",
-    "dataset": "mnist",
-    "snf": True,
-    "snf_kernel_size": 5,
-    "recon_loss_lr": 0.001,
-    "coupling_width": 16,
-    "split_width": 16,
-    "activation": "Identity",
-    "scheduler_name": "none",
-    "epochs": 1000,
-    "warmup_epochs": 10,
-    "inv_conv": False,
-}
+PRESET = GLOW | {
+    "name": "geco_selfnorm_glow_mnist", "snf": True, "snf_kernel_size": 5, "recon_loss_lr": 1e-3,
+    "coupling_width": 16, "split_width": 16, "epochs": 1000,
+}  # fmt: skip
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    launch.main(argv, __doc__, PRESET)
-
+main = launch.script(__doc__, PRESET)
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

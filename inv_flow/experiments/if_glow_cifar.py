@@ -4,36 +4,22 @@ python inv_flow/experiments/if_glow_cifar.py [--key value ...]
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[2])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
+from inv_flow.experiments import CIFAR, COLOUR
 from inv_flow.train import launch
 
-PRESET = {
-    "name": "if_glow_cifar",
-    "dataset": "cifar10",
-    "data_aug": True,
-    "order": "TL",
-    "last_activation": False,
-    "actnorm": False,
-    "coupling_width": 128,
-    "batch_size": 140,
-    "lr": 0.0001,
-    "scheduler_name": "MultiStep",
-    "milestones": (2, 4, 10, 80, 240),
-    "gamma": 0.109717,
-    "epochs": 10000,
-    "weight_decay": 1e-07,
-    "activation": "Spline",
-    "n_bins": 10,
-    "tail_bound": 20.0,
-    "individual_weights": False,
-}
+PRESET = COLOUR | CIFAR | {
+    "name": "if_glow_cifar", "coupling_width": 128, "batch_size": 140, "weight_decay": 1e-7,
+    "scheduler_name": "MultiStep", "milestones": (2, 4, 10, 80, 240), "gamma": 0.109717,
+}  # fmt: skip
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    launch.main(argv, __doc__, PRESET)
-
+main = launch.script(__doc__, PRESET)
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

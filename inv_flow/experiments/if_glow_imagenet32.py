@@ -4,33 +4,19 @@ python inv_flow/experiments/if_glow_imagenet32.py [--key value ...]
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[2])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
+from inv_flow.experiments import COLOUR, IMAGENET
 from inv_flow.train import launch
 
-PRESET = {
-    "name": "if_glow_imagenet32",
-    "dataset": "imagenet32",
-    "block_size": 32,
-    "order": "TL",
-    "last_activation": False,
-    "actnorm": False,
-    "coupling_width": 256,
-    "lr": 0.0001,
-    "scheduler_name": "Exponential",
-    "gamma": 0.99997,
-    "epochs": 10000,
-    "activation": "Spline",
-    "n_bins": 10,
-    "tail_bound": 20.0,
-    "individual_weights": False,
-}
+PRESET = COLOUR | IMAGENET | {"name": "if_glow_imagenet32", "block_size": 32, "coupling_width": 256, "gamma": 0.99997}
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    launch.main(argv, __doc__, PRESET)
-
+main = launch.script(__doc__, PRESET)
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -4,7 +4,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import NonFiniteError
 from inv_flow.layers.flow import FlowLayer, no_log_det
+
+
+def inverse_matrix(weight: Tensor) -> Tensor:
+    """The inverse of weight (C, C), computed in float64, in the precision of weight.
+
+    Raises NonFiniteError for a singular matrix, exactly or up to rounding: its log-determinant is -inf or as good as
+    that, and what stands for its inverse then is rounding error of any size.
+    """
+    # MPS has neither float64 nor slogdet; the matrix is tiny, so it may travel
+    here = weight.cpu() if weight.device.type == "mps" else weight
+    wide = here.double()
+    inverse = torch.linalg.inv_ex(wide)[0]
+    missed = (wide @ inverse - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)).abs().max()
+    if not bool((missed < 1e-3) & torch.isfinite(torch.linalg.slogdet(here)[1])):
+        raise NonFiniteError(
+            f"a {len(wide)}x{len(wide)} channel-mixing matrix is singular (log-determinant -inf): it has no inverse, "
+            "so this flow cannot sample; go on from an earlier checkpoint"
+        )
+    return inverse.to(weight)
 
 
 class Conv1x1(FlowLayer):
@@ -21,10 +41,8 @@ class Conv1x1(FlowLayer):
         return F.conv2d(x, self.weight[:, :, None, None]), (pixels * log_det).expand(x.shape[0])
 
     def reverse(self, z: Tensor) -> Tensor:
-        inverse = (
-            torch.linalg.inv(self.weight.double().cpu()) if z.device.type == "mps" else self.weight.double().inverse()
-        )
-        return F.conv2d(z, inverse.to(z)[:, :, None, None])
+        """z -> x. Raises NonFiniteError when W is singular."""
+        return F.conv2d(z, inverse_matrix(self.weight)[:, :, None, None])
 
 
 class Conv1x1Householder(FlowLayer):

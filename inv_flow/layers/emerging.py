@@ -7,20 +7,23 @@ from torch import Tensor, nn
 
 from inv_flow.layers.conv1x1 import Conv1x1
 from inv_flow.layers.flow import FlowLayer, no_log_det
+from inv_flow.layers.inv_conv import capped
 from inv_flow.utils.inv_conv_cuda import inverse_conv2d, kernel_mask, masked_conv2d
 
 
 class SquareAutoRegressiveConv2d(FlowLayer):
-    """A 2x2 autoregressive convolution with a lower-triangular last tap; log-determinant H W sum_o log|w[o, o, -1,
-    -1]|.
+    """An autoregressive convolution with a lower-triangular last tap; log-determinant H W sum_o log|w[o, o, -1, -1]|.
 
     It is the TL masked convolution of this repository with a free diagonal. weight (C, C, k, k) starts as N(0, 1) /
-    sqrt(k^2 C^2) plus 1 on the diagonal of the last tap; bias (C,).
+    sqrt(k^2 C^2) plus 1 on the diagonal of the last tap; bias (C,). `reverse` solves the recursion of `InverseConv2d`
+    and can explode like it; max_row_sum = rho in (0, 1) caps each row's taps, relative to its diagonal entry, to
+    sum |w| <= rho, so that |x| <= |z - bias| / (|diagonal| (1 - rho)) in the maximum norm.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 2):
+    def __init__(self, channels: int, kernel_size: int = 2, max_row_sum: float | None = None):
         super().__init__()
         k = kernel_size
+        self.max_row_sum = max_row_sum
         mask, pin = kernel_mask(channels, (k, k), "TL", 1)
         self.register_buffer("mask", mask + pin, persistent=False)  # the diagonal is free here
         self.register_buffer("pin", pin, persistent=False)
@@ -32,8 +35,10 @@ class SquareAutoRegressiveConv2d(FlowLayer):
         """The kernel with each row divided by its diagonal entry, and that diagonal (C,)."""
         kernel = self.weight * self.mask
         diagonal = kernel[:, :, -1, -1].diagonal()
-        rows = kernel / diagonal.view(-1, 1, 1, 1)
-        return rows * (1 - self.pin) + self.pin, diagonal  # exactly 1 where the solver expects a 1
+        free = kernel / diagonal.view(-1, 1, 1, 1) * (1 - self.pin)
+        if self.max_row_sum is not None:
+            free = capped(free, self.max_row_sum)
+        return free + self.pin, diagonal  # exactly 1 where the solver expects a 1
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kernel, diagonal = self._unit_kernel()
@@ -59,14 +64,14 @@ class Flip2d(FlowLayer):
 class Emerging(FlowLayer):
     """Conv1x1, autoregressive convolution, flip, autoregressive convolution, flip."""
 
-    def __init__(self, channels: int, kernel_size: int = 2):
+    def __init__(self, channels: int, kernel_size: int = 2, max_row_sum: float | None = None):
         super().__init__()
         self.layers = nn.ModuleList(
             [
                 Conv1x1(channels),
-                SquareAutoRegressiveConv2d(channels, kernel_size),
+                SquareAutoRegressiveConv2d(channels, kernel_size, max_row_sum),
                 Flip2d(),
-                SquareAutoRegressiveConv2d(channels, kernel_size),
+                SquareAutoRegressiveConv2d(channels, kernel_size, max_row_sum),
                 Flip2d(),
             ]
         )

@@ -59,6 +59,19 @@ def bits_per_dim(log_prob: Tensor, dimensions: int) -> Tensor:
     return -log_prob / (dimensions * math.log(2))
 
 
+def encode_through(layers: Iterable[nn.Module], x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """x (B, ...) through layers of a `FlowSequential` -> (latents, sum of their log-determinants (B,))."""
+    latents, log_det = [], None
+    for layer in layers:
+        if hasattr(layer, "split"):
+            x, part, term = layer.split(x)
+            latents.append(part)
+        else:
+            x, term = layer(x)
+        log_det = term if log_det is None else log_det + term
+    return [*latents, x], log_det
+
+
 class FlowSequential(nn.Module):
     """Layers in sequence with a standard normal base.
 
@@ -72,15 +85,7 @@ class FlowSequential(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """x (B, ...) -> (latents, sum of all log-determinants (B,))."""
-        latents, log_det = [], None
-        for layer in self.layers:
-            if hasattr(layer, "split"):
-                x, part, term = layer.split(x)
-                latents.append(part)
-            else:
-                x, term = layer(x)
-            log_det = term if log_det is None else log_det + term
-        return [*latents, x], log_det
+        return encode_through(self.layers, x)
 
     def decode(self, latents: list[Tensor]) -> Tensor:
         """The inverse of `encode`; the list is not changed."""

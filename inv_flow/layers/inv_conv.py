@@ -13,6 +13,13 @@ from inv_flow.utils.inv_conv_cuda.geometry import Order, order_codes
 from inv_flow.utils.inv_conv_cuda.reference import convolve
 
 
+def capped(free: Tensor, max_row_sum: float) -> Tensor:
+    """The free taps (C, ...) with each row scaled to an L1 norm of `max_row_sum` at most."""
+    sums = free.abs().sum(dim=(1, 2, 3), keepdim=True)
+    # the clamp keeps the gradient of an all-zero row finite; such a row is not scaled anyway
+    return free * (max_row_sum / sums.clamp(min=max_row_sum))
+
+
 class _TriangularConv2d(nn.Module):
     """The kernel of a masked convolution: free weights, the constants that pin it, and its stability options."""
 
@@ -52,9 +59,7 @@ class _TriangularConv2d(nn.Module):
         """
         free = self.weight * self.mask
         if self.max_row_sum is not None:
-            sums = free.abs().sum(dim=(1, 2, 3), keepdim=True)
-            # the clamp keeps the gradient of an all-zero row finite; such a row is not scaled anyway
-            free = free * (self.max_row_sum / sums.clamp(min=self.max_row_sum))
+            free = capped(free, self.max_row_sum)
         return free + self.pin
 
     def row_sums(self) -> Tensor:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from common.errors import NonFiniteError
+from inv_flow.layers.conv1x1 import inverse_matrix
 from inv_flow.layers.flow import ModifiedGradFlowLayer, no_log_det
 
 
@@ -102,8 +104,15 @@ class SelfNormConv(ModifiedGradFlowLayer):
         if not self.exact:
             return F.conv2d(z, self.inverse, padding=self.padding)
         if self.padding == 0:
-            return F.conv2d(z, self.weight[:, :, 0, 0].inverse()[:, :, None, None])
-        return torch.linalg.solve(self.matrix(tuple(z.shape[1:])), z.flatten(1).T).T.view_as(z)
+            return F.conv2d(z, inverse_matrix(self.weight[:, :, 0, 0])[:, :, None, None])
+        matrix, right = self.matrix(tuple(z.shape[1:])), z.flatten(1).T
+        x = torch.linalg.solve_ex(matrix, right)[0]
+        if not bool((matrix @ x - right).abs().max() <= 1e-2 * right.abs().max()):  # a NaN is no solution either
+            raise NonFiniteError(
+                "a self-normalising convolution is singular (log-determinant -inf): it has no inverse, so this flow "
+                "cannot sample exactly; go on from an earlier checkpoint, or leave out sample_true_inv"
+            )
+        return x.T.view_as(z)
 
     def reconstruction_loss(self, x: Tensor, symmetric: bool = False, only_r: bool = False) -> Tensor:
         """mean_B ||x - R W x||^2, without the bias and with x detached.

@@ -1,159 +1,271 @@
-"""Every key of an Inverse-Flow experiment, once: name, type, default, meaning. Scripts and `Experiment` read it from
-here.
-"""
+"""Every option of an Inverse-Flow training, once: name, range, default, meaning, and the rule for a resumed run."""
 
-import argparse
-import dataclasses
-import typing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from common.errors import UserError, suggest
+from common.options import (
+    Count,
+    Decay,
+    Device,
+    NonNegative,
+    Options,
+    Positive,
+    Resume,
+    Says,
+    Seed,
+    Whole,
+    from_flags,
+    option,
+)
 
-# Keys of the published configurations that did nothing there; asking for one is an error that says why.
-DEAD = {
-    "grad_clip_value": "it was commented out; use grad_clip (by value) or grad_clip_norm",
-    "verbose": "nothing read it",
-    "loss_bpd": "nothing read it; bits per dimension are always reported",
-    "run_name": "nothing read it; use name",
-    "Optimizer": "nothing read it; use optimizer_name",
-    "Scheduler": "nothing read it; use scheduler_name",
-    "input_size": "nothing read it; use image_size",
-    "num_layers": "it repeated num_blocks; use num_blocks",
-}
-
-
-def key(default: Any, help: str, group: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of `Config` with its help text."""
-    metadata = {"help": help, "group": group, "choices": choices}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
+DATASETS = ("mnist", "cifar10", "imagenet", "imagenet32", "imagenet64", "celeba", "digits")
 LAYERS = ("inverse", "none", "glow", "finc", "emerging", "convexp", "snf", "unit")
 
 
-@dataclass
-class Config:
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd")
+    return value
+
+
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$"), Says("text")]
+Side = Annotated[int, Field(ge=1, le=1024)]
+Size = Annotated[tuple[Side, ...], Field(min_length=3, max_length=3), Says("channels,height,width, up to 1024 each")]
+Kernel = Annotated[int, Field(ge=1, le=31)]
+Width = Annotated[int, Field(ge=1, le=8192)]
+Cap = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Config(Options):
     """The resolved configuration of a run. Defaults follow the paper's training (supplement 7) and its L = 2, K = 16
     flow.
     """
 
+    DEAD: ClassVar[Mapping[str, str]] = {
+        "grad_clip_value": "it was commented out in the published code; use grad_clip (by value) or grad_clip_norm",
+        "loss_bpd": "nothing read it in the published code; bits per dimension are always reported",
+        "run_name": "nothing read it in the published code; use name",
+        "Optimizer": "nothing read it in the published code; use optimizer_name",
+        "Scheduler": "nothing read it in the published code; use scheduler_name",
+        "input_size": "nothing read it in the published code; use image_size",
+    }
+
     # data
-    dataset: str = key("mnist", "data set: mnist, cifar10, imagenet, imagenet32, imagenet64, celeba, digits", "data")
-    data_root: str | None = key(None, "folder of the data sets (default: DATA_ROOT or data/)", "data")
-    resolution: int = key(0, "side of the images: celeba (64), imagenet (32), others resized (0: their own)", "data")
-    data_aug: bool = key(False, "random crops (mnist) or shifts and flips (cifar10) of training images", "data")
-    n_train: int = key(0, "use only that many training images, drawn by the seed (0: all)", "data")
-    n_test: int = key(0, "use only the first test images (0: all)", "data")
-    test: bool = key(False, "train on random images of image_size or resolution, for timing", "data")
-    workers: int = key(0, "worker processes of the loaders", "data")
+    dataset: Literal[DATASETS] = option("mnist", "data set", group="data")
+    data_root: Text | None = option(
+        None, "folder of the data sets (default: DATA_ROOT or data/)", group="data", resume="change"
+    )
+    resolution: int = option(
+        0, "side of the images: celeba (64), imagenet (32), others resized (0: their own)", group="data", ge=0, le=1024
+    )
+    data_aug: bool = option(False, "random crops (mnist), shifts and flips (cifar10) of training images", group="data")
+    n_train: Whole = option(0, "use only that many training images, drawn by the seed (0: all)", group="data")
+    n_test: Whole = option(0, "use only the first test images (0: all)", group="data")
+    test: bool = option(False, "train on random images of image_size or resolution, for timing", group="data")
+    workers: int = option(0, "worker processes of the loaders", group="data", resume="change", ge=0, le=256)
     # model
-    image_size: tuple[int, ...] | None = key(None, "channels, height, width: set from the data (none)", "model")
-    padding: int = key(0, "zero padding on each side (2 makes 28x28 images 32x32, so that three blocks fit)", "model")
-    levels: int = key(256, "grey levels of a pixel (17 for scikit-learn's digits)", "model")
-    alpha: float = key(1e-6, "margin of the logit: (v + alpha)(1 - 2 alpha); at least 1e-6", "model")
-    num_blocks: int = key(2, "L: levels", "model")
-    block_size: int = key(16, "K: steps a level", "model")
-    coupling: str = key("small", "coupling network: small (Inverse-Flow) or snf (SNF, FInC)", "model", ("small", "snf"))
-    coupling_width: int = key(512, "hidden channels of the coupling (0: no coupling)", "model")
-    split_width: int = key(512, "hidden channels of the split prior's coupling", "model")
-    first_squeeze: bool = key(True, "squeeze before the first level too, not only between levels", "model")
-    split_prior: bool = key(True, "split half of the channels off between levels", "model")
-    actnorm: bool = key(True, "activation normalisation in each step", "model")
-    conv1x1: bool = key(False, "invertible 1x1 convolution in each step", "model")
-    inv_conv: bool = key(True, "inverse convolution in each step", "model")
-    inv_conv_no_pad: bool = key(False, "one more, of the next order (the published twin of inv_conv)", "model")
-    inv_flow: bool = key(False, "the unit of four inverse convolutions TL, TR, BL, BR in each step", "model")
-    ff: bool = key(False, "FInC Flow's masked convolution in each step", "model")
-    ff_units: int = key(1, "FInC units a step", "model")
-    emerging: bool = key(False, "Emerging convolution in each step", "model")
-    convexp: bool = key(False, "convolution exponential in each step", "model")
-    convexp_maps: bool = key(False, "learned additive maps before and after the convolution exponential", "model")
-    snf: bool = key(False, "self-normalising convolution in each step", "model")
-    snf_kernel_size: int = key(1, "kernel of the self-normalising convolution (odd)", "model")
-    fc: bool = key(False, "num_blocks * block_size self-normalising fully connected layers and nothing else", "model")
-    if_kernel_size: int = key(3, "kernel of the inverse, masked or Emerging convolution", "model")
-    order: str = key(
-        "alternate", "scan order of the inverse convolutions", "model", ("alternate", "cycle", "TL", "TR", "BL", "BR")
+    image_size: Size | None = option(None, "set from the data (none)", group="model")
+    padding: int = option(
+        0,
+        "zero padding on each side (2 makes 28x28 images 32x32: three blocks fit)",
+        group="model",
+        ge=0,
+        le=64,
     )
-    groups: int = key(1, "channel groups of the inverse convolutions", "model")
-    init_std: float = key(0.01, "standard deviation of the free kernel entries at the start", "model")
-    max_row_sum: float | None = key(None, "cap < 1 on a row's free taps: certifies a stable inverse", "model")
-    activation: str = key(
-        "Spline",
-        "SLR, LLR, Spline, SELU, LeakyRelu, SmoothTanh or Identity (none)",
-        "model",
-        ("SLR", "LLR", "Spline", "SELU", "LeakyRelu", "SmoothTanh", "Identity"),
+    levels: int = option(256, "grey levels of a pixel (17 for scikit-learn's digits)", group="model", ge=2, le=256)
+    alpha: float = option(
+        1e-6, "margin of the logit: (v + alpha)(1 - 2 alpha); with less, float32 rounds bright pixels to 1",
+        group="model", ge=1e-6, lt=0.5,
+    )  # fmt: skip
+    num_blocks: int = option(2, "L: levels", group="model", ge=1, le=16)
+    block_size: int = option(16, "K: steps a level", group="model", ge=1, le=1024)
+    num_layers: Count | None = option(
+        None, "steps of all levels of a CNN (coupling_width=0) or fully connected model: block_size = num_layers // "
+        "num_blocks (none: block_size says)", group="model", le=16384,
+    )  # fmt: skip
+    coupling: Literal["small", "snf"] = option(
+        "small", "coupling network: small (Inverse-Flow) or snf (SNF, FInC)", group="model"
     )
-    last_activation: bool = key(True, "an activation in the last step too", "model")
-    n_bins: int = key(5, "bins of the spline", "model")
-    tail_bound: float = key(20.0, "the spline acts on [-tail_bound, tail_bound]", "model")
-    individual_weights: bool = key(True, "one spline for each position instead of one for the layer", "model")
-    autocast: bool = key(False, "coupling networks in bfloat16; solves and log-determinants stay in float32", "model")
+    coupling_width: int = option(512, "hidden channels of the coupling (0: no coupling)", group="model", ge=0, le=8192)
+    split_width: Width = option(512, "hidden channels of the split prior's coupling", group="model")
+    first_squeeze: bool = option(True, "squeeze before the first level too, not only between levels", group="model")
+    split_prior: bool = option(True, "split half of the channels off between levels", group="model")
+    actnorm: bool = option(True, "activation normalisation in each step", group="model")
+    conv1x1: bool = option(False, "invertible 1x1 convolution in each step", group="model")
+    inv_conv: bool = option(True, "inverse convolution in each step", group="model")
+    inv_conv_no_pad: bool = option(False, "one more, of the next order (the published twin of inv_conv)", group="model")
+    inv_flow: bool = option(False, "the unit of four inverse convolutions TL, TR, BL, BR in each step", group="model")
+    ff: bool = option(False, "FInC Flow's masked convolution in each step", group="model")
+    ff_units: int = option(1, "FInC units a step", group="model", ge=1, le=64)
+    emerging: bool = option(False, "Emerging convolution in each step", group="model")
+    convexp: bool = option(False, "convolution exponential in each step", group="model")
+    convexp_maps: bool = option(
+        False, "learned additive maps before and after the convolution exponential", group="model"
+    )
+    snf: bool = option(False, "self-normalising convolution in each step", group="model")
+    snf_kernel_size: Annotated[Kernel, AfterValidator(_odd)] = option(
+        1, "kernel of the self-normalising convolution (odd)", group="model"
+    )
+    fc: bool = option(
+        False, "num_blocks * block_size self-normalising fully connected layers and nothing else", group="model"
+    )
+    if_kernel_size: Kernel = option(3, "kernel of the inverse, masked or Emerging convolution", group="model")
+    order: Literal["alternate", "cycle", "TL", "TR", "BL", "BR"] = option(
+        "alternate", "scan order of the inverse convolutions", group="model"
+    )
+    groups: Width = option(1, "channel groups of the inverse convolutions", group="model")
+    init_std: NonNegative = option(
+        0.01, "standard deviation of the free kernel entries at the start", group="model", le=10
+    )
+    max_row_sum: Cap | None = option(
+        None, "cap on a row's free taps: certifies a stable solve, |x| <= |y| / (1 - cap)", group="model"
+    )
+    activation: Literal["SLR", "LLR", "Spline", "SELU", "LeakyRelu", "SmoothTanh", "Identity"] = option(
+        "Spline", "activation of a step; Identity is none", group="model"
+    )
+    last_activation: bool = option(True, "an activation in the last step too", group="model")
+    n_bins: int = option(5, "bins of the spline", group="model", ge=2, le=999)
+    tail_bound: Positive = option(20.0, "the spline acts on [-tail_bound, tail_bound]", group="model", le=1e6)
+    individual_weights: bool = option(True, "one spline for each position instead of one for the layer", group="model")
+    amp: bool = option(
+        False, "coupling networks in bfloat16; solves and log-determinants stay in float32", group="model",
+        flags=("--autocast",),
+    )  # fmt: skip
     # training
-    epochs: int = key(10_000, "training epochs", "training")
-    batch_size: int = key(100, "images a step, over all processes", "training")
-    lr: float = key(1e-3, "learning rate", "training")
-    lr_inv_conv: float = key(1.0, "factor on the learning rate of the inverse convolutions' kernels", "training")
-    optimizer_name: str = key("Adam", "optimiser", "training", ("Adam", "Adamax", "SGD"))
-    weight_decay: float = key(0.0, "weight decay", "training")
-    scheduler_name: str = key(
-        "Step", "schedule, one step an epoch", "training", ("Step", "Exponential", "MultiStep", "none")
+    epochs: Count = option(10_000, "training epochs", group="training", resume="change")
+    batch_size: Count = option(100, "images a step, over all processes", group="training")
+    lr: Positive = option(1e-3, "learning rate", group="training", resume="change")
+    lr_inv_conv: NonNegative = option(
+        1.0, "factor on the learning rate of the inverse convolutions' kernels", group="training", resume="change"
     )
-    gamma: float = key(0.1, "factor of the schedule", "training")
-    step_epochs: int = key(50, "epochs between the factors of Step", "training")
-    milestones: tuple[int, ...] = key((), "epochs of MultiStep", "training")
-    warmup_epochs: int = key(2, "epochs of linear learning-rate warm-up (0: none)", "training")
-    grad_clip_norm: float | None = key(50.0, "largest norm of the whole gradient (none: no limit)", "training")
-    grad_clip: float | None = key(None, "largest absolute value of a gradient's entry (none: no limit)", "training")
-    modified_grad: bool = key(True, "self-normalising layers: modified gradients, not exact ones", "training")
-    add_recon_grad: bool = key(True, "add the reconstruction loss of the self-normalising layers", "training")
-    recon_loss_weight: float = key(1.0, "its weight lambda", "training")
-    sym_recon_grad: bool = key(False, "symmetric reconstruction loss", "training")
-    only_R_recon: bool = key(False, "reconstruction gradient to the learned inverse only", "training")
-    recon_loss_lr: float = key(0.0, "rate of GECO's update of lambda (0: lambda is constant)", "training")
-    recon_alpha: float = key(0.9, "decay of GECO's moving average", "training")
-    multi_gpu: bool = key(False, "refuse to start with one process (torchrun sets their number)", "training")
+    optimizer_name: Literal["Adam", "Adamax", "SGD"] = option("Adam", "optimiser", group="training")
+    weight_decay: NonNegative = option(0.0, "weight decay", group="training")
+    scheduler_name: Literal["Step", "Exponential", "MultiStep", "none"] = option(
+        "Step", "schedule, one step an epoch", group="training"
+    )
+    gamma: Positive = option(0.1, "factor of the schedule", group="training", le=10)
+    step_epochs: Count = option(50, "epochs between the factors of Step", group="training")
+    milestones: tuple[Count, ...] = option((), "epochs of MultiStep", group="training")
+    warmup_epochs: Whole = option(2, "epochs of linear learning-rate warm-up (0: none)", group="training")
+    grad_clip_norm: Positive | None = option(
+        50.0, "largest norm of the whole gradient (none: no limit)", group="training"
+    )
+    grad_clip: Positive | None = option(
+        None, "largest absolute value of a gradient's entry (none: no limit)", group="training"
+    )
+    modified_grad: bool = option(True, "self-normalising layers: modified gradients, not exact ones", group="training")
+    add_recon_grad: bool = option(True, "add the reconstruction loss of the self-normalising layers", group="training")
+    recon_loss_weight: NonNegative = option(1.0, "its weight lambda", group="training")
+    sym_recon_grad: bool = option(False, "symmetric reconstruction loss", group="training")
+    only_R_recon: bool = option(False, "reconstruction gradient to the learned inverse only", group="training")
+    recon_loss_lr: NonNegative = option(
+        0.0, "rate of GECO's update of lambda (0: lambda is constant)", group="training"
+    )
+    recon_alpha: Decay = option(0.9, "decay of GECO's moving average", group="training")
+    multi_gpu: bool = option(
+        False, "refuse to start with one process (torchrun sets their number)", group="training", resume="call"
+    )
     # evaluation and files
-    eval_epochs: int = key(1, "epochs between evaluations", "evaluation")
-    eval_train: bool = key(False, "evaluate the training set too", "evaluation")
-    max_eval_ex: int | None = key(None, "stop an evaluation after that many images (none: all)", "evaluation")
-    eval_draws: int = key(1, "dequantisation draws averaged in the test likelihood", "evaluation")
-    sample_epochs: int = key(10_000, "epochs between pictures; epochs 1-4, 10 and the last have them too", "evaluation")
-    n_samples: int = key(100, "images of a sample grid", "evaluation")
-    temperature: float = key(1.0, "standard deviation of the latents of the samples", "evaluation")
-    sample_true_inv: bool = key(True, "a grid with the exact inverse too (self-normalising layers)", "evaluation")
-    plot_recon: bool = key(True, "grids of images, reconstructions and differences", "evaluation")
-    vis_epochs: int = key(10_000, "epochs between pictures of the first inverse convolution's kernel", "evaluation")
-    log_interval: int = key(100, "steps between logged training losses", "evaluation")
-    log_timing: bool = key(True, "write timing.csv: seconds of steps, evaluations and sampling", "evaluation")
-    sample_dir: str = key("samples", "folder of the sample grids, inside the run folder", "evaluation")
-    checkpoint_path: str | None = key(None, "folder of the checkpoints (default: in the run folder)", "evaluation")
+    eval_epochs: Count = option(1, "epochs between evaluations", group="evaluation", resume="change")
+    eval_train: bool = option(False, "evaluate the training set too", group="evaluation", resume="change")
+    max_eval_ex: Count | None = option(
+        None, "stop an evaluation after that many images (none: all)", group="evaluation", resume="change"
+    )
+    eval_draws: int = option(
+        1, "dequantisation draws averaged in the test likelihood", group="evaluation", resume="change", ge=1, le=10_000
+    )
+    sample_epochs: Count = option(
+        10_000, "epochs between pictures; epochs 1-4, 10 and the last have them too", group="evaluation",
+        resume="change",
+    )  # fmt: skip
+    n_samples: int = option(100, "images of a sample grid", group="evaluation", resume="change", ge=1, le=10_000)
+    temperature: NonNegative = option(
+        1.0, "standard deviation of the latents of the samples", group="evaluation", resume="change"
+    )
+    sample_true_inv: bool = option(
+        True, "a grid with the exact inverse too (self-normalising layers)", group="evaluation", resume="change"
+    )
+    plot_recon: bool = option(
+        True, "grids of images, reconstructions and differences", group="evaluation", resume="change"
+    )
+    vis_epochs: Count = option(
+        10_000, "epochs between pictures of the first inverse convolution's kernel", group="evaluation",
+        resume="change",
+    )  # fmt: skip
+    log_interval: Count = option(100, "steps between logged training losses", group="evaluation", resume="change")
+    log_timing: bool = option(
+        True, "write timing.csv: milliseconds of training steps and of sampling", group="evaluation", resume="change"
+    )
+    verbose: bool = option(
+        False, "log each layer's log-determinant and reconstruction loss with the training loss", group="evaluation",
+        resume="change",
+    )  # fmt: skip
+    sample_dir: Text = option(
+        "samples", "folder of the sample grids, inside the run folder", group="evaluation", resume="change"
+    )
+    checkpoint_path: Text | None = option(
+        None, "folder of the checkpoints (default: in the run folder)", group="evaluation", resume="call"
+    )
     # launch
-    out: str | None = key(None, "run folder (default: runs/inv_flow/<name>)", "launch")
-    name: str = key("inv_flow", "name of the run", "launch")
-    notes: str = key("", "free text, stored with the run", "launch")
-    seed: int = key(0, "seed of everything random", "launch")
-    device: str = key("auto", "auto, cpu, cuda[:i], mps", "launch")
-    deterministic: bool = key(False, "refuse kernels whose result varies between runs", "launch")
-    resume: bool = key(False, "go on from checkpoints/last.pt, with the same data, model and training keys", "launch")
-    overwrite: bool = key(False, "replace a run that is already in the folder", "launch")
-    evaluate: bool = key(False, "no training: evaluate and sample the run's best.safetensors", "launch")
-    wandb: bool = key(False, "log to Weights & Biases too (it must be installed)", "launch")
-    wandb_project: str = key("inverse-flow", "its project", "launch")
-    wandb_entity: str | None = key(None, "its account", "launch")
-    smoke: bool = key(False, "a tiny flow on scikit-learn's digits, a few steps of every phase", "launch")
+    out: Text | None = option(None, "run folder (default: runs/inv_flow/<name>)", group="launch", resume="call")
+    name: Text = option("inv_flow", "name of the run", group="launch", resume="call")
+    notes: str = option("", "free text, stored with the run", group="launch", resume="change")
+    seed: Seed = option(0, "seed of everything random", group="launch")
+    device: Device = option("auto", "where to compute", group="launch", resume="change")
+    tf32: bool = option(
+        False, "let a GPU round float32 convolutions and matrix products to TF32", group="launch", resume="change"
+    )
+    deterministic: bool = option(
+        False, "refuse kernels whose result varies between runs", group="launch", resume="change"
+    )
+    resume: Resume = option(
+        False, "go on from checkpoints/last.pt; auto: where there is one, else start", group="launch", resume="call"
+    )
+    overwrite: bool = option(False, "replace a run that is already in the folder", group="launch", resume="call")
+    evaluate: bool = option(
+        False, "no training: evaluate and sample the run's best.safetensors", group="launch", resume="call"
+    )
+    dry_run: bool = option(False, "check the options, print them as JSON, and leave", group="launch", resume="call")
+    wandb: bool = option(False, "log to Weights & Biases too (it must be installed)", group="launch", resume="change")
+    wandb_project: Text = option("inverse-flow", "its project", group="launch", resume="change")
+    wandb_entity: Text | None = option(None, "its account", group="launch", resume="change")
+    smoke: bool = option(
+        False, "this flow with an eighth of its steps and a 32nd of its widths, on scikit-learn's digits, two epochs",
+        group="launch", resume="call",
+    )  # fmt: skip
 
-    def replace(self, **changes: Any) -> "Config":
-        """A copy with other values; raises UserError for unknown and dead keys and for values of the wrong type."""
-        return dataclasses.replace(self, **{name: coerce(name, value) for name, value in changes.items()})
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        return older_names(values) if isinstance(values, Mapping) else values
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+    @field_validator("grad_clip_norm", mode="before")
+    @classmethod
+    def _published_truth(cls, value: Any) -> Any:
+        return 1.0 if value is True else value  # the published files write True, which meant a norm of 1
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.num_layers is not None:
+            if self.coupling_width and not self.fc:
+                raise ValueError("num_layers is for CNN (coupling_width=0) and fully connected (fc) models; here "
+                                 "num_blocks and block_size say how deep the flow is")  # fmt: skip
+            if self.num_layers < self.num_blocks:
+                raise ValueError(f"num_layers={self.num_layers}: fewer than num_blocks={self.num_blocks}")
+        if self.scheduler_name == "MultiStep" and not self.milestones:
+            raise ValueError("scheduler_name=MultiStep needs milestones, the epochs at which it acts")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite contradict each other; leave one out")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Steps of a level."""
+        return self.block_size if self.num_layers is None else self.num_layers // self.num_blocks
 
     @property
     def folder(self) -> Path:
@@ -166,15 +278,18 @@ class Config:
         return Path(self.checkpoint_path or self.folder / "checkpoints")
 
 
-SMOKE = {
-    "dataset": "digits", "data_aug": False, "resolution": 0, "levels": 17, "n_train": 200, "n_test": 100, "padding": 0,
-    "batch_size": 50, "num_blocks": 2, "block_size": 2, "split_width": 16, "epochs": 2, "warmup_epochs": 1, "lr": 1e-3,
-    "n_samples": 16, "log_interval": 1, "tail_bound": 10.0,
-}  # fmt: skip
+def older_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the names that its options have today."""
+    return {"amp" if name == "autocast" else name: value for name, value in values.items()}
+
+
+def in_groups(*groups: str) -> list[str]:
+    """The names of the options of some groups."""
+    return [name for name, field in Config.model_fields.items() if field.json_schema_extra["group"] in groups]
 
 
 def layer_choice(name: str) -> dict[str, bool]:
-    """The step's linear layer by one name, for comparisons at equal depth: the keys it switches on and off."""
+    """The step's linear layer by one name, for comparisons at equal depth: the options it switches on and off."""
     if name not in LAYERS:
         raise UserError(f"layer={name}: expected one of {', '.join(LAYERS)}{suggest(name, LAYERS)}")
     keys = {"inverse": "inv_conv", "unit": "inv_flow", "finc": "ff"}
@@ -187,104 +302,112 @@ def layer_choice(name: str) -> dict[str, bool]:
     return switches
 
 
-_TYPES = typing.get_type_hints(Config)
-FIELDS = {item.name: item for item in dataclasses.fields(Config)}
-_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+def smoke(full: Config) -> dict[str, Any]:
+    """What `--smoke` changes in a configuration: the size of the flow and of its training, not their kind."""
+    return {
+        "name": f"{full.name}_smoke", "dataset": "digits", "data_aug": False, "resolution": 0, "padding": 0,
+        "levels": 17, "n_train": 200, "n_test": 100, "batch_size": 50, "epochs": 2, "warmup_epochs": 1,
+        "n_samples": 16, "log_interval": 1, "block_size": -(-full.block_size // 8), "num_layers": None,
+        "coupling_width": -(-full.coupling_width // 32), "split_width": -(-full.split_width // 32),
+    }  # fmt: skip
 
 
-def coerce(name: str, value: Any) -> Any:
-    """`value` (from a command line or a dict) as the type of key `name`. Raises UserError naming the key."""
-    if name in DEAD:
-        raise UserError(f"{name}: this published key is dead ({DEAD[name]})")
-    if name not in FIELDS:
-        raise UserError(f"unknown key {name}{suggest(name, FIELDS)}; --help lists all")
-    kind = _TYPES[name]
-    optional = type(None) in typing.get_args(kind)
-    if optional:
-        if value is None or value is False or str(value).lower() in ("none", "false", "inf"):
-            return None
-        kind = next(item for item in typing.get_args(kind) if item is not type(None))
-    try:
-        if typing.get_origin(kind) is tuple:
-            items = value.replace("x", ",").split(",") if isinstance(value, str) else value
-            value = tuple(int(item) for item in items if item != "")
-        elif kind is bool:
-            value = value if isinstance(value, bool) else _BOOLEANS[str(value).lower()]
-        elif kind is int:
-            if float(value) != int(float(value)):
-                raise ValueError
-            value = int(float(value))
-        else:
-            value = kind(value)
-    except (ValueError, KeyError, TypeError, OverflowError):
-        expected = getattr(kind, "__name__", "comma-separated whole numbers")
-        raise UserError(f"{name}={value}: expected {expected}{' or none' if optional else ''}") from None
-    choices = FIELDS[name].metadata["choices"]
-    if choices and value not in choices:
-        raise UserError(f"{name}={value}: expected one of {', '.join(choices)}{suggest(str(value), choices)}")
-    return value
+# ---- options that would do nothing
+
+_OF_FC = ("layer", "coupling", "coupling_width", "split_width", "first_squeeze", "split_prior", "actnorm", "conv1x1",
+          "inv_conv", "inv_conv_no_pad", "inv_flow", "ff", "emerging", "convexp", "snf", "order", "groups",
+          "if_kernel_size", "init_std", "max_row_sum", "lr_inv_conv", "amp", "vis_epochs")  # fmt: skip
+# options, when they have an effect, and what they need in words
+NEEDS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+    (_OF_FC, lambda c: not c.fc, "a convolutional flow; fc has fully connected layers and activations only"),
+    (("order",), lambda c: c.inv_conv or c.inv_conv_no_pad, "inv_conv; FInC and the unit have all four orders"),
+    (("groups", "lr_inv_conv", "vis_epochs"), lambda c: c.inv_conv or c.inv_conv_no_pad or c.inv_flow,
+     "an inverse convolution (inv_conv or inv_flow)"),
+    (("init_std",), lambda c: c.inv_conv or c.inv_conv_no_pad or c.inv_flow or c.ff,
+     "an inverse or FInC convolution (inv_conv, inv_flow or ff)"),
+    (("if_kernel_size", "max_row_sum"),
+     lambda c: c.inv_conv or c.inv_conv_no_pad or c.inv_flow or c.ff or c.emerging,
+     "an inverse, FInC or Emerging convolution (inv_conv, inv_flow, ff or emerging)"),
+    (("ff_units",), lambda c: c.ff and not c.fc, "ff"),
+    (("convexp_maps",), lambda c: c.convexp and not c.fc, "convexp"),
+    (("snf_kernel_size",), lambda c: c.snf and not c.fc, "snf"),
+    (("modified_grad", "add_recon_grad", "sample_true_inv"), lambda c: c.snf or c.fc, "snf or fc"),
+    (("recon_loss_weight", "sym_recon_grad", "only_R_recon", "recon_loss_lr"),
+     lambda c: (c.snf or c.fc) and c.add_recon_grad, "snf or fc, with add_recon_grad"),
+    (("recon_alpha",), lambda c: (c.snf or c.fc) and c.add_recon_grad and c.recon_loss_lr > 0,
+     "snf or fc, with recon_loss_lr above 0"),
+    (("n_bins", "tail_bound", "individual_weights"), lambda c: c.activation == "Spline", "activation=Spline"),
+    (("last_activation",), lambda c: c.activation != "Identity", "an activation"),
+    (("split_prior",), lambda c: c.num_blocks > 1, "num_blocks of at least 2"),
+    (("split_width",), lambda c: c.split_prior and c.num_blocks > 1, "split_prior and num_blocks of at least 2"),
+    (("coupling", "amp"), lambda c: c.coupling_width > 0 or (c.split_prior and c.num_blocks > 1),
+     "a coupling (coupling_width above 0)"),
+    (("gamma",), lambda c: c.scheduler_name != "none", "a schedule (scheduler_name)"),
+    (("step_epochs",), lambda c: c.scheduler_name == "Step", "scheduler_name=Step"),
+    (("milestones",), lambda c: c.scheduler_name == "MultiStep", "scheduler_name=MultiStep"),
+    (("dataset", "data_root", "data_aug"), lambda c: not c.test, "images; test takes random ones"),
+    (("wandb_project", "wandb_entity"), lambda c: c.wandb, "wandb"),
+)  # fmt: skip
+# what an evaluation reads, beside the options that the weights were trained with
+EVALUATION = {
+    "data_root", "workers", "n_test", "batch_size", "max_eval_ex", "eval_draws", "n_samples", "temperature", "verbose",
+    "sample_true_inv", "plot_recon", "sample_dir", "checkpoint_path", "out", "name", "device", "tf32", "deterministic",
+    "evaluate", "dry_run", "smoke", "log_timing",
+}  # fmt: skip
 
 
-def parse(
-    argv: list[str] | None, description: str, preset: dict[str, Any], extra: dict[str, dict] | None = None
-) -> Config:
+def trained_options() -> set[str]:
+    """Options that belong to the weights: the model, its data, the seed of their split; not where the data lie."""
+    return {*in_groups("model", "data"), "seed", "modified_grad"} - {"data_root", "workers", "n_test"}
+
+
+def refuse_idle(config: Config, base: Config, given: Mapping[str, Any]) -> None:
+    """Raise UserError for a word of the command line that changes nothing, with what it would need.
+
+    `base` is the configuration without those words: to repeat its value is harmless.
+    """
+    if config.evaluate:
+        for name in given:
+            if name in Config.model_fields and name not in EVALUATION | trained_options():
+                raise UserError(f"--{name} does nothing with --evaluate, which trains nothing; leave it out")
+    for names, works, needed in NEEDS:
+        for name in names:
+            changed = name in given and (name == "layer" or getattr(config, name) != getattr(base, name))
+            if changed and not works(config):
+                raise UserError(f"--{name} does nothing here: it needs {needed}")
+
+
+# ---- the command line
+
+
+def parse(argv: list[str], about: str, preset: Mapping[str, Any], presets: Mapping[str, dict] | None = None) -> Config:
     """The configuration of a script; see `parse_given`."""
-    return parse_given(argv, description, preset, extra)[0]
+    return parse_given(argv, about, preset, presets)[0]
 
 
 def parse_given(
-    argv: list[str] | None, description: str, preset: dict[str, Any], extra: dict[str, dict] | None = None
+    argv: list[str], about: str, preset: Mapping[str, Any], presets: Mapping[str, dict] | None = None
 ) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a script (defaults, then its `preset`, then `--layer`, then the command line), and the keys
-    that the command line set, those of `--preset` and `--layer` among them.
+    """The configuration of a script (defaults, then its `preset`, `--preset`, `--layer`, `--smoke`, the command line),
+    and what the command line set, the options of `--preset` and `--layer` among them.
 
-    `--key value` for every key (a bare `--key` switches a boolean on), or `--set key=value`. `extra` maps the names of
-    the script's presets to what they change (`--preset`). Raises UserError for anything unknown or ill-typed.
+    `presets` maps the names for `--preset` to what they change. Raises UserError for anything unknown, out of range, or
+    without effect.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    base = Config().replace(**preset)
-    parser.add_argument("--layer", help=f"linear layer of a step: {', '.join(LAYERS)}")
-    if extra:
-        parser.add_argument("--preset", help=f"named settings: {', '.join(extra)}")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, in another spelling")
-    groups: dict[str, Any] = {}
-    for name, item in FIELDS.items():
-        title = item.metadata["group"]
-        groups.setdefault(title, parser.add_argument_group(title))
-        options = {"nargs": "?", "const": "true"} if _TYPES[name] is bool else {}
-        groups[title].add_argument(
-            f"--{name}", metavar="V", default=None, help=f"{item.metadata['help']} [{getattr(base, name)}]", **options
-        )
-    try:
-        values, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
-    if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        coerce(name, "")  # a dead or unknown key has its own message
-        raise UserError(f"unexpected argument {unknown[0]}")
-    given = {name: value for name, value in vars(values).items() if value is not None}
-    for pair in given.pop("set"):
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair}: expected KEY=VALUE")
-        given[name] = value
-    changes: dict[str, Any] = {}
-    chosen, layer = given.pop("preset", None), given.pop("layer", None)
-    if chosen is not None:
-        if chosen not in extra:
-            raise UserError(f"preset={chosen}: expected one of {', '.join(extra)}{suggest(chosen, extra)}")
-        changes |= extra[chosen]
-    if layer is not None:
-        changes |= layer_choice(layer)
-    if coerce("smoke", given.get("smoke", False)):
-        full = base.replace(**changes)
-        changes |= SMOKE | {"name": f"{full.name}_smoke", "coupling_width": min(full.coupling_width, 16)}
-    changes |= given
-    config = base.replace(**changes)
-    return config, {name: getattr(config, name) for name in changes}
+    named: dict[str, Any] = {}
+    extra = {"layer": f"linear layer of a step: {', '.join(LAYERS)}"}
+    extra |= {"preset": f"named settings: {', '.join(presets)}"} if presets else {}
+
+    def below(given: dict[str, Any]) -> dict[str, Any]:
+        chosen = given.get("preset")
+        if chosen is not None and chosen not in presets:
+            raise UserError(f"preset={chosen}: expected one of {', '.join(presets)}{suggest(chosen, presets)}")
+        named.update(presets[chosen] if chosen is not None else {})
+        named.update(layer_choice(given["layer"]) if "layer" in given else {})
+        full = Config.build(preset, named)
+        shrunk = Config.build({"smoke": given["smoke"]}, spelling="--").smoke if "smoke" in given else full.smoke
+        return {**preset, **named, **(smoke(full) if shrunk else {})}
+
+    config, given = from_flags(Config, argv, about, below, extra)
+    refuse_idle(config, Config.build(below(given)), given)
+    return config, {name: getattr(config, name) for name in (*named, *given) if name in Config.model_fields}

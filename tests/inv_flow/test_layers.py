@@ -19,7 +19,7 @@ from inv_flow.train.config import LAYERS, Config, layer_choice
 
 def tiny(layer="inverse", **changes):
     keys = {"image_size": (1, 8, 8), "block_size": 2, "coupling_width": 8, "split_width": 8, "tail_bound": 10.0}
-    return Config().replace(**keys | layer_choice(layer) | changes)
+    return Config.build(keys, layer_choice(layer), changes)
 
 
 def moved(model, scale=0.05):
@@ -195,9 +195,9 @@ PUBLISHED = {
 
 
 def parameters(preset):
-    config = Config().replace(**preset)
+    config = Config.build(preset)
     size = (1, 28, 28) if config.dataset == "mnist" else (3, 32, 32)
-    return sum(p.numel() for p in create_model(config.replace(image_size=size)).parameters())
+    return sum(p.numel() for p in create_model(config.with_changes(image_size=size)).parameters())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
