@@ -29,8 +29,8 @@ from common.metrics import (
     Statistics,
     f_beta_pair,
     kernel_distance,
-    load_images,
     make_extractor,
+    open_images,
     precision_recall_distribution,
 )
 from common.options import Whole, from_tokens, option
@@ -90,7 +90,7 @@ def score(options: Scores) -> None:
             raise UserError(f"no folder {folder}; generate the images first")
     epoch, loss = read_epoch(Path("fid-epoch.txt").read_text() if Path("fid-epoch.txt").is_file() else "")
     extractor = pick_extractor(options)
-    reference_images = load_images(options.s, options.limit or None)
+    reference_images = open_images(options.s, options.limit or None)
     reference = FeatureCache().features(reference_images, extractor.fit(reference_images))
     print(f"features {extractor.fingerprint}{'; ' + extractor.note if extractor.note else ''}")
     statistics = Statistics.from_features(reference, extractor.fingerprint)
@@ -126,7 +126,7 @@ def measure(
 
     Where every subset of the kernel distance is the whole of both sets, it has no deviation.
     """
-    features = FeatureCache().features(load_images(folder, options.limit or None), extractor)
+    features = FeatureCache().features(open_images(folder, options.limit or None), extractor)
     section.ntest = len(features)
     section.fid = Statistics.from_features(features, extractor.fingerprint).distance(statistics)
     size = min(options.kid_size, len(features), len(reference))
