@@ -16,19 +16,28 @@ seconds on the clock.
 import copy
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
 
 from common.errors import run_command
 from common.launch import keep_freed_memory
+from common.options import Options, option
 from latent_flow import fast_conv
 from latent_flow.fields import Flows
-from latent_flow.model import VARIANTS, Config, LatentFlow, Noise, training_step
-from latent_flow.options import Parser, positive
+from latent_flow.model import VARIANTS, Config, LatentFlow, LatentSize, Noise, training_step
+from latent_flow.options import is_dry, parse_tool
 from latent_flow.reference import training_step_ref
 from latent_flow.rollout import log_abs_det
 from latent_flow.train import make_optimizer
@@ -175,18 +184,26 @@ def float32_errors(batch: int, latent: int, seeds: int = 5) -> list[str]:
     return lines
 
 
+class BenchmarkOptions(Options):
+    """Options of the benchmark."""
+
+    variants: list[Literal[VARIANTS]] = option(list(VARIANTS), "variants to time", min_length=1)
+    batch_size: Annotated[int, Ge(1), Le(65_536)] = option(128, "sequences a step")
+    latent_size: LatentSize = option(324, "latent size")
+    repeat: Annotated[int, Ge(1), Le(1000)] = option(2, "above 1: a warm-up, then the fastest of so many")
+    threads: Annotated[int, Ge(1), Le(1024)] = option(torch.get_num_threads(), "threads of PyTorch")
+    logdet: bool = option(False, "time the log-determinants")
+    errors: bool = option(False, "errors of float32 gradients, five random models")
+    keep_memory: bool = option(True, "give the fast steps the memory setting of the training loop")
+    dry_run: bool = option(False, "check and print the options, and stop")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line of the benchmark."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--batch-size", type=positive, default=128)
-    parser.add_argument("--latent-size", type=positive, default=324)
-    parser.add_argument("--repeat", type=positive, default=2, help="above 1: a warm-up, then the fastest of so many")
-    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_switch("--logdet", default=False, help="time the log-determinants")
-    parser.add_switch("--errors", default=False, help="errors of float32 gradients, five random models")
-    parser.add_switch("--keep-memory", default=True, help="give the fast steps the memory setting of the training loop")
-    args = parser.parse(argv)
+    args = parse_tool(BenchmarkOptions, argv, __doc__)
+    if is_dry(args):
+        return
+    torch.set_num_threads(args.threads)
     if args.logdet:
         benchmark_log_det(args.batch_size, args.latent_size, args.repeat)
     elif args.errors:

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from common import datasets
 from common.datasets.base import FactorSet
+from common.datasets.files import subfolders
 from common.datasets.readers import read_image
 from common.errors import UserError, suggest
+from common.images import list_pictures
 from latent_flow import transforms
 
 # K flows, D-flag (twice the steps), image side, swept factors; the published settings where there are any
@@ -59,7 +61,12 @@ SWEPT = {
     "dsprites": ("posX", "posY", "orientation", "scale", "shape"),
     "sprites": ("posX", "posY", "orientation", "scale", "shape"),
 }
-MOVES = {"posX": 2.0, "posY": 2.0, "orientation": 2.0}  # grid units a step of the moving sprites (unsupervised)
+TESTED = ("mnist", "fashion_mnist", "digits")  # sets with official test images
+MOVES = {"posX": 2.0, "posY": 2.0, "orientation": 2.0}  # grid units a step of the moving factors (unsupervised)
+TURNING = (
+    "sprites",
+    "dsprites",
+)  # sets whose orientation is a whole turn; that of Shapes3D goes from -30 to 30 degrees
 
 
 class DigitSequences:
@@ -69,10 +76,15 @@ class DigitSequences:
         if images.shape[1] != 1:
             raise UserError(f"these transformations colour grey images; got {images.shape[1]} channels")
         self.images, self.steps, self.centre = images.to(device), steps, centre
-        self.names, self.channels, self.image_size = transforms.NAMES, 3, images.shape[-1]
+        self.names = self.moving = transforms.NAMES
+        self.channels, self.image_size = 3, images.shape[-1]
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Training and validation rows."""
+        return split_rows(len(self), seed)
 
     def _grey(self, rows: Any) -> Tensor:
         rows = torch.as_tensor(rows, device=self.images.device)
@@ -133,6 +145,12 @@ class FactorSequences:
     def __len__(self) -> int:
         return len(self.source)
 
+    def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Training and validation rows. A sweep passes through images of both parts, whatever its item: as published,
+        the sequences that are evaluated were seen in training.
+        """
+        return split_rows(len(self), seed)
+
     def _images(self, index: np.ndarray, shape: tuple[int, int]) -> Tensor:
         images = self.source.images_at(index).to(self.device).float() / 255
         if images.shape[-1] != self.image_size:
@@ -178,12 +196,12 @@ class FactorSequences:
     def composed(self, rows: Any, active: Tensor, speed: Tensor | None = None) -> Tensor:
         """Frames of sprites whose moving factors `moving` advance where `active` (T, B, K'), by `MOVES` times speed.
 
-        The start is drawn from the lower half of each moving factor by the item itself; positions stop at the end of
-        their range, the orientation turns on. Raises UserError for sets without moving factors.
+        The start is drawn from the lower half of each moving factor by the item itself; a factor stops at the end of
+        its range, but for the orientation of sprites, which turns on. Raises UserError for sets without moving factors.
         """
         if not self.moving:
             raise UserError(
-                "moving factors are known for the sprites only; use the frames data set for other sequences"
+                f"no moving factors are known for {self.source.name}; use sprites, dsprites, shapes3d or frames"
             )
         factors = self.source.factors_of(np.asarray(rows)).astype(np.float64)
         amount = active.cpu().double() * (1.0 if speed is None else speed.cpu().double())
@@ -193,8 +211,9 @@ class FactorSequences:
             size = self.source.factor_sizes[column]
             travel = np.concatenate([np.zeros((1, len(factors))), amount[..., number].numpy().cumsum(0)]) * MOVES[name]
             place = np.rint(np.floor(factors[:, column] / 2) + travel)
-            # the first and last orientation are the same angle
-            path[..., column] = place % (size - 1) if name == "orientation" else np.minimum(place, size - 1)
+            turns = name == "orientation" and self.source.name in TURNING
+            # the first and last orientation of a turn are the same angle
+            path[..., column] = place % (size - 1) if turns else np.minimum(place, size - 1)
         index = self.source.index_of(path.reshape(-1, path.shape[-1]))
         return self._images(index, path.shape[:2])
 
@@ -212,7 +231,7 @@ def sweep_values(size: int, steps: int, name: str = "") -> np.ndarray:
 
 
 class FrameSequences:
-    """Consecutive frames of clips (CalMS, Cityscapes, any video): sub-folders of pictures sorted by name.
+    """Consecutive frames of clips (CalMS, Cityscapes, any video): sub-folders of pictures in natural order of names.
 
     An item is T+1 frames `stride` pictures apart. No transformation is known: weakly and unsupervised training only.
     """
@@ -220,26 +239,45 @@ class FrameSequences:
     def __init__(self, folder: Path, steps: int, size: int, device: torch.device | str = "cpu", stride: int = 1):
         if not folder.is_dir():
             raise UserError(f"no folder of frames at {folder}: put one sub-folder of pictures a clip there")
-        clips = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-        suffixes = {".png", ".jpg", ".jpeg", ".bmp"}
-        self.clips = [sorted(p for p in clip.iterdir() if p.suffix.lower() in suffixes) for clip in clips]
+        inner = subfolders(folder)
+        self.clips = [list_pictures(clip) for clip in (folder, *inner)]
+        self.steps, self.device, self.stride, self.span = steps, device, stride, steps * stride
         self.starts = [
-            (number, start) for number, clip in enumerate(self.clips) for start in range(len(clip) - steps * stride)
+            (number, start) for number, clip in enumerate(self.clips) for start in range(len(clip) - self.span)
         ]
         if not self.starts:
-            raise UserError(f"no clip in {folder} has the {steps * stride + 1} frames that one sequence needs")
-        self.steps, self.device, self.stride = steps, device, stride
-        self.names, self.channels, self.image_size = (), 3, size
+            raise UserError(f"no clip in {folder} has the {self.span + 1} frames that one sequence needs")
+        self.names, self.moving, self.channels, self.image_size = (), (), 3, size
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Training and validation rows: a fifth of the clips, one at least, is held out. Of a single clip it is the
+        last fifth, and no sequence crosses the cut. Raises UserError when that clip is too short.
+        """
+        numbers = np.array([number for number, _ in self.starts])
+        clips = np.unique(numbers)
+        if len(clips) > 1:
+            order = np.random.default_rng([seed, 80]).permutation(clips)
+            shown = order[: min(max(int(0.8 * len(clips)), 1), len(clips) - 1)]
+            train = np.isin(numbers, shown)
+            return np.flatnonzero(train), np.flatnonzero(~train)
+        length = len(self.clips[clips[0]])
+        cut = min(int(0.8 * length), length - self.span - 1)
+        if cut <= self.span:
+            raise UserError(
+                f"the only clip has {length} pictures; one to train on and one to hold out take {2 * self.span + 2}"
+            )
+        first = np.array([start for _, start in self.starts])
+        return np.flatnonzero(first + self.span < cut), np.flatnonzero(first >= cut)
 
     def sequences(self, rows: Any) -> Tensor:
         """Frames of the items `rows` (B,)."""
         items = []
         for row in np.asarray(rows):
             number, start = self.starts[int(row)]
-            clip = self.clips[number][start : start + self.steps * self.stride + 1 : self.stride]
+            clip = self.clips[number][start : start + self.span + 1 : self.stride]
             items.append(np.stack([read_picture(path, self.image_size) for path in clip]))
         frames = torch.from_numpy(np.stack(items, axis=1)).to(self.device)  # (T+1, B, 3, N, N)
         return frames.float() / 255
@@ -259,7 +297,7 @@ class FactorPictures(FactorSet):
     def __init__(self, name: str, folder: Path, factors: dict[str, int], size: int):
         if not folder.is_dir():
             raise UserError(f"no {name} pictures at {folder}: unpack the down-sampled images there")
-        self.files = sorted(folder.glob("*.png"))
+        self.files = [path for path in list_pictures(folder) if path.suffix.lower() == ".png"]
         expected = int(np.prod(list(factors.values())))
         if len(self.files) != expected:
             raise UserError(f"{folder} holds {len(self.files)} pictures, {name} has {expected}: unpack it again")
@@ -278,22 +316,24 @@ def open_source(
     split: str = "train",
     device: torch.device | str = "cpu",
     centre: str = "upstream",
+    stride: int = 1,
 ):
-    """The source of sequences called `name`: one of `DEFAULTS`. `size` 0: the data set's own side.
+    """The source of sequences called `name`: one of `DEFAULTS`. `size` 0: the data set's own side; `stride`: that of
+    `FrameSequences`.
 
     Raises UserError for an unknown name and for absent data, naming the path that is expected.
     """
     if name not in DEFAULTS:
         raise UserError(f"unknown data set {name!r}{suggest(name, DEFAULTS)}; known: {', '.join(DEFAULTS)}")
     size = size or DEFAULTS[name]["image_size"]
-    if name in ("mnist", "fashion_mnist", "digits"):
+    if name in TESTED:
         images = datasets.load(name, root=root, split=split).arrays()[0]
         if images.shape[-1] != size:
             images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).round().byte()
         return DigitSequences(images, steps, device, centre)
     base = datasets.data_root(root)
     if name == "frames":
-        return FrameSequences(base, steps, size, device)
+        return FrameSequences(base, steps, size, device, stride)
     if name == "falcor3d":
         source: FactorSet = FactorPictures("Falcor3D", base / "Falcor3D_down128" / "images", FALCOR3D_FACTORS, size)
     elif name == "isaac3d":

@@ -4,28 +4,54 @@
     python -m latent_flow.evaluate --exp RUN --split test --images 10000 --vp-pairs 40000
     python -m latent_flow.evaluate --baselines --first-image 48000 --images 2000                  # no model needed
 
-Images come from the seeded validation split of the training (20 % of the training images) or from the official test
-split. Written: <run>/eval.json (validation) or <run>/eval_test.json; the same lines are printed.
+Images come from the seeded validation part of the training (20 % of the training images; of frames, of the clips) or
+from the official test images; sets without such have the validation part for both. Written: <run>/eval.json or, with
+--split test, eval_test.json; after an interruption what was measured as eval.partial.json. The same lines are printed.
 """
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 import numpy as np
 import torch
-from torch import Tensor
+from annotated_types import Ge, Le
+from pydantic import model_validator
 
-from common.checkpoint import load_into, load_state, load_weights, write_json
+from common.checkpoint import write_json
 from common.errors import UserError, run_command
-from common.launch import pick_device
-from common.released import released
+from common.launch import full_precision, pick_device
+from common.options import Count, Whole, option
 from latent_flow import metrics
-from latent_flow.data import FrameSequences, open_source, split_rows
-from latent_flow.model import Config, LatentFlow
-from latent_flow.options import Parser, positive
+from latent_flow.data import DEFAULTS, SWEPT, TESTED, open_source
+from latent_flow.model import LatentFlow
+from latent_flow.options import ToolOptions, is_dry, parse_tool
+from latent_flow.runs import load_run, run_or_release, source_of
 from latent_flow.vp_score import vp_score
 
-RELEASE, RELEASE_FOLDER = "mnist_supervised_w32", Path("runs/latent_flow/released")
+
+class EvaluateOptions(ToolOptions):
+    """Options of the evaluation."""
+
+    split: Literal["valid", "test"] = option("valid", "which images")
+    images: Count = option(2000, "how many of them")
+    vp_pairs: Annotated[int, Ge(0), Le(10_000_000)] = option(40_000, "pairs of the VP score; 0 leaves it out")
+    baselines: bool = option(False, "print the trivial baselines of --dataset and stop")
+    dataset: Literal[tuple(name for name in DEFAULTS if name != "frames")] = option("mnist", "with --baselines")
+    first_image: Whole = option(0, "with --baselines: skip so many images")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if 0 < self.vp_pairs < 100:
+            raise ValueError(f"--vp-pairs {self.vp_pairs}: a VP score needs at least 100 pairs, or 0 for none")
+        if self.exp is None and not self.baselines:
+            raise ValueError("--exp names the run to evaluate (or ask for --baselines)")
+        return self
 
 
 def evaluate(
@@ -36,59 +62,116 @@ def evaluate(
     seed: int = 0,
     iteration: int = 0,
     vp_pairs: int = 0,
-    extrapolate: bool = True,
+    write: Callable[[dict, bool], None] = lambda result, whole: None,
 ) -> dict:
     """All metrics on the items `rows`; `lines` of the result is the readable table; `vp_pairs` 0: no VP score.
 
     Expensive parts (importance weighting, exact determinants) use the first 500 and 100 rows; counts are in the result.
+    A part that fails leaves the others: it is named in `failed`, and its error is raised at the end. `write(result,
+    whole)` is called with all that was measured, `whole` being False after an interruption.
     """
-    was_training = model.training
+    was_training, failure = model.training, None
     model.eval()
     config = model.config
-    slab = config.objective == "upstream" or iteration >= config.slab_start
     result: dict = {"variant": config.variant, "dataset": config.dataset, "seed": seed, "iteration": iteration}
-    if isinstance(source, FrameSequences):
-        result["likelihood"] = metrics.likelihood(model, lambda part: source.sequences(part)[0], rows[:500], seed=seed)
-        result["lines"] = _likelihood_lines(result)
+    try:
+        for name, measure in _parts(model, source, rows, result, seed, iteration, vp_pairs):
+            try:
+                result[name] = measure()
+            except Exception as error:
+                failure = failure or error
+                result.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
+    except BaseException:
+        write(result, False)
+        raise
+    finally:
         model.train(was_training)
-        return result
-    names = metrics.known_transformations(model, source)
-    counted = names if config.variant != "supervised" else names[: config.flows]
-    result["equivariance"] = {
-        name: metrics.equivariance(model, source, rows, k, slab=slab, seed=seed) for k, name in enumerate(counted)
-    }
-    matching = list(range(len(counted)))
-    if config.variant == "weakly":
-        result["index"] = metrics.index_accuracy(model, source, rows)
-        matching = result["index"]["matching"]
-    if config.variant == "unsupervised":
-        result["sparsity"] = metrics.sparsity(model, source, rows, slab=slab, seed=seed)
-        matching = result["sparsity"]["matching"]
-    if config.variant != "unsupervised" and len(counted) == len(source.names):
-        result["composition"] = metrics.composition(model, source, rows[:500], matching)
-    if extrapolate and config.variant == "supervised" and hasattr(source, "centre"):
-        steps = 2 * config.steps
-        result["extrapolation"] = {
-            name: metrics.equivariance(model, source, rows[:500], k, steps=steps, seed=seed)
-            for k, name in enumerate(counted)
-        }
-    first = lambda part: metrics.one_transformation(model, source, part, 0, 1)[0]  # noqa: E731
-    result["likelihood"] = metrics.likelihood(model, first, rows[:500], seed=seed)
-    result["sequence_bounds"] = {
-        name: metrics.sequence_bounds(model, source, rows[:100], k, slab=slab, seed=seed)
-        for k, name in enumerate(counted)
-    }
-    result["diagnostics"] = {
-        name: metrics.diagnostics(model, source, rows[:50], k, slab=slab) for k, name in enumerate(counted)
-    }
-    if vp_pairs:
-        result["vp_score"] = vp_score(model, vp_pairs, seed=seed)
     result["lines"] = _lines(result)
-    model.train(was_training)
+    write(result, True)
+    if failure is not None:
+        raise failure
     return result
 
 
+def _parts(
+    model: LatentFlow, source, rows: np.ndarray, result: dict, seed: int, iteration: int, vp_pairs: int
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name and measurement of each part; later ones read earlier ones from `result`."""
+    config = model.config
+    slab = config.objective == "upstream" or iteration >= config.slab_start
+    names = metrics.known_transformations(model, source)
+    counted = names if config.variant != "supervised" else names[: config.flows]
+    each = lambda measure: {name: measure(k) for k, name in enumerate(counted)}  # noqa: E731
+    known = list(counted) == list(source.names)
+    yield "active_units", lambda: metrics.active_units(model, source, rows)
+    yield "equivariance", lambda: each(lambda k: metrics.equivariance(model, source, rows, k, slab=slab, seed=seed))
+    matching = list(range(len(counted)))
+    if config.variant == "weakly" and source.names:
+        yield "index", lambda: metrics.index_accuracy(model, source, rows)
+        matching = result.get("index", {}).get("matching", matching)
+    if config.variant == "unsupervised" and source.moving:
+        yield "sparsity", lambda: metrics.sparsity(model, source, rows, slab=slab, seed=seed)
+    elif known:
+        yield "composition", lambda: metrics.composition(model, source, rows[:500], matching)
+    if config.variant == "supervised" and hasattr(source, "centre"):
+        steps = 2 * config.steps
+        yield (
+            "extrapolation",
+            lambda: each(lambda k: metrics.equivariance(model, source, rows[:500], k, steps=steps, seed=seed)),
+        )
+    first = lambda part: metrics.one_transformation(model, source, part, 0, 1)[0]  # noqa: E731
+    yield "likelihood", lambda: metrics.likelihood(model, first, rows[:500], seed=seed)
+    yield (
+        "sequence_bounds",
+        lambda: each(lambda k: metrics.sequence_bounds(model, source, rows[:100], k, slab=slab, seed=seed)),
+    )
+    yield "diagnostics", lambda: each(lambda k: metrics.diagnostics(model, source, rows[:50], k, slab=slab))
+    if vp_pairs:
+        yield "vp_score", lambda: vp_score(model, vp_pairs, seed=seed)
+
+
 def _lines(result: dict) -> list[str]:
+    lines = []
+    if "active_units" in result:
+        units = result["active_units"]
+        lines.append(
+            f"active latent units: {units['active']} of {units['units']} (variance of the posterior mean over "
+            f"{units['images']} images above {units['threshold']})"
+        )
+    if "equivariance" in result:
+        lines += _equivariance_lines(result)
+    if "likelihood" in result:
+        entry = result["likelihood"]
+        lines += [
+            f"log p(x_0) >= (nats, {entry['images']} images): {kind} ELBO {entry[kind + '_elbo']:.2f}, "
+            "importance-weighted " + ", ".join(f"S={s}: {entry[f'{kind}_iw_{s}']:.2f}" for s in (1, 10, 100))
+            for kind in ("bernoulli", "gaussian")
+        ]
+    for name, entry in result.get("sequence_bounds", {}).items():
+        lines.append(
+            f"sequence of {entry['frames']} frames, {name}: log p >= {entry['shared']:.1f} nats (shared transition), "
+            f"less the marginal divergences {entry['marginal']:.1f} ({entry['images']} images)"
+        )
+    lines += _inferred_lines(result)
+    for kind, entries in result.get("composition", {}).items():
+        for name, entry in entries.items():
+            lines.append(
+                f"{kind} {name}: {entry['model']:.1f}, x_0 same {entry['identity']:.1f}, black {entry['black']:.1f} "
+                f"({entry['images']} images)"
+            )
+    for name, entry in result.get("extrapolation", {}).items():
+        for key, shown in (("model", "error"), ("identity", "x_0 same"), ("black", "black")):
+            per_step = " ".join(f"{value:.0f}" for value in entry[key]["per_step"])
+            lines.append(f"extrapolation {name}, {shown} at steps 1..{entry['steps']}: {per_step}")
+    if "vp_score" in result:
+        vp = result["vp_score"]
+        scores = [f"{key[6:]}: {value['mean']:.4f}" for key, value in vp.items() if key.startswith("share_")]
+        lines.append(f"VP score {', '.join(scores)} (chance {vp['chance']:.3f}, {vp['pairs']} pairs)")
+    return lines + [f"not measured: {name} ({reason})" for name, reason in result.get("failed", {}).items()]
+
+
+def _equivariance_lines(result: dict) -> list[str]:
+    """The table of equivariance errors, trivial predictors beside the model, over T and the published T-1 frames."""
     lines = [
         f"equivariance error ({result['dataset']}, {result['variant']}), mean +- s.e. of the sum over frames",
         f"{'transformation':>16} {'images':>6} {'T':>3} {'model':>16} {'x_0 same':>9} {'black':>9} {'dec(z_0)':>9} "
@@ -102,12 +185,15 @@ def _lines(result: dict) -> list[str]:
             f"{entry['black']['mean']:>9.1f} {entry['unmoved']['mean']:>9.1f} "
             + " ".join("        -" if value is None else f"{value:>9.1f}" for value in short)
         )
-    lines += _likelihood_lines(result)
-    for name, entry in result["sequence_bounds"].items():
-        lines.append(
-            f"sequence of {entry['frames']} frames, {name}: shared transition >= {entry['shared']:.1f} nats, "
-            f"marginal {entry['marginal']:.1f} ({entry['images']} images)"
-        )
+    worse = [name for name, entry in result["equivariance"].items() if entry["model"]["mean"] >= entry["best_trivial"]]
+    if worse:
+        lines.append(f"no better than the best trivial predictor (x_0 same or black): {', '.join(worse)}")
+    return lines
+
+
+def _inferred_lines(result: dict) -> list[str]:
+    """What the weak and the unsupervised variants inferred, beside the truth."""
+    lines = []
     if "index" in result:
         index = result["index"]
         lines.append(
@@ -125,106 +211,49 @@ def _lines(result: dict) -> list[str]:
                 f"  {name}: flow {entry['flow']} precision {entry['precision']:.3f} recall {entry['recall']:.3f} "
                 f"F1 {entry['f1']:.3f}"
             )
-    for kind, entries in result.get("composition", {}).items():
-        for name, entry in entries.items():
-            lines.append(
-                f"{kind} {name}: {entry['model']:.1f}, x_0 same {entry['identity']:.1f} ({entry['images']} images)"
-            )
-    for name, entry in result.get("extrapolation", {}).items():
-        per_step = " ".join(f"{value:.0f}" for value in entry["model"]["per_step"])
-        lines.append(f"extrapolation {name}, error at steps 1..{entry['steps']}: {per_step}")
-    if "vp_score" in result:
-        vp = result["vp_score"]
-        scores = [f"{key[6:]}: {value['mean']:.4f}" for key, value in vp.items() if key.startswith("share_")]
-        lines.append(f"VP score {', '.join(scores)} (chance {vp['chance']:.3f}, {vp['pairs']} pairs)")
     return lines
 
 
-def _likelihood_lines(result: dict) -> list[str]:
-    entry = result["likelihood"]
-    return [
-        f"log p(x_0) >= (nats, {entry['images']} images): {kind} ELBO {entry[kind + '_elbo']:.2f}, importance-weighted "
-        + ", ".join(f"S={s}: {entry[f'{kind}_iw_{s}']:.2f}" for s in (1, 10, 100))
-        for kind in ("bernoulli", "gaussian")
-    ]
-
-
-def read_run(path: str | Path) -> tuple[dict[str, Tensor], dict, dict, int]:
-    """Weights, model configuration, options and iteration of a run folder (its final.pt, else its checkpoint.pt), or of
-    a .safetensors file of `latent_flow.release`."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        tensors, stored = load_weights(path)
-        if not {"model", "args", "iteration"} <= stored.keys():
-            raise UserError(f"{path} was not written by `python -m latent_flow.release`")
-        return tensors, stored["model"], stored["args"], stored["iteration"]
-    if (path / "final.pt").is_file():
-        state = load_state(path / "final.pt", "latent_flow_weights")
-        return state["model"], state["config"], state["args"], state["args"]["max_iter"]
-    state = load_state(path / "checkpoint.pt", "latent_flow")
-    return state["model"], state["config"], state["args"], state["iteration"]
-
-
-def load_run(path: str | Path, device: torch.device) -> tuple[LatentFlow, dict, int]:
-    """Model, options and iteration of what `read_run` reads."""
-    tensors, config, options, iteration = read_run(path)
-    model = LatentFlow(Config(**config))
-    load_into(model, tensors, path)
-    return model.to(device).eval(), options, iteration
-
-
-def run_or_release(exp: str | None) -> tuple[Path, Path, bool]:
-    """What to load, the folder to write to, and whether it is the released model: taken, and said, without `--exp`."""
-    if exp is not None:
-        return Path(exp), Path(exp), False
-    release = released("latent_flow", RELEASE)
-    print(f"{release.notice('no --exp')} (files in {RELEASE_FOLDER})", flush=True)
-    RELEASE_FOLDER.mkdir(parents=True, exist_ok=True)
-    return release.path, RELEASE_FOLDER, True
+def print_baselines(args: EvaluateOptions, device: torch.device) -> None:
+    """Equivariance errors of the trivial predictors on images that no model is needed for."""
+    source = open_source(args.dataset, DEFAULTS[args.dataset]["timesteps"] // 2, root=args.data_dir, device=device)
+    rows = np.arange(len(source))[args.first_image :][: args.images]
+    if not len(rows):
+        raise UserError(f"--first-image {args.first_image} is beyond the {len(source)} images")
+    for name, entry in metrics.trivial_baselines(source, rows, source.steps).items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in entry.items()))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the evaluation."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--exp", default=None, help="folder of a run")
-    parser.add_argument("--split", choices=("valid", "test"), default="valid")
-    parser.add_argument("--images", type=positive, default=2000)
-    parser.add_argument("--vp-pairs", type=int, default=40_000, help="pairs of the VP score; 0 leaves it out")
-    parser.add_argument("--data-dir", default=None, help="folder of the data sets (default: that of the training)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=int, default=0, help="noise of the evaluation; the split is the run's own")
-    parser.add_switch("--baselines", default=False, help="print the trivial baselines of --dataset and stop")
-    parser.add_argument("--dataset", default="mnist", help="with --baselines")
-    parser.add_argument("--first-image", type=int, default=0, help="with --baselines: skip so many images")
-    args = parser.parse(argv)
-    device = pick_device(args.device)
-    if args.baselines:
-        source = open_source(args.dataset, 8, root=args.data_dir, device=device)
-        rows = np.arange(len(source))[args.first_image :][: args.images]
-        if not len(rows):
-            raise UserError(f"--first-image {args.first_image} is beyond the {len(source)} images")
-        table = metrics.trivial_baselines(source, rows, source.steps)
-        for name, entry in table.items():
-            print(f"{name}: " + ", ".join(f"{key} {value:.1f}" for key, value in entry.items()))
+    args = parse_tool(EvaluateOptions, argv, __doc__)
+    if is_dry(args):
         return
-    if args.exp is None:
-        raise UserError("--exp names the run to evaluate (or ask for --baselines)")
-    model, options, iteration = load_run(args.exp, device)
+    device = pick_device(args.device)
+    full_precision(args.tf32)
+    if args.baselines:
+        print_baselines(args, device)
+        return
+    weights, folder, _ = run_or_release(args.exp)
+    model, options, iteration = load_run(weights, device)
     config = model.config
-    source = open_source(
-        config.dataset,
-        config.steps,
-        size=config.image_size,
-        root=args.data_dir or options["data_dir"],
-        split="test" if args.split == "test" else "train",
-        device=device,
-        centre=options["warp_centre"],
+    has_test = config.dataset in TESTED and args.split == "test"
+    root = args.data_dir or options["data_dir"]
+    source = source_of(config, root, device, options["warp_centre"], "test" if has_test else "train")
+    rows = np.arange(len(source)) if has_test else source.split(options["seed"])[1]
+    if config.dataset == "frames" and "frame_stride" not in options:
+        print("this run was trained on all clips: those that are held out now were among them")
+    if config.dataset in SWEPT:
+        print(f"sweeps of {config.dataset} pass through images of the training part too, as published")
+
+    def write(result: dict, whole: bool) -> None:
+        name = "eval_test" if args.split == "test" else "eval"
+        write_json(folder / f"{name}{'' if whole else '.partial'}.json", result | {"split": args.split})
+        print("\n".join(result.get("lines", [])))
+
+    evaluate(
+        model, source, rows[: args.images], seed=args.seed, iteration=iteration, vp_pairs=args.vp_pairs, write=write
     )
-    rows = np.arange(len(source)) if args.split == "test" else split_rows(len(source), options["seed"])[1]
-    result = evaluate(model, source, rows[: args.images], seed=args.seed, iteration=iteration, vp_pairs=args.vp_pairs)
-    result["split"] = args.split
-    write_json(Path(args.exp) / ("eval_test.json" if args.split == "test" else "eval.json"), result)
-    print("\n".join(result["lines"]))
 
 
 if __name__ == "__main__":

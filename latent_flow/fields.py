@@ -335,19 +335,13 @@ class DiffusionPrior(nn.Module):
         sigma = torch.stack([self.MLP_SET[k].sigma[step - 1, 0] for k in chosen])
         return torch.ones_like(sigma).detach() if step == 1 else 1 / (sigma**2 + 1e-5)
 
-    def gradient(self, z: Tensor, step: int) -> Tensor:
-        """grad psi^k (K, B, D) at z (B, D): z at the first step, (z - mu) / (sigma^2 + 1e-5) after it."""
-        mu = torch.stack([path.mu[step - 1, 0] for path in self.MLP_SET])
-        if step == 1:
-            mu = torch.zeros_like(mu)
-        return (z[None] - mu[:, None, None]) * self.laplacian(step)[:, None, None]
-
 
 def diffused_log_prob(z: Tensor, step: int | Tensor, diffusion: float = 1.0) -> Tensor:
     """log p_t(z) (..., ) of a standard normal that diffuses: p_t = N(0, (1 + 2 D t) I), z (..., D), D >= 0.
 
     The exact solution of the prior flow psi = -D log p (Song et al. 2023, prior evolution) from p_0 = N(0, I).
     """
-    variance = 1 + 2 * diffusion * torch.as_tensor(step, dtype=z.dtype, device=z.device)
+    variance = 1 + 2 * diffusion * step
     dim = z.shape[-1]
-    return -0.5 * (z**2).sum(-1) / variance - 0.5 * dim * torch.log(2 * math.pi * variance)
+    log_variance = torch.log(variance) if isinstance(variance, Tensor) else math.log(variance)
+    return -0.5 * (z**2).sum(-1) / variance - 0.5 * dim * (math.log(2 * math.pi) + log_variance)

@@ -17,7 +17,7 @@ from latent_flow.encoders import reparameterize
 from latent_flow.model import LatentFlow
 from latent_flow.objective import Coefficients
 from latent_flow.rollout import constant_coefficients, rollout
-from latent_flow.spikes import draw_spikes
+from latent_flow.spikes import draw_speed, draw_spikes
 
 BATCH = 125
 
@@ -29,18 +29,21 @@ def batches(rows: np.ndarray, size: int = BATCH) -> Iterator[np.ndarray]:
 
 
 def one_transformation(model: LatentFlow, source, rows: np.ndarray, label: int, steps: int) -> Tensor:
-    """Frames (T+1, B, C, N, N) of one known transformation: table entries, or (unsupervised) composed step by step."""
+    """Frames (T+1, B, C, N, N) of one known transformation: table entries, or (unsupervised) composed step by step; of
+    clips, the frames themselves.
+    """
+    if not source.names:
+        return source.sequences(rows)
     if model.config.variant == "unsupervised":
-        count = len(getattr(source, "moving", source.names))
-        active = torch.zeros(steps, len(rows), count)
+        active = torch.zeros(steps, len(rows), len(source.moving))
         active[..., label] = 1
         return source.composed(rows, active)
     return source.labelled(rows, torch.full((len(rows),), label), steps)
 
 
 def known_transformations(model: LatentFlow, source) -> tuple[str, ...]:
-    """Names of the transformations that the source can apply for the model's variant."""
-    return tuple(getattr(source, "moving", source.names)) if model.config.variant == "unsupervised" else source.names
+    """Names of the transformations that the source can apply for the model's variant; of clips, the one "frames"."""
+    return (source.moving if model.config.variant == "unsupervised" else source.names) or ("frames",)
 
 
 def coefficients_of(model: LatentFlow, frames: Tensor, label: int, slab: bool) -> Coefficients:
@@ -100,8 +103,27 @@ def equivariance(
     for name, values in errors.items():
         result[name] = summary(values)
         result[name]["upstream_protocol"] = summary(values[:-1])["mean"] if steps > 1 else None
-    result["ratio_to_identity"] = result["model"]["mean"] / result["identity"]["mean"]
+    still = result["identity"]["mean"]
+    result["ratio_to_identity"] = result["model"]["mean"] / still if still else None  # None: nothing moves
+    result["best_trivial"] = min(still, result["black"]["mean"])
     return result
+
+
+@torch.no_grad()
+def active_units(model: LatentFlow, source, rows: np.ndarray) -> dict:
+    """How many latent units carry information about x_0: see `objective.active_units`; and, a unit, the mean variance
+    of its posterior and its divergence from N(0, 1) in nats.
+    """
+    parts = [model.vae.encode(one_transformation(model, source, part, 0, 1)[0]) for part in batches(rows)]
+    mean, log_var = (torch.cat(list(one)) for one in zip(*parts, strict=True))
+    return {
+        "active": int(objective.active_units(mean)),
+        "units": mean.shape[1],
+        "threshold": objective.ACTIVE,
+        "images": len(rows),
+        "posterior_variance": log_var.exp().mean(0).tolist(),
+        "kl": (-0.5 * (1 + log_var - mean**2 - log_var.exp())).mean(0).tolist(),
+    }
 
 
 def trivial_baselines(source, rows: np.ndarray, steps: int) -> dict[str, dict[str, float]]:
@@ -134,43 +156,6 @@ def bernoulli_log_prob(x: Tensor, logits: Tensor) -> Tensor:
     """Minus the binary cross-entropy summed over pixels, (B, ...) -> (B,): the training likelihood of grey values."""
     bce = torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
     return -bce.flatten(1).sum(-1)
-
-
-def upstream_log_likelihood(x: Tensor, recon: Tensor, z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """The published `logpx` (B,), "lower is better": its KL part has the wrong sign, so it is no likelihood."""
-    log_p, log_q = objective.normal_log_prob(z).sum(-1), objective.normal_log_prob(z, mean, log_var).sum(-1)
-    return -gaussian_log_prob(x, recon) + log_p - log_q
-
-
-def negative_elbo(x: Tensor, recon: Tensor, z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """One-sample -(log N(x; recon, I) + log p(z) - log q(z)) (B,)."""
-    log_p, log_q = objective.normal_log_prob(z).sum(-1), objective.normal_log_prob(z, mean, log_var).sum(-1)
-    return -(gaussian_log_prob(x, recon) + log_p - log_q)
-
-
-@torch.no_grad()
-def upstream_transformed(model: LatentFlow, x0: Tensor, frames: Tensor, k: int, eps: Tensor) -> dict:
-    """The published numbers of transformation k (supervised, `--objective upstream` models), right or wrong.
-
-    frames (T, B, C, N, N) are x_1..x_T; `eps` (B, D) makes z_0. `transformed`: mean over the steps 1..T-1 of the
-    negative log-density with its sign error; `eq_error`: the same steps' L1 sum.
-    """
-    steps = len(frames) - 1
-    mean, log_var = model.vae.encode(x0)
-    z = reparameterize(mean, log_var, eps)
-    coefficients = Coefficients(z.new_ones(steps, len(z), 1))
-    path = rollout(model.stacked(steps, [k]), z, coefficients.c1)
-    rho, rho_t = objective.upstream_densities(path, model.prior, mean, log_var, coefficients, [k])
-    images = decode(model, path.z[1:])
-    log_x = torch.stack([gaussian_log_prob(x, image) for x, image in zip(frames, images, strict=False)])
-    printed = -log_x + rho[1:].sum(-1) - rho_t[1:].sum(-1)
-    errors = l1(images, frames[:-1]).mean(1)
-    return {
-        "transformed": printed.mean(),
-        "eq_error": errors.sum(),
-        "eq_error_per_step": errors,
-        "z_final": path.z[-1],
-    }
 
 
 @torch.no_grad()
@@ -258,7 +243,7 @@ def composition(model: LatentFlow, source, rows: np.ndarray, matching: list[int]
     """Switching (flow a for the first half of the steps, then b) and superposition (both at every step).
 
     The truth is the image transformation composed the same way; `matching[k]` is the flow of transformation k.
-    Errors are sums over frames 1..T, beside x_0 unchanged.
+    Errors are sums over frames 1..T, beside x_0 unchanged and the black image.
     """
     steps, count = model.config.steps, len(source.names)
     result: dict[str, dict] = {"switch": {}, "superpose": {}}
@@ -281,7 +266,7 @@ def composition(model: LatentFlow, source, rows: np.ndarray, matching: list[int]
 
 
 def _composed_error(model: LatentFlow, rows: np.ndarray, truth: Callable, c: Tensor) -> dict:
-    errors: dict[str, list[Tensor]] = {"model": [], "identity": []}
+    errors: dict[str, list[Tensor]] = {"model": [], "identity": [], "black": []}
     for part in batches(rows):
         frames = truth(part)
         coefficients = c.to(frames).expand(-1, len(part), -1)
@@ -290,6 +275,7 @@ def _composed_error(model: LatentFlow, rows: np.ndarray, truth: Callable, c: Ten
         path = rollout(model.stacked(len(c)), mean, coefficients, coefficients if rotating else None)
         errors["model"].append(l1(decode(model, path.z[1:]), frames[1:]).cpu())
         errors["identity"].append(l1(frames[:1].expand_as(frames[1:]), frames[1:]).cpu())
+        errors["black"].append(frames[1:].flatten(2).sum(-1).cpu())
     return {name: summary(torch.cat(parts, dim=1))["mean"] for name, parts in errors.items()} | {"images": len(rows)}
 
 
@@ -381,12 +367,6 @@ def sparsity(model: LatentFlow, source, rows: np.ndarray, *, slab: bool, seed: i
     result["f1"] = float(np.mean([entry["f1"] for entry in result["transformations"].values()]))
     result["chance_f1_all_on"] = float(np.mean(2 * active.mean(0) / (1 + active.mean(0))))
     return result
-
-
-def draw_speed(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """|Laplace(1, 0.1)| speeds by the inverse of its distribution function."""
-    u = torch.rand(shape, generator=generator) - 0.5
-    return (1 - 0.1 * u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.4999999))).abs()
 
 
 # ---- diagnostics ----------------------------------------------------------------------------------------------------

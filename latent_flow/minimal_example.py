@@ -2,7 +2,6 @@
 
     python -m latent_flow.minimal_example                          # moving sprites, 64 pixels, CPU
     python -m latent_flow.minimal_example --fields constant        # K constant directions instead of small networks
-    python -m latent_flow.minimal_example --dataset digits --image-size 8 --latent-size 16 --max-iter 20
 
 z_t = z_{t-1} + sum_k y_{t,k} field_k(z_{t-1}), y_t inferred from the frames x_{t-1}, x_t; loss = VAE terms plus the
 divergence of the mean spike from what the sticky chain expects. Written to --out: metrics.csv, final.pt, and
@@ -13,18 +12,50 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+from typing import Annotated, Literal
+
 import numpy as np
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from common.checkpoint import save_state
+from common.checkpoint import atomic_write, save_state
 from common.errors import run_command
-from common.launch import check_finite, pick_device, seed_everything
+from common.launch import check_finite, full_precision, pick_device, seed_everything
+from common.options import Count, Device, Options, Seed, option
 from common.run import Run
 from latent_flow import objective, spikes
-from latent_flow.data import open_source, split_rows
+from latent_flow.data import DEFAULTS, open_source
 from latent_flow.encoders import ConvVAE, relaxed_bernoulli, reparameterize, temperature, trunk
-from latent_flow.options import Parser, positive, probability_pair
+from latent_flow.model import ImageSize, LatentSize, Width
+from latent_flow.options import SpikePrior, is_dry, parse_tool
+
+
+class MinimalOptions(Options):
+    """Options of the example."""
+
+    dataset: Literal[tuple(DEFAULTS)] = option("sprites", "data set; of frames the true spikes are unknown")
+    fields: Literal["mlp", "constant"] = option("mlp", "small networks, or constant directions")
+    num_support_sets: Annotated[int, Ge(1), Le(12)] = option(3, "number of fields K", flags=("-K",))
+    steps: Annotated[int, Ge(1), Le(500)] = option(8, "steps T of a sequence")
+    image_size: ImageSize = option(64, "side of the images", multiple_of=4)
+    latent_size: LatentSize = option(128, "latent size = channel width of the VAE")
+    width: Width = option(64, "channel width of the spike encoder")
+    spike_prior: SpikePrior = option((0.3, 0.7), "spike probabilities p_on,p_stay")
+    lr: Annotated[float, Gt(0), Le(100)] = option(1e-4, "learning rate")
+    batch_size: Annotated[int, Ge(1), Le(65_536)] = option(32, "sequences a step")
+    max_iter: Count = option(2000, "iterations")
+    log_freq: Count = option(10, "log every so many iterations")
+    seed: Seed = option(0, "seed of everything random")
+    device: Device = option("cpu", "device")
+    data_dir: str | None = option(None, "folder of the data sets [DATA_ROOT, else data/]")
+    out: str = option("runs/latent_flow/minimal", "folder of the run", min_length=1)
+    overwrite: bool = option(False, "start anew in a folder that holds a run")
+    dry_run: bool = option(False, "check and print the options, and stop")
 
 
 class SpikeEncoder(nn.Module):
@@ -61,7 +92,7 @@ class MLPFields(nn.Module):
         self.fields = nn.ModuleList(make() for _ in range(count))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (B, D) -> (K, B, D)."""
+        """As `ConstantFields`."""
         return torch.stack([field(z) for field in self.fields])
 
 
@@ -113,65 +144,55 @@ def step(
     return {"loss_total": vae + spike, "loss_vae": vae, "loss_spike": spike, "spikes": y, "z": z}
 
 
+def build(args: MinimalOptions, channels: int) -> Model:
+    """The model of the options."""
+    directions = torch.randn(args.num_support_sets, args.latent_size) * 0.1
+    vae = ConvVAE(channels, args.latent_size, args.image_size, 10.0)
+    fields = ConstantFields(directions) if args.fields == "constant" else MLPFields(*directions.shape)
+    return Model(vae, fields, SpikeEncoder(2 * channels, args.width, args.image_size, len(directions)))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line of the example."""
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--dataset", default="sprites", help="sprites, dsprites, mnist or digits")
-    add("--fields", choices=("mlp", "constant"), default="mlp")
-    add("-K", "--num-support-sets", type=positive, default=3)
-    add("--steps", type=positive, default=8, help="steps T of a sequence")
-    add("--image-size", type=positive, default=64)
-    add("--latent-size", type=positive, default=128)
-    add("--width", type=positive, default=64, help="channel width of the spike encoder")
-    add("--spike-prior", type=probability_pair, default=(0.3, 0.7), metavar="P_ON,P_STAY")
-    add("--lr", type=float, default=1e-4)
-    add("--batch-size", type=positive, default=32)
-    add("--max-iter", type=positive, default=2000)
-    add("--log-freq", type=positive, default=10)
-    add("--seed", type=int, default=0)
-    add("--device", default="cpu")
-    add("--data-dir", default=None)
-    add("--out", default="runs/latent_flow/minimal")
-    parser.add_switch("--overwrite", default=False, help="start anew in a folder that holds a run")
-    args = parser.parse(argv)
+    args = parse_tool(MinimalOptions, argv, __doc__)
+    if is_dry(args):
+        return
     seed_everything(args.seed)
+    full_precision()
     device = pick_device(args.device)
     source = open_source(args.dataset, args.steps, size=args.image_size, root=args.data_dir, device=device)
-    rows = split_rows(len(source), args.seed)[0]
-    count = len(getattr(source, "moving", source.names))
-    directions = torch.randn(args.num_support_sets, args.latent_size) * 0.1
-    model = Model(
-        ConvVAE(source.channels, args.latent_size, args.image_size, 10.0).to(device),
-        (ConstantFields(directions) if args.fields == "constant" else MLPFields(len(directions), args.latent_size)).to(
-            device
-        ),
-        SpikeEncoder(2 * source.channels, args.width, args.image_size, args.num_support_sets).to(device),
-    )
+    rows = source.split(args.seed)[0]
+    model = build(args, source.channels)
+    nn.ModuleList(vars(model).values()).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     rng, generator = np.random.default_rng(args.seed), torch.Generator().manual_seed(args.seed)
-    with Run(args.out, vars(args), overwrite=args.overwrite, tensorboard=False) as run:
+    with Run(args.out, args.as_dict(), overwrite=args.overwrite, tensorboard=False) as run:
         for iteration in run.progress(range(1, args.max_iter + 1)):
-            active = spikes.draw_spikes(args.steps, count, *args.spike_prior, generator, args.batch_size)
-            frames = source.composed(rng.choice(rows, args.batch_size), active)
+            picked, active, count = rng.choice(rows, args.batch_size), None, len(source.moving)
+            if source.names:  # clips move by themselves
+                active = spikes.draw_spikes(args.steps, count, *args.spike_prior, generator, args.batch_size)
+            frames = source.sequences(picked) if active is None else source.composed(picked, active)
             out = step(model, frames, temperature(iteration), *args.spike_prior)
             optimizer.zero_grad()
             out["loss_total"].backward()
             optimizer.step()
             if iteration % args.log_freq == 0 or iteration == args.max_iter:
-                check_finite(out["loss_total"], iteration, [model.vae, model.fields, model.encoder])
+                check_finite(out["loss_total"], iteration, vars(model).values())
                 losses = {name: value for name, value in out.items() if name.startswith("loss")}
-                run.log(iteration, **losses, active=active.sum(-1).mean(), inferred=out["spikes"].sum(-1).mean())
+                spike = {"inferred": out["spikes"]} if active is None else {"active": active, "inferred": out["spikes"]}
+                run.log(iteration, **losses, **{name: y.sum(-1).mean() for name, y in spike.items()})
                 run.info(f"iteration {iteration}: " + ", ".join(f"{k} {v.item():.4f}" for k, v in losses.items()))
-        parts = {name: getattr(model, name).state_dict() for name in ("vae", "fields", "encoder")}
-        save_state(Path(args.out) / "final.pt", "latent_flow_minimal", args=vars(args), **parts)
-        table = [f"step {t + 1}: true {a:.3f} inferred {b:.3f}" for t, (a, b) in enumerate(_per_step(active, out))]
-        (Path(args.out) / "spikes.txt").write_text("\n".join(table) + "\n")
+        parts = {name: part.state_dict() for name, part in vars(model).items()}
+        save_state(Path(args.out) / "final.pt", "latent_flow_minimal", args=args.as_dict(), **parts)
+        with atomic_write(Path(args.out) / "spikes.txt") as file:
+            file.write(spike_table(active, out["spikes"]).encode())
 
 
-def _per_step(active: Tensor, out: dict[str, Tensor]) -> list[tuple[float, float]]:
-    """Mean number of true and of inferred spikes at each step of the last batch."""
-    return list(zip(active.sum(-1).mean(1).tolist(), out["spikes"].detach().sum(-1).mean(1).tolist(), strict=True))
+def spike_table(active: Tensor | None, inferred: Tensor) -> str:
+    """Mean number of true (where known) and of inferred spikes (T, B, K) at each step of the last batch."""
+    true, found = ([] if y is None else y.detach().sum(-1).mean(1).tolist() for y in (active, inferred))
+    known = [f"{a:.3f}" for a in true] or ["unknown"] * len(found)
+    return "".join(f"step {t}: true {known[t - 1]} inferred {b:.3f}\n" for t, b in enumerate(found, 1))
 
 
 if __name__ == "__main__":

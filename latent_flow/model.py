@@ -4,13 +4,17 @@ Axes: T steps, B samples, C channels, N pixels a side, K flows, D latent units, 
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
 import torch
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, model_validator
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.launch import Distributed
+from common.options import Count, NonNegative, Options, Says, Whole
 from latent_flow import objective
 from latent_flow.encoders import (
     CoefficientEncoder,
@@ -30,54 +34,51 @@ from latent_flow.rollout import constant_coefficients, rollout
 VARIANTS = ("supervised", "weakly", "unsupervised")
 
 
-@dataclass
-class Config:
+def _even(size: int) -> int:
+    if size % 2:
+        raise ValueError("expected an even number of at least 4 (the time embedding halves it)")
+    return size
+
+
+LatentSize = Annotated[int, Ge(4), Le(2048), AfterValidator(_even), Says("an even number from 4 to 2048")]
+ImageSize = Annotated[int, Ge(4), Le(1024)]
+Width = Annotated[int, Ge(1), Le(4096)]
+Probability = Annotated[float, Gt(0), Lt(1)]
+
+
+class Config(Options):
     """Everything that defines a model and its objective; stored in checkpoints. Defaults: supervised MNIST."""
 
-    variant: str = "supervised"
+    variant: Literal["supervised", "weakly", "unsupervised"] = "supervised"
     dataset: str = "mnist"
-    flows: int = 3  # K
-    steps: int = 8  # T
-    channels: int = 3
-    image_size: int = 28
-    latent_size: int = 324
+    flows: Annotated[int, Ge(1)] = 3  # K
+    steps: Annotated[int, Ge(1)] = 8  # T
+    channels: Annotated[int, Ge(1), Le(3)] = 3
+    image_size: ImageSize = 28
+    latent_size: LatentSize = 324
     deep: bool = False  # ConvVAE2 (Falcor3D, Isaac3D)
-    index_width: int = 0  # channel width of the index or coefficient encoder; 0: the papers' (latent size; 100)
+    index_width: Whole = 0  # channel width of the index or coefficient encoder; 0: the papers' (latent size; 100)
+    frame_stride: Annotated[int, Ge(1)] = 1  # pictures from frame to frame (frames)
     single_control: bool = False
-    field: str = "soft"  # rotational field of the unsupervised variant
-    objective: str = "paper"
-    logdet: str = "hutchinson"
-    logdet_terms: int = 2
-    path_kl: str = "marginal"  # or "shared": prior and posterior share the transition, no path term
-    diffusion: float = 1.0
-    index_weight: float = 20.0
-    entropy_weight: float = 0.0
+    field: Literal["soft", "divfree"] = "soft"  # rotational field of the unsupervised variant
+    objective: Literal["paper", "upstream"] = "paper"
+    logdet: Literal["rowsum", "trace", "hutchinson", "exact"] = "hutchinson"
+    logdet_terms: Annotated[int, Ge(1)] = 2
+    path_kl: Literal["shared", "marginal"] = "shared"  # see `objective.py`
+    diffusion: NonNegative = 1.0
+    index_weight: NonNegative = 20.0
+    entropy_weight: NonNegative = 0.0
     index_labels: bool = False
-    spike_weight: float = 1.0
-    p_on: float = 0.1
-    p_stay: float = 0.9
-    slab_start: int = 75001
+    spike_weight: NonNegative = 1.0
+    p_on: Probability = 0.1
+    p_stay: Probability = 0.9
+    slab_start: Count = 75001
 
-    def check(self) -> None:
-        """Raise UserError for a value that no model can have."""
-        known = {
-            "variant": VARIANTS,
-            "objective": ("paper", "upstream"),
-            "path_kl": ("marginal", "shared"),
-            "field": ("soft", "divfree"),
-            "logdet": ("rowsum", "trace", "hutchinson", "exact"),
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise UserError(f"{name} is {getattr(self, name)!r}; known: {', '.join(values)}")
-        if self.flows < 1 or self.steps < 1:
-            raise UserError(f"at least one flow and one step are needed (K={self.flows}, T={self.steps})")
+    @model_validator(mode="after")
+    def _has_a_determinant(self) -> Self:
         if self.logdet == "rowsum" and self.objective == "paper" and self.path_kl == "marginal":
-            raise UserError("--logdet rowsum is no determinant: use it with --objective upstream only")
-
-    def as_dict(self) -> dict:
-        """Plain values for JSON and checkpoints."""
-        return asdict(self)
+            raise ValueError("--logdet rowsum is no determinant: use it with --objective upstream only")
+        return self
 
 
 class LatentFlow(nn.Module):
@@ -85,7 +86,6 @@ class LatentFlow(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        config.check()
         self.config = config
         c, s, n, k = config.channels, config.latent_size, config.image_size, config.flows
         bound = 10.0 if config.objective == "paper" else None
@@ -157,7 +157,8 @@ def training_step(
     generator: torch.Generator | None = None,
     dist: Distributed | None = None,
 ) -> dict[str, Tensor]:
-    """Losses of one batch of frames (T+1, B, C, N, N) in [0, 1]: the entries of `objective.LOSSES`, scalars.
+    """Losses of one batch of frames (T+1, B, C, N, N) in [0, 1]: the entries of `objective.LOSSES`, and
+    `active_units`, scalars.
 
     labels: the flow of each sample (B,), or one number for the whole batch (then only that flow is evaluated);
     needed by the supervised variant and by `index_labels`. `amp`: bfloat16 in the convolutional networks only, on
@@ -208,6 +209,7 @@ def training_step(
         if with_log_det:
             losses["loss_kl_path"] = objective.path_kl(path, mean, log_var, config.diffusion).sum()
     losses["loss_total"] = sum(value for name, value in losses.items() if name != "loss_total")
+    losses["active_units"] = objective.active_units(mean)
     return losses
 
 

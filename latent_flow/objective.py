@@ -1,7 +1,21 @@
-"""The losses: the papers' objective (default) and the published code's (`upstream`, for parity).
+"""The losses: a bound of the sequence with the papers' penalties (`paper`, the default), and the published code's
+(`upstream`, for parity). Sum over pixels and latent units, mean over samples, all weights 1 unless said.
 
-Sum over pixels and latent units, mean over samples, all weights 1 unless said. What differs between the two, and
-why, stands in README.md. Axes: T steps, B samples, K flows, D latent units.
+What is bounded (`--path-kl shared`). Generative model: z_0 ~ N(0, I), flows k_1..k_T ~ p(k) (one of them, or spikes
+times speeds, a step), z_t = z_{t-1} + v^{k_t}(z_{t-1}, t) without noise, x_t ~ p(x_t | z_t) independently. Posterior:
+q(z_0 | x_0) q(k | x_0..x_T), and the same transitions, so that a transition's density is the same point mass in p and
+in q and cancels. Jensen's inequality then leaves
+
+    log p(x_0..x_T) >= E_q [sum_{t=0..T} log p(x_t | z_t)] - KL(q(z_0 | x_0) || N(0, I)) - KL(q(k | x) || p(k)):
+
+`reconstruction`, `gaussian_kl` and the index, spike and slab terms (supervised: k is given, no such term). The
+Hamilton-Jacobi term is a penalty on the fields beside it, no part of the bound. `--path-kl marginal` (`path_kl`) takes
+T further divergences off, KL(q(z_t | x_0) || p_t) with p_t = N(0, (1 + 2 D t) I). What is left is the sum of T + 1
+bounds, each of one log p_t(x_t) under a prior of its own. As a bound of the sequence it is loose by those T
+divergences, and a unit that no image needs is drawn from variance 1 to (T + 1) / sum_t 1 / (1 + 2 D t), 4.3 for T = 8
+and D = 1, where z_0 ~ N(0, I) is no longer a sample of what the encoder makes.
+
+Axes: T steps, B samples, K flows, D latent units.
 """
 
 import math
@@ -58,13 +72,24 @@ def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     return -0.5 * (1 + log_var - mean**2 - log_var.exp()).sum(-1)
 
 
+ACTIVE = 0.01  # variance of a unit's posterior mean over images above which it counts as used
+
+
+def active_units(mean: Tensor) -> Tensor:
+    """How many latent units carry information about the image: posterior means (B, D), count as a scalar.
+
+    A unit is active when the variance of its mean over the images exceeds `ACTIVE` (Burda et al. 2016, section 5.2).
+    """
+    return (mean.var(0, correction=0) > ACTIVE).sum()
+
+
 def normal_log_prob(z: Tensor, mean: Tensor | float = 0.0, log_var: Tensor | float = 0.0) -> Tensor:
     """log N(z; mean, exp(log_var)) in each dimension, shape of z."""
-    log_var = torch.as_tensor(log_var, dtype=z.dtype, device=z.device)
-    return -0.5 * ((z - mean) ** 2 / log_var.exp() + log_var + torch.log(torch.tensor(2 * torch.pi, dtype=z.dtype)))
+    variance = log_var.exp() if isinstance(log_var, Tensor) else math.exp(log_var)
+    return -0.5 * ((z - mean) ** 2 / variance + log_var + math.log(2 * math.pi))
 
 
-# ---- the papers' objective ------------------------------------------------------------------------------------------
+# ---- the default objective ------------------------------------------------------------------------------------------
 
 
 def hamilton_jacobi_residual(potential: PotentialAt, force: Tensor | None) -> Tensor:
@@ -179,7 +204,7 @@ def upstream_path_kl(rho: Tensor, rho_t: Tensor) -> Tensor:
 
 def upstream_index_loss(one_hot: Tensor) -> Tensor:
     """-log of the share of the batch that agrees with its majority: one-hot samples (B, K), scalar."""
-    return -torch.log(one_hot.mean(0).max() + 1e-20)
+    return -torch.log(one_hot.mean(0).max(0).values + 1e-20)  # along an axis: at a tie the first one's gradient
 
 
 def upstream_spike_loss(spikes: Tensor, p_on: float, stay: float) -> Tensor:

@@ -1,266 +1,338 @@
-"""Command-line options of the training scripts: defined once, typed, with the papers' values as defaults."""
+"""Options of the training scripts, each declared once; the published values of a data set and --smoke lie below the
+command line as mappings, what was saved with a run above them.
+"""
 
-import argparse
 import sys
-from typing import NoReturn
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from common.errors import UserError, suggest
-from latent_flow.data import DEFAULTS
-from latent_flow.model import Config
-from latent_flow.transforms import CENTRES
+from annotated_types import Ge, Gt, Le
+from pydantic import AfterValidator, model_validator
+
+from common.checkpoint import read_json
+from common.errors import UserError
+from common.launch import pick_device
+from common.options import (
+    TRUE,
+    Count,
+    Device,
+    NonNegative,
+    Options,
+    Resume,
+    Says,
+    Seed,
+    from_flags,
+    option,
+)
+from latent_flow.data import DEFAULTS, SWEPT
+from latent_flow.model import Config, ImageSize, LatentSize, Width
+from latent_flow.transforms import NAMES
 
 ITERATIONS = {"mnist": 90_000, "fashion_mnist": 90_000, "digits": 90_000}  # others: 100,000
+Objective = Annotated[
+    Literal["paper", "fixed", "upstream"], AfterValidator(lambda name: "paper" if name == "fixed" else name)
+]
+Steps = Annotated[int, Ge(2), Le(1000)]
+LearningRate = Annotated[float, Gt(0), Le(100)]
+SpikeProbability = Annotated[float, Ge(0.001), Le(0.999)]  # the all-zero state is redrawn until a spike is on
+SpikePrior = Annotated[tuple[SpikeProbability, SpikeProbability], Says("p_on,p_stay, both from 0.001 to 0.999")]
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s with the nearest known option."""
+class TrainOptions(Options):
+    """What the four training scripts share. `VARIANT` and `DEEP` (the networks of 128-pixel images) are the script's;
+    `SHORT` maps its switches to the data sets that they name.
+    """
 
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    VARIANT: ClassVar[str] = "supervised"
+    DEEP: ClassVar[bool] = False
+    SHORT: ClassVar[Mapping[str, str]] = {}
 
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of leaving: the script's one error line and exit code stay in one place."""
-        raise UserError(f"{message}; see --help")
-
-    def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        """Parse `argv` (default: the process's); UserError for an unknown option, with the nearest known one."""
-        args, unknown = self.parse_known_args(sys.argv[1:] if argv is None else argv)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            raise UserError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], known)}; see --help")
-        return args
-
-    def add_switch(self, *names: str, default: bool | None, help: str) -> None:
-        """A real boolean: `--x`, `--x true|false`, `--no-x`."""
-        dest = names[0].lstrip("-").replace("-", "_")
-        self.add_argument(*names, dest=dest, nargs="?", const=True, default=default, type=boolean, help=help)
-        off = [f"--no-{name.lstrip('-')}" for name in names]
-        self.add_argument(*off, dest=dest, action="store_const", const=False, help=argparse.SUPPRESS)
-
-
-def boolean(text: str) -> bool:
-    """true/false, yes/no, on/off, 1/0."""
-    if text.lower() in ("true", "yes", "on", "1"):
-        return True
-    if text.lower() in ("false", "no", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-
-
-def positive(text: str) -> int:
-    """A whole number above zero."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return value
-
-
-def probability_pair(text: str) -> tuple[float, float]:
-    """`p_on,p_stay`, two numbers strictly between 0 and 1."""
-    try:
-        p_on, p_stay = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected two numbers p_on,p_stay, got {text!r}") from None
-    if not (0 < p_on < 1 and 0 < p_stay < 1):
-        raise argparse.ArgumentTypeError(f"both probabilities must lie strictly between 0 and 1, got {text!r}")
-    return p_on, p_stay
-
-
-def training_parser(variant: str, description: str, datasets: tuple[str, ...]) -> Parser:
-    """The options of one training script; `datasets` are those that it can train on, the first is its default."""
-    parser = Parser(description=description)
-    add = parser.add_argument
-    data = parser.add_argument_group("data").add_argument
-    data("--dataset", default=None, help=f"one of: {', '.join(datasets)} (default {datasets[0]})")
-    if "shapes3d" in datasets:
-        parser.add_switch("--shapes3d", default=None, help="the same as --dataset shapes3d")
-    if "dsprites" in datasets:
-        parser.add_switch("--dsprites", default=None, help="the same as --dataset dsprites")
-    if "isaac3d" in datasets:
-        parser.add_switch("--isaac", default=None, help="Isaac3D instead of Falcor3D")
-    data("--data-dir", default=None, help="folder of the data sets (default: DATA_ROOT, else data/)")
-    data("--image-size", type=positive, default=None, help="resize to this side (default: the data set's own)")
-    data(
-        "--warp-centre",
-        choices=CENTRES,
-        default="upstream",
-        help="centre of zoom and rotation: size/2 as published, or the exact image centre",
+    dataset: str = option("mnist", "data set", group="data")
+    data_dir: str | None = option(
+        None, "folder of the data sets [DATA_ROOT, else data/]", group="data", resume="change"
     )
-    model = parser.add_argument_group("model").add_argument
-    model("-K", "--num-support-sets", type=positive, default=None, help="number of flows K (default: the paper's)")
-    model(
-        "-D",
-        "--num-timesteps",
-        type=positive,
-        default=None,
-        help="twice the number of flow steps T (default: the paper's)",
+    image_size: ImageSize = option(28, "resize to this side", group="data")
+    warp_centre: Literal["upstream", "exact"] = option(
+        "upstream", "centre of zoom and rotation: size/2 as published, or the exact image centre", group="data"
     )
-    model("--latent-size", type=positive, default=None, help="latent size = channel width of the VAE (paper: 324, 226)")
-    if variant != "supervised":
-        model(
-            "--width",
-            type=positive,
-            default=None,
-            help="channel width of the encoder that infers the flow (paper: the latent size; unsupervised 100)",
+    num_support_sets: Annotated[int, Ge(1), Le(100)] = option(3, "number of flows K", group="model", flags=("-K",))
+    num_timesteps: Steps = option(16, "twice the number of flow steps T", group="model", flags=("-D",))
+    latent_size: LatentSize = option(324, "latent size = channel width of the VAE", group="model")
+    objective: Objective = option("paper", "fixed is the same as paper", group="objective")
+    path_kl: Literal["shared", "marginal"] = option(
+        "shared", "shared: a bound of the sequence; marginal: T+1 bounds, one a frame", group="objective"
+    )
+    logdet: Literal["rowsum", "trace", "hutchinson", "exact"] = option(
+        "hutchinson", "log-determinants of --path-kl marginal", group="objective"
+    )
+    logdet_terms: Annotated[int, Ge(1), Le(100)] = option(2, "terms of --logdet hutchinson", group="objective")
+    diffusion: NonNegative = option(1.0, "diffusion coefficient D of the marginal prior", group="objective")
+    k_per: Literal["sample", "batch"] = option(
+        "sample", "draw the transformation per sample, or once a batch as published", group="objective"
+    )
+    support_set_lr: LearningRate = option(1e-4, "learning rate of flows and prior", group="training", resume="change")
+    lr_vae: LearningRate = option(
+        1e-4,
+        "learning rate of the VAE",
+        group="training",
+        resume="change",
+        flags=("--generator-lr", "--generator_lr"),
+    )
+    max_iter: Count = option(90_000, "iterations in all", group="training", resume="change")
+    max_steps: Count | None = option(None, "at most this many iterations in this call", group="training", resume="call")
+    batch_size: Annotated[int, Ge(1), Le(65_536)] = option(128, "sequences a step", group="training")
+    amp: bool = option(False, "bfloat16 in the convolutional networks", group="training")
+    tf32: bool = option(False, "TF32 in place of float32 on a GPU", group="training")
+    log_freq: Count = option(10, "log every so many iterations", group="record", resume="change")
+    ckp_freq: Count = option(1000, "checkpoint every so many iterations", group="record", resume="change")
+    eval_every: Count | None = option(
+        None, "evaluate every so many iterations, not only at the end", group="record", resume="change"
+    )
+    eval_images: Count = option(2000, "validation images of an evaluation", group="record", resume="change")
+    tensorboard: bool = option(False, "also write TensorBoard events", group="record", resume="change")
+    seed: Seed = option(0, "seed of everything random, the validation split included", group="run")
+    deterministic: bool = option(False, "refuse kernels whose result varies between runs", group="run")
+    device: Device = option("auto", "device", group="run", resume="change")
+    cuda: bool | None = option(None, "--no-cuda is the same as --device cpu", group="run", resume="call")
+    out: str = option("", "folder of the run [runs/latent_flow/<its settings>]", group="run", resume="call")
+    resume: Resume = option(
+        False, "go on from the checkpoint in --out; auto: if there is one", group="run", resume="call"
+    )
+    overwrite: bool = option(False, "start anew in a folder that holds a run", group="run", resume="call")
+    smoke: bool = option(False, "a few iterations of a tiny model on bundled data", group="run")
+    dry_run: bool = option(False, "check and print the options, and stop", group="run", resume="call")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.image_size % (16 if self.DEEP else 4):
+            raise ValueError(f"--image-size must be a multiple of {16 if self.DEEP else 4} (got {self.image_size})")
+        names = SWEPT.get(self.dataset, NAMES)
+        if self.VARIANT == "supervised" and self.num_support_sets > len(names):
+            raise ValueError(
+                f"-K {self.num_support_sets}: {self.dataset} has {len(names)} transformations ({', '.join(names)}); "
+                "lower it"
+            )
+        if self.logdet == "rowsum" and self.objective == "paper":
+            raise ValueError("--logdet rowsum is no determinant: it belongs to --objective upstream, which needs none "
+                             "of --logdet")  # fmt: skip
+        return self
+
+    @property
+    def config(self) -> Config:
+        """What defines the model and its objective; goes into checkpoints."""
+        steps = self.num_timesteps // 2
+        own = {name: getattr(self, name) for name in Config.model_fields if name in type(self).model_fields}
+        p_on, p_stay = getattr(self, "spike_prior", (0.1, 0.9))
+        return Config.build(
+            own,
+            {
+                "variant": self.VARIANT,
+                "flows": self.num_support_sets,
+                # the published Falcor3D and Isaac3D loops end one step early: a sweep has T frames, x_0 included
+                "steps": steps - 1 if self.DEEP and steps > 1 else steps,
+                "channels": DEFAULTS[self.dataset]["channels"],
+                "deep": self.DEEP,
+                "index_width": getattr(self, "width", None) or 0,
+                "p_on": p_on,
+                "p_stay": p_stay,
+            },
         )
-    objective = parser.add_argument_group("objective").add_argument
-    objective("--objective", choices=("paper", "fixed", "upstream"), default="paper", help="fixed = paper")
-    objective("--logdet", choices=("rowsum", "trace", "hutchinson", "exact"), default="hutchinson")
-    objective("--logdet-terms", type=positive, default=2, help="terms of the series of --logdet hutchinson")
-    objective(
-        "--path-kl",
-        choices=("marginal", "shared"),
-        default="marginal",
-        help="marginal: KL of every z_t from the diffused prior; shared: prior and posterior share the transition",
+
+
+def _sets(*names: str, default: str | None = None) -> Any:
+    return option(default or names[0], "data set", group="data")
+
+
+def _switch(name: str) -> Any:
+    return option(None, f"the same as --dataset {name}", group="data", resume="call")
+
+
+class SupervisedOptions(TrainOptions):
+    """Options of `train_vae_scratch`."""
+
+    SHORT: ClassVar = {"shapes3d": "shapes3d", "dsprites": "dsprites"}
+
+    dataset: Literal["mnist", "shapes3d", "dsprites", "sprites", "fashion_mnist", "digits"] = _sets("mnist")
+    shapes3d: bool | None = _switch("shapes3d")
+    dsprites: bool | None = _switch("dsprites")
+
+
+class DeepOptions(TrainOptions):
+    """Options of `train_falcol_isaac`."""
+
+    DEEP: ClassVar = True
+    SHORT: ClassVar = {"isaac": "isaac3d"}
+
+    dataset: Literal["falcor3d", "isaac3d", "sprites"] = _sets("falcor3d")
+    isaac: bool | None = _switch("isaac3d")
+
+
+class InferringOptions(TrainOptions):
+    """What the variants that infer their flows share."""
+
+    width: Width | None = option(
+        None, "channel width of the encoder that infers the flow [weakly: the latent size; else 100]", group="model"
     )
-    objective("--diffusion", type=float, default=1.0, help="diffusion coefficient D of the prior")
-    objective(
-        "--k-per",
-        choices=("sample", "batch"),
-        default=None,
-        help="draw the transformation per sample, or once a batch as published (default: sample; upstream: batch)",
+    lr_index: LearningRate = option(
+        1e-4,
+        "learning rate of the encoder that infers the flow",
+        group="training",
+        resume="change",
+        flags=("--reconstructor-lr",),
     )
-    if variant == "weakly":
-        objective("--index-weight", type=float, default=20.0, help="weight of the index loss")
-        objective("--entropy-weight", type=float, default=0.0, help="weight of the entropy of q(k|x) within it")
-        parser.add_switch("--index-labels", default=False, help="train q(k|x) with the true k (label-assisted)")
-    if variant == "unsupervised":
-        parser.add_switch("--single-control", "--single_control", default=False, help="one spike for both fields")
-        objective("--field", choices=("soft", "divfree"), default="soft", help="rotational field: penalised, or exact")
-        objective("--slab-start", type=positive, default=75_001, help="first iteration with speeds (stage 2)")
-        objective("--spike-prior", type=probability_pair, default=(0.1, 0.9), metavar="P_ON,P_STAY")
-        objective("--spike-weight", type=float, default=1.0, help="weight of the spike divergence")
-    train = parser.add_argument_group("training").add_argument
-    train("--support-set-lr", type=float, default=1e-4, help="learning rate of flows and prior")
-    train("--lr-vae", "--generator-lr", "--generator_lr", type=float, default=1e-4, help="learning rate of the VAE")
-    if variant != "supervised":
-        train("--lr-index", "--reconstructor-lr", type=float, default=1e-4, help="learning rate of the index encoder")
-    train("--max-iter", type=positive, default=None, help="iterations in all (default: 90,000 MNIST, else 100,000)")
-    train("--max-steps", type=positive, default=None, help="at most this many iterations in this call; then resume")
-    train("--batch-size", type=positive, default=128)
-    parser.add_switch("--amp", default=False, help="bfloat16 in the convolutional networks")
-    add("--log-freq", type=positive, default=10, help="log every so many iterations")
-    add("--ckp-freq", type=positive, default=1000, help="checkpoint every so many iterations")
-    add("--eval-every", type=positive, default=None, help="evaluate every so many iterations (default: at the end)")
-    add("--eval-images", type=positive, default=2000, help="validation images of an evaluation")
-    parser.add_switch("--tensorboard", default=False, help="also write TensorBoard events")
-    add("--seed", type=int, default=0)
-    parser.add_switch("--deterministic", default=False, help="refuse kernels whose result varies between runs")
-    add("--device", default=None, help="auto, cpu, cuda, cuda:<i>, mps")
-    parser.add_switch("--cuda", default=None, help="--no-cuda is the same as --device cpu")
-    add("--out", default=None, help="folder of the run (default: runs/latent_flow/<name>)")
-    parser.add_switch("--resume", default=False, help="go on from the checkpoint in --out")
-    parser.add_switch("--overwrite", default=False, help="start anew in a folder that holds a run")
-    add("--smoke", action=Smoke, help="a few iterations of a tiny model on bundled data; options after it win")
-    return parser
+    frame_stride: Annotated[int, Ge(1), Le(10_000)] = option(
+        1, "pictures from one frame of a sequence to the next (frames)", group="data"
+    )
+
+
+class WeakOptions(InferringOptions):
+    """Options of `train_vae_scratch_weakly`."""
+
+    VARIANT: ClassVar = "weakly"
+    SHORT: ClassVar = {"shapes3d": "shapes3d", "dsprites": "dsprites"}
+
+    dataset: Literal["mnist", "shapes3d", "dsprites", "sprites", "fashion_mnist", "digits", "frames"] = _sets("mnist")
+    shapes3d: bool | None = _switch("shapes3d")
+    dsprites: bool | None = _switch("dsprites")
+    index_weight: NonNegative = option(20.0, "weight of the index loss", group="objective")
+    entropy_weight: NonNegative = option(0.0, "weight of the entropy of q(k|x) within it", group="objective")
+    index_labels: bool = option(False, "train q(k|x) with the true k (label-assisted)", group="objective")
+
+    @model_validator(mode="after")
+    def _labels(self) -> Self:
+        if self.index_labels and self.dataset == "frames":
+            raise ValueError("--index-labels needs known transformations: a folder of frames has none")
+        return self
+
+
+class SparseOptions(InferringOptions):
+    """Options of `train_vae_scratch_unsuper`."""
+
+    VARIANT: ClassVar = "unsupervised"
+    SHORT: ClassVar = {"dsprites": "dsprites"}
+
+    dataset: Literal["mnist", "sprites", "dsprites", "fashion_mnist", "digits", "frames"] = _sets("mnist")
+    dsprites: bool | None = _switch("dsprites")
+    single_control: bool = option(False, "one spike for both fields", group="objective")
+    field: Literal["soft", "divfree"] = option("soft", "rotational field: penalised, or exact", group="objective")
+    slab_start: Count = option(75_001, "first iteration with speeds (stage 2)", group="objective")
+    spike_prior: SpikePrior = option((0.1, 0.9), "spike probabilities p_on,p_stay", group="objective")
+    spike_weight: NonNegative = option(1.0, "weight of the spike divergence", group="objective")
 
 
 SMOKE = {
-    "dataset": None,
-    "shapes3d": None,
-    "dsprites": None,
-    "isaac": None,
-    "num_support_sets": None,
-    "latent_size": 8,
-    "batch_size": 16,
-    "num_timesteps": 8,
-    "max_iter": 6,
-    "log_freq": 1,
-    "ckp_freq": 3,
-    "eval_images": 20,
-    "width": 8,
-    "slab_start": 4,
-}
+    "latent_size": 8, "batch_size": 16, "num_timesteps": 8, "max_iter": 6, "log_freq": 1, "ckp_freq": 3,
+    "eval_images": 20, "width": 8, "slab_start": 4,
+}  # fmt: skip
 
 
-class Smoke(argparse.Action):
-    """Set the options of a smoke run where the switch stands: what comes after it wins, as in `script.sh --smoke`."""
+def parse(cls: type[TrainOptions], argv: Iterable[str] | None, about: str) -> TrainOptions:
+    """The options of one script. Raises UserError for a wrong one, and for one that would do nothing.
 
-    def __init__(self, option_strings, dest, help=None):
-        super().__init__(option_strings, dest, nargs=0, default=False, help=help)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Called by argparse when it meets `--smoke`."""
-        for name, value in SMOKE.items():
-            if hasattr(namespace, name):
-                setattr(namespace, name, value)
-        namespace.smoke = True
-
-
-def resolve(args: argparse.Namespace, variant: str, datasets: tuple[str, ...]) -> Config:
-    """Fill every option that was left open, check them, and return the model's configuration.
-
-    `args` is changed in place: what is written to args.json is what was used.
+    What a resumed call leaves out is as the run has it (its args.json).
     """
-    asked = {name for name in ("shapes3d", "dsprites", "isaac") if getattr(args, name, None)}
-    named = {"isaac3d" if name == "isaac" else name for name in asked} | ({args.dataset} - {None})
+    words = sys.argv[1:] if argv is None else argv
+    options, given = from_flags(cls, words, about, lambda raw: published(cls, raw))
+    _refuse_idle(options, given)
+    folder = options.out or (
+        f"runs/latent_flow/{options.dataset}-{cls.VARIANT}-K{options.num_support_sets}-D{options.num_timesteps}"
+        f"-s{options.seed}"
+    )
+    saved = Path(folder) / "args.json"
+    kept = known(cls, read_json(saved)) if options.resume and saved.is_file() else {}
+    if options.cuda is not None:
+        kept["device"] = "cuda" if options.cuda else "cpu"
+    if given.keys() & {"dataset", *cls.SHORT}:
+        kept["dataset"] = options.dataset
+    return cls.build(options.model_dump(), kept, given, {"out": folder}, spelling="--")
+
+
+def known(cls: type[TrainOptions], saved: Any) -> dict[str, Any]:
+    """Of the saved options those that `cls` has and that a resumed run keeps or may change."""
+    if not isinstance(saved, Mapping):
+        return {}
+    rules = {name: field.json_schema_extra["resume"] for name, field in cls.model_fields.items()}
+    return {name: value for name, value in saved.items() if rules.get(name, "call") != "call"}
+
+
+def published(cls: type[TrainOptions], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What lies below the command line: the published values of the data set, and --smoke."""
+    short = {name for name in cls.SHORT if _is_on(given.get(name, "no"))}
+    named = {cls.SHORT[name] for name in short} | ({str(given["dataset"])} if "dataset" in given else set())
     if len(named) > 1:
         raise UserError(f"one data set at a time: {', '.join(sorted(named))} were asked for")
-    if args.smoke:
-        deep = "falcor3d" in datasets
-        named = named or {"sprites" if deep else "digits"}
-        args.image_size = args.image_size or (32 if deep else None)
-    args.dataset = named.pop() if named else datasets[0]
-    if args.dataset not in datasets:
-        known = ", ".join(datasets)
-        raise UserError(f"no data set {args.dataset!r} here{suggest(args.dataset, datasets)}; known: {known}")
-    facts = DEFAULTS[args.dataset]
-    moving = variant == "unsupervised" and args.dataset in ("sprites", "dsprites")
-    args.num_support_sets = args.num_support_sets or (3 if moving else facts["flows"])
-    args.num_timesteps = args.num_timesteps or facts["timesteps"]
-    args.latent_size = args.latent_size or facts["latent_size"]
-    args.image_size = args.image_size or facts["image_size"]
-    args.max_iter = args.max_iter or ITERATIONS.get(args.dataset, 100_000)
-    args.objective = "paper" if args.objective == "fixed" else args.objective
-    args.k_per = args.k_per or ("batch" if args.objective == "upstream" else "sample")
-    if args.latent_size % 2 or args.latent_size < 4:
-        raise UserError(f"--latent-size must be even and at least 4 (got {args.latent_size})")
-    if args.cuda is not None and args.device is not None:
+    if "cuda" in given and "device" in given:
         raise UserError("--cuda/--no-cuda and --device say the same thing: give one of them")
-    args.device = args.device or {True: "cuda", False: "cpu", None: "auto"}[args.cuda]
-    for name in ("support_set_lr", "lr_vae", "lr_index"):
-        if getattr(args, name, 1.0) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0")
-    if args.diffusion < 0:
-        raise UserError(f"--diffusion must not be negative (got {args.diffusion})")
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative (got {args.seed})")
-    if args.num_timesteps < 2:
-        raise UserError("--num-timesteps is twice the number of steps: at least 2")
-    args.out = args.out or (
-        f"runs/latent_flow/{args.dataset}-{variant}-K{args.num_support_sets}-D{args.num_timesteps}-s{args.seed}"
-    )
-    steps = args.num_timesteps // 2
-    deep = "falcor3d" in datasets
-    p_on, p_stay = getattr(args, "spike_prior", (0.1, 0.9))
-    config = Config(
-        variant=variant,
-        dataset=args.dataset,
-        flows=args.num_support_sets,
-        # the published Falcor3D and Isaac3D loops end one step early: a sweep has T frames, x_0 included
-        steps=steps - 1 if deep and steps > 1 else steps,
-        channels=facts["channels"],
-        image_size=args.image_size,
-        latent_size=args.latent_size,
-        deep=deep,
-        index_width=getattr(args, "width", None) or 0,
-        single_control=getattr(args, "single_control", False),
-        field=getattr(args, "field", "soft"),
-        objective=args.objective,
-        logdet=args.logdet,
-        logdet_terms=args.logdet_terms,
-        path_kl=args.path_kl,
-        diffusion=args.diffusion,
-        index_weight=getattr(args, "index_weight", 20.0),
-        entropy_weight=getattr(args, "entropy_weight", 0.0),
-        index_labels=getattr(args, "index_labels", False),
-        spike_weight=getattr(args, "spike_weight", 1.0),
-        p_on=p_on,
-        p_stay=p_stay,
-        slab_start=getattr(args, "slab_start", 75_001),
-    )
-    config.check()
-    return config
+    smoke = _is_on(given.get("smoke", "no"))
+    plain = "sprites" if cls.DEEP else "digits"
+    dataset = named.pop() if named else plain if smoke else cls.model_fields["dataset"].default
+    facts = DEFAULTS.get(dataset, DEFAULTS["mnist"])  # an unknown name is refused when all is built
+    values = {
+        "dataset": dataset,
+        "image_size": 32 if smoke and cls.DEEP else facts["image_size"],
+        "latent_size": facts["latent_size"],
+        "num_support_sets": 3 if cls.VARIANT == "unsupervised" else facts["flows"],
+        "num_timesteps": facts["timesteps"],
+        "max_iter": ITERATIONS.get(dataset, 100_000),
+        "k_per": "batch" if given.get("objective") == "upstream" else "sample",
+    }
+    return values | {name: value for name, value in SMOKE.items() if smoke and name in cls.model_fields}
+
+
+def _is_on(value: Any) -> bool:
+    return str(value).lower() in TRUE
+
+
+def _refuse_idle(options: TrainOptions, given: Mapping[str, Any]) -> None:
+    """Refuse what was given but would do nothing beside the other options."""
+    upstream, marginal = options.objective == "upstream", options.path_kl == "marginal"
+    weighted = ("index_weight", "entropy_weight", "index_labels", "spike_weight")
+    idle = {name: "--objective upstream" for name in ("path_kl", "logdet", "logdet_terms", *weighted) if upstream}
+    if not upstream and not marginal:
+        idle |= dict.fromkeys(("logdet", "logdet_terms"), "--path-kl shared; add --path-kl marginal")
+    if upstream and options.logdet == "rowsum":
+        idle.pop("logdet")  # the sum that it computes
+    if options.logdet != "hutchinson":
+        idle.setdefault("logdet_terms", f"--logdet {options.logdet}")
+    if getattr(options, "index_labels", False):
+        idle.setdefault("entropy_weight", "--index-labels")
+    if options.dataset != "frames":
+        idle["frame_stride"] = f"--dataset {options.dataset}"
+    else:
+        idle["k_per"] = "--dataset frames"
+    if options.dataset in SWEPT or options.dataset == "frames":
+        idle["warp_centre"] = f"--dataset {options.dataset}"
+    for name in given:
+        if name in idle:
+            raise UserError(f"--{name.replace('_', '-')} does nothing with {idle[name]}; leave it out")
+
+
+class ToolOptions(Options):
+    """What the tools that read a run share."""
+
+    exp: str | None = option(None, "folder of a run, or a published checkpoint file", group="run", resume="call")
+    data_dir: str | None = option(None, "folder of the data sets [that of the training]", group="run", resume="call")
+    device: Device = option("auto", "device", group="run", resume="call")
+    cuda: bool | None = option(None, "--no-cuda is the same as --device cpu", group="run", resume="call")
+    tf32: bool = option(False, "TF32 in place of float32 on a GPU", group="run", resume="call")
+    seed: Seed = option(0, "seed of the noise", group="run", resume="call")
+    dry_run: bool = option(False, "check and print the options, and stop", group="run", resume="call")
+
+
+def parse_tool(cls: type[Options], argv: Iterable[str] | None, about: str) -> Any:
+    """The options of a tool, `--cuda` and `--no-cuda` put into `device`."""
+    options, given = from_flags(cls, sys.argv[1:] if argv is None else argv, about)
+    if given.get("cuda") is not None:
+        if "device" in given:
+            raise UserError("--cuda/--no-cuda and --device say the same thing: give one of them")
+        options.device = "cuda" if given["cuda"] else "cpu"
+    return options
+
+
+def is_dry(options: Any) -> bool:
+    """Whether only a check was asked for; then the device is looked for, and the options are printed."""
+    if options.dry_run:
+        pick_device(getattr(options, "device", "cpu"))
+        print(options.model_dump_json(indent=2))
+    return options.dry_run

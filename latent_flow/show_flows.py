@@ -13,19 +13,26 @@ Where the released model's data set is not there, sequences start at codes of th
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+from typing import Annotated
+
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from common.errors import MissingDataError, UserError, run_command
 from common.images import save_gif, save_image, to_uint8
-from common.launch import pick_device
+from common.launch import full_precision, pick_device
+from common.options import Whole, option
 from latent_flow import metrics
-from latent_flow.data import FrameSequences, open_source, split_rows
-from latent_flow.evaluate import load_run, run_or_release
 from latent_flow.model import LatentFlow
-from latent_flow.options import Parser, positive
+from latent_flow.options import ToolOptions, is_dry, parse_tool
 from latent_flow.rollout import rollout
+from latent_flow.runs import Written, load_run, run_or_release, source_of
 from latent_flow.transforms import NAMES
 from latent_flow.traverse_latent_space_vae import prior_codes
 
@@ -39,15 +46,15 @@ def rows_of(frames: Tensor, zoom: int) -> np.ndarray:
     return np.concatenate(list(pixels.transpose(1, 0, 3, 4, 2)), axis=2)
 
 
-def write(folder: Path, name: str, sequences: list[Tensor], zoom: int) -> None:
+def write(written: Written, name: str, sequences: list[Tensor], zoom: int) -> None:
     """The GIF and the grid of sequences (T+1, B, C, N, N), one above the other: the truth and the model's."""
     rows = [rows_of(frames, zoom) for frames in sequences]
-    save_gif(folder / f"{name}.gif", [np.concatenate(parts) for parts in zip(*rows, strict=True)], fps=5)
+    save_gif(written.path(f"{name}.gif"), [np.concatenate(parts) for parts in zip(*rows, strict=True)], fps=5)
     lines = []
     for b in range(sequences[0].shape[1]):
         for frames in sequences:
             lines.append(np.concatenate(list(rows_of(frames[:, b : b + 1], zoom)), axis=1))
-    save_image(folder / f"{name}.png", np.concatenate(lines))
+    save_image(written.path(f"{name}.png"), np.concatenate(lines))
 
 
 def moved(model: LatentFlow, z: Tensor, coefficients: metrics.Coefficients) -> Tensor:
@@ -74,71 +81,67 @@ def compositions(names: tuple[str, ...], steps: int) -> list[tuple[str, tuple[in
     return found
 
 
-def from_prior(model: LatentFlow, out: Path, samples: int, zoom: int) -> None:
+def from_prior(model: LatentFlow, written: Written, samples: int, zoom: int, seed: int) -> None:
     """What a supervised model's flows do to codes from the prior: one flow, two in turn, two at once."""
     config, device = model.config, next(model.parameters()).device
     digits = config.channels == 3 and config.flows == len(NAMES)
     names = NAMES if digits else tuple(f"flow_{k}" for k in range(config.flows))
-    z = prior_codes(model, samples).to(device)
+    z = prior_codes(model, samples, seed).to(device)
     single = [(name, (k, k), torch.eye(config.flows)[k].expand(config.steps, -1)) for k, name in enumerate(names)]
     for name, _, c in [*single, *compositions(names, config.steps)]:
-        write(out, name, [moved(model, z, metrics.Coefficients(c[:, None].expand(-1, samples, -1).to(z)))], zoom)
-    print(f"{samples} codes of the prior along {config.flows} flows: {out}")
+        write(written, name, [moved(model, z, metrics.Coefficients(c[:, None].expand(-1, samples, -1).to(z)))], zoom)
+    print(f"{samples} codes of the prior along {config.flows} flows: {written.folder}")
+
+
+class ShowOptions(ToolOptions):
+    """Options of the pictures."""
+
+    samples: Annotated[int, Ge(1), Le(1000)] = option(5, "sequences side by side")
+    first: Whole = option(0, "the first validation image shown")
+    zoom: Annotated[int, Ge(1), Le(64)] = option(2, "enlarge every pixel so many times")
+    out: str | None = option(None, "folder of the pictures [<exp>/pictures]")
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Command line of the pictures."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("--exp", default=None, help="folder of a run (default: the released model)")
-    parser.add_argument("--samples", type=positive, default=5)
-    parser.add_argument("--first", type=int, default=0, help="the first validation image shown")
-    parser.add_argument("--zoom", type=positive, default=2, help="enlarge every pixel so many times")
-    parser.add_argument("--out", default=None, help="folder of the pictures (default: <exp>/pictures)")
-    parser.add_argument("--data-dir", default=None)
-    parser.add_argument("--device", default="auto")
-    args = parser.parse(argv)
+    args = parse_tool(ShowOptions, argv, __doc__)
+    if is_dry(args):
+        return
     device = pick_device(args.device)
+    full_precision(args.tf32)
     weights, exp, is_release = run_or_release(args.exp)
     model, options, iteration = load_run(weights, device)
     config = model.config
-    out = Path(args.out) if args.out else exp / "pictures"
-    out.mkdir(parents=True, exist_ok=True)
+    written = Written(Path(args.out) if args.out else exp / "pictures")
     try:
-        source = open_source(
-            config.dataset,
-            config.steps,
-            size=config.image_size,
-            root=args.data_dir or options["data_dir"],
-            device=device,
-            centre=options["warp_centre"],
-        )
+        source = source_of(config, args.data_dir or options["data_dir"], device, options["warp_centre"])
     except MissingDataError as error:
         if not is_release:
             raise
         print(f"codes from the prior in place of images, since {error}")
-        from_prior(model, out, args.samples, args.zoom)
+        from_prior(model, written, args.samples, args.zoom, args.seed)
+        written.finish()
         return
-    if isinstance(source, FrameSequences):
-        raise UserError("no transformation of these frames is known: use traverse_latent_space_vae")
-    rows = split_rows(len(source), options["seed"])[1][args.first :][: args.samples]
+    rows = source.split(options["seed"])[1][args.first :][: args.samples]
     if len(rows) < args.samples:
         raise UserError(f"--first {args.first}: fewer than {args.samples} validation images remain")
     slab = config.objective == "upstream" or iteration >= config.slab_start
-    names = metrics.known_transformations(model, source)
+    names = metrics.known_transformations(model, source)[: config.flows if config.variant == "supervised" else None]
     for k, name in enumerate(names):
         frames = metrics.one_transformation(model, source, rows, k, config.steps)
         ours = predicted(model, frames, metrics.coefficients_of(model, frames, k, slab))
-        write(out, name, [frames, ours], args.zoom)
-    if config.variant == "supervised" and config.flows == len(names):
+        write(written, name, [frames, ours], args.zoom)
+    if config.variant == "supervised" and config.flows == len(source.names):
         for name, flows, c in compositions(names, config.steps):
             if "_then_" in name:
                 truth = source.chosen(rows, c.argmax(1))
             else:
                 truth = source.superposed(rows, flows, config.steps)
             coefficients = metrics.Coefficients(c[:, None].expand(-1, len(rows), -1).to(truth))
-            write(out, name, [truth, predicted(model, truth, coefficients)], args.zoom)
-    print(f"{len(rows)} samples of {len(names)} transformations: {out}")
+            write(written, name, [truth, predicted(model, truth, coefficients)], args.zoom)
+    written.finish()
+    print(f"{len(rows)} samples of {len(names)} transformations: {written.folder}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def expected_fraction_upstream(steps: int, p_on: float, stay: float) -> np.ndarr
 
 
 def draw_spikes(steps: int, count: int, p_on: float, stay: float, generator: torch.Generator, batch: int) -> Tensor:
-    """Sample the sticky chain: (T, B, K) of 0/1 on the generator's device."""
+    """Sample the sticky chain: (T, B, K) of 0/1 on the generator's device. Raises UserError for K = 0."""
+    if count < 1:
+        raise UserError("no transformation of this data set is known that could be switched on and off")
     device = generator.device
 
     def redraw(spikes: Tensor, p: float) -> Tensor:
@@ -89,17 +91,18 @@ def draw_spikes(steps: int, count: int, p_on: float, stay: float, generator: tor
     return torch.stack(path)
 
 
+def draw_speed(shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """|Laplace(1, 0.1)| speeds by the inverse of its distribution function."""
+    u = torch.rand(shape, generator=generator) - 0.5
+    return (1 - 0.1 * u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.4999999))).abs()
+
+
 def bernoulli_kl_halved(target: float, mean: Tensor) -> Tensor:
     """The published aggregate: half of KL(Bernoulli(target) || Bernoulli(mean)), guarded by 1e-20."""
     off = 1 - mean
     on_term = target * (math.log(target) - torch.log(mean + 1e-20))
     off_term = (1 - target) * (math.log(1 - target) - torch.log(off + 1e-20))
     return 0.5 * (on_term + off_term)
-
-
-def bernoulli_kl(q: Tensor, prior: float) -> Tensor:
-    """KL(Bernoulli(q) || Bernoulli(prior)) elementwise, finite at q = 0 and q = 1."""
-    return torch.special.xlogy(q, q / prior) + torch.special.xlogy(1 - q, (1 - q) / (1 - prior))
 
 
 def spike_path_kl(logits: Tensor, spikes: Tensor, p_on: float, stay: float) -> Tensor:

@@ -9,16 +9,20 @@ Written to --out: args.json, config.json, metrics.csv, log.txt, checkpoint.pt, f
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
+from latent_flow.options import SupervisedOptions
 from latent_flow.train import run_script
-
-DATASETS = ("mnist", "shapes3d", "dsprites", "sprites", "fashion_mnist", "digits")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the script."""
-    run_script("supervised", __doc__, DATASETS, argv)
+    run_script(SupervisedOptions, __doc__, argv)
 
 
 if __name__ == "__main__":

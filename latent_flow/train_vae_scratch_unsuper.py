@@ -10,16 +10,20 @@ checkpoint.pt, final.pt, eval.json.
 """
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
 
 from common.errors import run_command
+from latent_flow.options import SparseOptions
 from latent_flow.train import run_script
-
-DATASETS = ("mnist", "sprites", "dsprites", "fashion_mnist", "digits", "frames")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the script."""
-    run_script("unsupervised", __doc__, DATASETS, argv)
+    run_script(SparseOptions, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -13,32 +13,18 @@ from torch.nn import functional as F
 NAMES = ("scale", "rotation", "hue")
 ZOOM_STEP, TURN_STEP, HUE_STEP = 0.1, 10.0, 20.0  # a table entry: factor, degrees, degrees (supervised, weakly)
 ZOOM_INCREMENT, TURN_INCREMENT, HUE_INCREMENT = 0.1, 20.0, 20.0  # a step (unsupervised)
-CENTRES = ("upstream", "exact")
 
 
 def hue_colour(degrees: Tensor) -> Tensor:
     """RGB (..., 3) of pure red turned by `degrees` (...) in hue, any angle."""
-    m = torch.remainder(degrees[..., None] / 60 - torch.tensor([0.0, 2.0, 4.0], device=degrees.device), 6)
+    sixth = degrees / 60
+    m = torch.remainder(torch.stack([sixth, sixth - 2, sixth - 4], -1), 6)
     return (2 - torch.minimum(m, 6 - m)).clamp(0, 1)
 
 
 def colour(grey: Tensor, degrees: Tensor) -> Tensor:
     """Grey images (..., 1, N, N) as digits of hue `degrees` (...): (..., 3, N, N)."""
     return grey * hue_colour(degrees).to(grey)[..., None, None]
-
-
-def warp_matrix(zoom: Tensor, degrees: Tensor, size: int, centre: str = "upstream") -> Tensor:
-    """Forward affine maps (M, 2, 3) in pixels: zoom (M,) and counter-clockwise rotation (M,) about the centre.
-
-    Pixel centres are the integers 0..size-1. `centre` "upstream" is size/2 (as published, half a pixel off), "exact"
-    the image centre (size-1)/2.
-    """
-    c = size / 2 if centre == "upstream" else (size - 1) / 2
-    angle = torch.deg2rad(degrees)
-    cos, sin = zoom * torch.cos(angle), zoom * torch.sin(angle)
-    linear = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)  # (M, 2, 2)
-    at = torch.full((2, 1), c, dtype=zoom.dtype, device=zoom.device)
-    return torch.cat([linear, at - linear @ at], dim=-1)
 
 
 def warp(grey: Tensor, zoom: Tensor, degrees: Tensor, centre: str = "upstream") -> Tensor:

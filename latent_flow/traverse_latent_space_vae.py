@@ -8,31 +8,77 @@
 Written in RUN/results/<pool>/<2S>_<eps>_<2S eps>/<code>/ with S = --shift-steps: original_image.jpg,
 paths_images/path_KKK/NNNNNN.jpg (most negative ... original ... most positive), paths_images/wave_KKK.txt (potential u
 at each positive step), paths_images/shift_KKK.txt (the code, then every shift), paths_latent_codes.pt (K, S+1, D).
-GIFs with one row a code in <...>/paths_gifs/path_KKK.gif.
+GIFs with one row a code in <...>/paths_gifs/path_KKK.gif. written.json lists the files: the next call with the same
+pool and steps removes those of them that it does not write again.
 """
 
 import hashlib
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+from typing import Annotated, Self
+
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from PIL import Image
+from pydantic import StringConstraints, model_validator
 from torch import Tensor
 
 from common.checkpoint import atomic_write, load_tensors
 from common.errors import MissingDataError, UserError, run_command
 from common.images import save_gif, save_image, to_uint8
-from common.launch import pick_device
-from latent_flow.data import FrameSequences, open_source, split_rows
-from latent_flow.evaluate import load_run, run_or_release
+from common.launch import full_precision, pick_device
+from common.options import Count, Says, option
 from latent_flow.fields import StackedFlows
+from latent_flow.metrics import one_transformation
 from latent_flow.model import LatentFlow
-from latent_flow.options import Parser, positive
+from latent_flow.options import ToolOptions, is_dry, parse_tool
 from latent_flow.rollout import inverse_step, rollout
+from latent_flow.runs import Written, load_run, run_or_release, source_of
 
 BAR = (252, 186, 3)  # progress bar of the GIFs
+PoolName = Annotated[str, StringConstraints(pattern=r"^[^/\x00]+$", max_length=200), Says("a name without slashes")]
+Side = Annotated[int, Ge(1), Le(4096)]
+
+
+class TraverseOptions(ToolOptions):
+    """Options of the traversal."""
+
+    pool: PoolName | None = option(None, "pool of codes in <exp>/latent_codes/ [encoded validation images]")
+    codes: Annotated[int, Ge(1), Le(100_000)] | None = option(None, "without --pool: how many images to encode [5]")
+    shift_steps: Annotated[int, Ge(2), Le(10_000)] = option(16, "steps in all: half of them in each direction")
+    eps: Annotated[float, Ge(-1000), Le(1000)] = option(1.0, "step multiplier")
+    shift_leap: Count = option(1, "keep every n-th picture on both sides of the code")
+    batch_size: Count | None = option(None, "decoding batch [2 S + 1]")
+    img_size: Side | None = option(None, "side of the saved pictures [the model's]")
+    img_quality: Annotated[int, Ge(1), Le(95)] = option(75, "JPEG quality")
+    gif: bool = option(False, "also write GIFs")
+    gif_size: Side = option(256, "side of a picture in the GIFs")
+    gif_fps: Annotated[int, Ge(1), Le(100)] = option(30, "frames a second of the GIFs")
+    compose: bool = option(False, "also GIFs of switched and superposed flows (needs --gif)")
+    inverse: bool = option(False, "backwards by the true inverse of the flow (needs --eps 1)")
+    vae_scratch: bool = option(True, "weights always come from the run")
+    shapes3d: bool | None = option(None, "accepted; the run knows its data set")
+    verbose: bool = option(False, "print every code", flags=("-v",))
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.inverse and self.eps != 1:
+            raise ValueError("--inverse undoes the trained steps: it needs --eps 1")
+        if self.compose and not self.gif:
+            raise ValueError("--compose writes GIFs: add --gif")
+        if self.pool and self.codes:
+            raise ValueError("--codes does nothing with --pool; leave one of them out")
+        if not self.vae_scratch:
+            raise ValueError("an untrained decoder shows nothing: leave --no-vae_scratch out")
+        return self
 
 
 @dataclass
@@ -121,139 +167,105 @@ def code_name(z: Tensor) -> str:
     return hashlib.sha1(np.ascontiguousarray(z.detach().cpu().float().numpy()).tobytes()).hexdigest()
 
 
-def write_code(folder: Path, model: LatentFlow, z: Tensor, paths: list[Traversal], args) -> tuple[np.ndarray, list]:
+def kept_places(count: int, leap: int) -> list[int]:
+    """Every `leap`-th of an odd `count` of places, counted from the middle one, which is kept."""
+    return [i for i in range(count) if (i - count // 2) % leap == 0]
+
+
+def write_code(
+    written: Written, name: str, model: LatentFlow, z: Tensor, paths: list[Traversal], args: TraverseOptions
+) -> tuple[np.ndarray, list]:
     """Everything of one code; returns its picture and the pictures of its paths."""
-    original = pictures_of(model, z, args.batch_size)[0]
+    batch = args.batch_size or 2 * args.shift_steps + 1
+    original = pictures_of(model, z, batch)[0]
     size = args.img_size or original.shape[0]
-    save_image(folder / "original_image.jpg", resized(original[None], size)[0], args.img_quality)
+    save_image(written.path(f"{name}/original_image.jpg"), resized(original[None], size)[0], args.img_quality)
     kept = []
     for k, path in enumerate(paths):
-        pictures = pictures_of(model, path.codes, args.batch_size)[:: args.shift_leap]
+        pictures = pictures_of(model, path.codes[kept_places(len(path.codes), args.shift_leap)], batch)
         kept.append(pictures)
         for i, picture in enumerate(resized(pictures, size)):
-            save_image(folder / f"paths_images/path_{k:03d}/{i:06d}.jpg", picture, args.img_quality)
-        waves = "".join(f"{value:.8g}\n" for value in path.energy.tolist())
-        (folder / f"paths_images/wave_{k:03d}.txt").write_text(waves)
+            save_image(written.path(f"{name}/paths_images/path_{k:03d}/{i:06d}.jpg"), picture, args.img_quality)
         half = len(path.codes) // 2
         moves = torch.cat([z, path.codes[half + 1 :] - path.codes[half:-1]]).flatten()
-        (folder / f"paths_images/shift_{k:03d}.txt").write_text("".join(f"{v:.8g}\n" for v in moves.tolist()))
-    with atomic_write(folder / "paths_latent_codes.pt") as file:
+        for kind, values in (("wave", path.energy), ("shift", moves)):
+            with atomic_write(written.path(f"{name}/paths_images/{kind}_{k:03d}.txt")) as file:
+                file.write("".join(f"{value:.8g}\n" for value in values.tolist()).encode())
+    with atomic_write(written.path(f"{name}/paths_latent_codes.pt")) as file:
         torch.save(torch.stack([path.codes.cpu() for path in paths]), file)
     return original, kept
 
 
-def write_compositions(folder: Path, model: LatentFlow, codes: Tensor, args) -> None:
+def write_compositions(written: Written, model: LatentFlow, codes: Tensor, args: TraverseOptions) -> None:
     """GIFs of flows switched half-way and of flows superposed, one row a code."""
-    steps, count = args.shift_steps // 2, model.config.flows
+    steps, count, batch = args.shift_steps // 2, model.config.flows, args.batch_size or 2 * args.shift_steps + 1
     flows = model.stacked(steps)
     rotating = model.support_sets.rotation is not None
-    size = args.gif_size
-    originals = list(pictures_of(model, codes, args.batch_size))
-    for a in range(count):
-        for b in range(count):
-            if a == b:
-                continue
-            c = torch.zeros(steps, len(codes), count).to(codes)
-            c[: steps // 2, :, a], c[steps // 2 :, :, b] = args.eps, args.eps
-            kinds = {f"switch_{a:03d}_{b:03d}": c}
-            if a < b:
-                both = torch.zeros_like(c)
-                both[..., [a, b]] = args.eps
-                kinds[f"superpose_{a:03d}_{b:03d}"] = both
-            for name, coefficients in kinds.items():
-                z = rollout(flows, codes, coefficients, coefficients if rotating else None).z  # (T+1, B, D)
-                moving = [pictures_of(model, z[:, i], args.batch_size) for i in range(len(codes))]
-                save_gif(folder / f"{name}.gif", collage(originals, moving, size), args.gif_fps)
+    originals = list(pictures_of(model, codes, batch))
+    for a, b in itertools.permutations(range(count), 2):
+        c = torch.zeros(steps, len(codes), count).to(codes)
+        c[: steps // 2, :, a], c[steps // 2 :, :, b] = args.eps, args.eps
+        kinds = {f"switch_{a:03d}_{b:03d}": c}
+        if a < b:
+            both = torch.zeros_like(c)
+            both[..., [a, b]] = args.eps
+            kinds[f"superpose_{a:03d}_{b:03d}"] = both
+        for name, coefficients in kinds.items():
+            z = rollout(flows, codes, coefficients, coefficients if rotating else None).z  # (T+1, B, D)
+            moving = [pictures_of(model, z[:, i], batch) for i in range(len(codes))]
+            frames = collage(originals, moving, args.gif_size)
+            save_gif(written.path(f"paths_gifs/{name}.gif"), frames, args.gif_fps)
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Command line of the traversal."""
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("--exp", default=None, help="folder of a run (default: the released model)")
-    add("--pool", default=None, help="pool of latent codes, in <exp>/latent_codes/; default: encoded validation images")
-    add("--codes", type=positive, default=5, help="without --pool: how many images to encode")
-    add("--shift-steps", type=positive, default=16, help="steps in all: half of them in each direction")
-    add("--eps", type=float, default=1.0, help="step multiplier")
-    add("--shift-leap", type=positive, default=1, help="keep every n-th picture")
-    add("--batch-size", type=positive, default=None, help="decoding batch (default: 2 S + 1)")
-    add("--img-size", type=positive, default=None, help="side of the saved pictures (default: the model's)")
-    add("--img-quality", type=positive, default=75, help="JPEG quality, 1..95")
-    parser.add_switch("--gif", default=False, help="also write GIFs")
-    add("--gif-size", type=positive, default=256)
-    add("--gif-fps", type=positive, default=30)
-    parser.add_switch("--compose", default=False, help="also GIFs of switched and superposed flows (needs --gif)")
-    parser.add_switch("--inverse", default=False, help="backwards by the true inverse of the flow (needs --eps 1)")
-    parser.add_switch("--vae_scratch", "--vae-scratch", default=True, help="weights always come from the run")
-    add("-v", "--verbose", action="store_true", help="print every code")
-    parser.add_switch("--shapes3d", default=None, help="accepted; the run knows its data set")
-    add("--device", default="auto")
-    parser.add_switch("--cuda", default=None, help="--no-cuda is the same as --device cpu")
-    add("--data-dir", default=None)
-    args = parser.parse(argv)
-    args.batch_size = args.batch_size or 2 * args.shift_steps + 1
-    if args.shift_steps < 2:
-        raise UserError("--shift-steps must be at least 2: half of the steps go each way")
-    if args.inverse and args.eps != 1:
-        raise UserError("--inverse undoes the trained steps: it needs --eps 1")
-    if args.compose and not args.gif:
-        raise UserError("--compose writes GIFs: add --gif")
-    device = pick_device("cpu" if args.cuda is False else "cuda" if args.cuda else args.device)
+    args = parse_tool(TraverseOptions, argv, __doc__)
+    if is_dry(args):
+        return
+    device = pick_device(args.device)
+    full_precision(args.tf32)
     source, exp, is_release = run_or_release(args.exp)
     model, options, _ = load_run(source, device)
     if args.shapes3d is not None and args.shapes3d != (model.config.dataset == "shapes3d"):
         raise UserError(f"{source} was trained on {model.config.dataset}: leave --shapes3d out")
-    if not args.vae_scratch:
-        raise UserError("an untrained decoder shows nothing: leave --no-vae_scratch out")
     flows = model.stacked(args.shift_steps)
     if args.pool:
         codes = read_pool(exp / "latent_codes" / args.pool, model.config.latent_size)
     else:
         try:
-            codes = encode_images(model, options, args.codes, args.data_dir, device)
+            codes = encode_images(model, options, args.codes or 5, args.data_dir, device)
         except MissingDataError as error:
             if not is_release:
                 raise
             print(f"codes from the prior in place of encoded images, since {error}")
-            codes = [(code_name(z[None]), z[None]) for z in prior_codes(model, args.codes)]
+            codes = [(code_name(z[None]), z[None]) for z in prior_codes(model, args.codes or 5, args.seed)]
     label = f"{2 * args.shift_steps}_{args.eps:g}_{2 * args.shift_steps * args.eps:g}"
-    out = exp / "results" / (args.pool or "encoded") / label
+    written = Written(exp / "results" / (args.pool or "encoded") / label)
     shown, kept = [], []
     for name, code in codes:
         z = code.to(device)
         paths = [traverse(flows, z, k, args.shift_steps, args.eps, args.inverse) for k in range(model.config.flows)]
-        original, pictures = write_code(out / name, model, z, paths, args)
+        original, pictures = write_code(written, name, model, z, paths, args)
         shown.append(original)
         kept.append(pictures)
         if args.verbose:
-            print(out / name)
+            print(written.folder / name)
     if args.gif:
         for k in range(model.config.flows):
             frames = collage(shown, [pictures[k] for pictures in kept], args.gif_size)
-            save_gif(out / "paths_gifs" / f"path_{k:03d}.gif", frames, args.gif_fps)
+            save_gif(written.path(f"paths_gifs/path_{k:03d}.gif"), frames, args.gif_fps)
         if args.compose:
-            write_compositions(out / "paths_gifs", model, torch.cat([code for _, code in codes]).to(device), args)
-    print(f"{len(codes)} codes along {model.config.flows} flows: {out}")
+            write_compositions(written, model, torch.cat([code for _, code in codes]).to(device), args)
+    written.finish()
+    print(f"{len(codes)} codes along {model.config.flows} flows: {written.folder}")
 
 
 def encode_images(model: LatentFlow, options: dict, count: int, root: str | None, device) -> list[tuple[str, Tensor]]:
     """Posterior means (1, D) of the first `count` validation images, named as `code_name`."""
-    config = model.config
-    source = open_source(
-        config.dataset,
-        config.steps,
-        size=config.image_size,
-        root=root or options["data_dir"],
-        device=device,
-        centre=options["warp_centre"],
-    )
-    rows = split_rows(len(source), options["seed"])[1][:count]
-    if isinstance(source, FrameSequences):
-        x = source.sequences(rows)[0]
-    else:
-        x = source.labelled(rows, torch.zeros(len(rows), dtype=torch.long), 1)[0]
-    means = model.vae.encode(x)[0]
+    source = source_of(model.config, root or options["data_dir"], device, options["warp_centre"])
+    rows = source.split(options["seed"])[1][:count]
+    means = model.vae.encode(one_transformation(model, source, rows, 0, 1)[0])[0]
     return [(code_name(mean[None]), mean[None]) for mean in means]
 
 

@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.launch import Distributed, normalise_over_processes
 from glancenet import main as glancenet
 from latent_flow import train, train_vae_scratch_weakly
-from latent_flow.options import resolve, training_parser
+from latent_flow.options import WeakOptions, parse
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -73,7 +73,7 @@ def test_glancenet(tmp_path):
     close(columns(log / "run/metrics.csv"), columns(other / "run/metrics.csv"), 1e-4)
     for name in ("train_runs/metrics.csv", "train_runs/val_metrics.csv", "eval_results/test_metrics.csv"):
         close(columns(log / name), columns(other / name), 1e-4)
-    states = [load_state(tmp_path / name / "ckpt/x/final", glancenet.KIND) for name in ("one", "two")]
+    states = [load_state(tmp_path / name / "ckpt/x/final", "glancenet") for name in ("one", "two")]
     assert states[0]["iter"] == states[1]["iter"] == 4
     for name, value in states[0]["model"].items():
         torch.testing.assert_close(states[1]["model"][name], value, rtol=1e-3, atol=2e-4, msg=name)
@@ -81,7 +81,7 @@ def test_glancenet(tmp_path):
     words_odd = words("odd")
     words_odd[words_odd.index("--batch_size") + 1] = "7"
     with pytest.raises(UserError, match="multiple of the 2 processes"):
-        glancenet.Trainer(glancenet.parse(words_odd), Distributed(torch.device("cpu"), 0, 2))
+        glancenet.set_up(glancenet.parse(words_odd), Distributed(torch.device("cpu"), 0, 2))
 
 
 def test_latent_flow(tmp_path):
@@ -93,11 +93,9 @@ def test_latent_flow(tmp_path):
     one, two = (columns(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     close(one, two, 1e-4)
     assert len(two["iteration"]) == 4 and (tmp_path / "two/eval.json").is_file()
-    args = training_parser("weakly", "", train_vae_scratch_weakly.DATASETS).parse([*argv, "--batch-size", "7"])
+    options = parse(WeakOptions, [*argv, "--batch-size", "7", "--out", str(tmp_path / "odd")], "")
     with pytest.raises(UserError, match="multiple of the 2 processes"):
-        train._train(
-            args, resolve(args, "weakly", train_vae_scratch_weakly.DATASETS), Distributed(torch.device("cpu"), 0, 2)
-        )
+        train._train(options, Distributed(torch.device("cpu"), 0, 2))
 
 
 def layers() -> tuple[nn.Module, nn.Module, torch.Tensor, torch.Tensor]:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from latent_flow import objective, spikes
@@ -229,7 +231,8 @@ def test_spike_path_kl():
     logits = torch.randn(5, 4, 3, dtype=torch.float64, requires_grad=True)
     value = spikes.spike_path_kl(logits, y, p_on, stay)
     value.backward()
-    by_hand = spikes.bernoulli_kl(torch.sigmoid(logits), prior).sum((0, 2)).mean()
+    q, p = (torch.distributions.Bernoulli(one) for one in (torch.sigmoid(logits), prior))
+    by_hand = torch.distributions.kl_divergence(q, p).sum((0, 2)).mean()
     torch.testing.assert_close(value, by_hand, rtol=1e-10, atol=0)
     assert value > 0 and (logits.grad != 0).all()
 
@@ -274,6 +277,61 @@ def test_index_loss_bounds():
     loss.backward()
     assert abs(loss.item() - math.log(3)) < 1e-6
     assert logits.grad.isfinite().all()
+
+
+def test_published_index_loss_takes_the_first_of_two_equal_flows():
+    """As the published code: the gradient of a tie goes to one flow, not to both."""
+    votes = torch.eye(3)[torch.tensor([2, 1, 2, 1])].requires_grad_()
+    loss = objective.upstream_index_loss(votes)
+    loss.backward()
+    assert abs(loss.item() - math.log(2)) < 1e-6
+    assert votes.grad[:, 1].tolist() == [-0.5] * 4 and not votes.grad[:, [0, 2]].any()
+
+
+def bounds_of_a_linear_model(spread: float) -> tuple[float, float, float]:
+    """log p(x_0, x_1), the shared and the marginal objective of z_0 ~ N(0, 1), z_1 = 2 z_0, x_t ~ N(z_t, 1)."""
+    x, gain, count = torch.tensor([0.4, 1.7]).double(), 2.0, 400_000
+    exact = torch.distributions.MultivariateNormal(
+        torch.zeros(2).double(), torch.tensor([[2.0, gain], [gain, gain**2 + 1]]).double()
+    ).log_prob(x)
+    slope = torch.tensor([1.0, gain]).double()
+    variance = 1 / (1 + slope @ slope)  # the true posterior of z_0
+    mean, log_var = torch.full((count, 1), (variance * slope @ x).item()).double(), (variance * spread).log()
+    z = mean + torch.randn(count, 1).double() * (0.5 * log_var).exp()
+    path = SimpleNamespace(z=torch.stack([z, gain * z]), log_det=torch.full((1, count), math.log(gain)).double())
+    log_p = sum(objective.normal_log_prob(x[t], path.z[t]).mean() for t in range(2))
+    shared = log_p - objective.gaussian_kl(mean, log_var.expand(count, 1)).mean()
+    marginal = shared - objective.path_kl(path, mean, log_var.expand(count, 1), 1.0).sum()
+    return exact.item(), shared.item(), marginal.item()
+
+
+def test_the_default_objective_is_the_evidence_of_the_sequence():
+    """Equal to log p(x_0, x_1) at the true posterior, below it elsewhere; the marginal one is below it even there."""
+    exact, shared, marginal = bounds_of_a_linear_model(1.0)
+    assert abs(shared - exact) < 0.01 and marginal < exact - 0.1
+    _, shared, marginal = bounds_of_a_linear_model(2.0)
+    assert marginal < shared < exact - 0.1
+    assert Config().path_kl == "shared"
+
+
+def test_unused_units_under_the_marginal_objective():
+    """A unit that carries nothing goes to variance 4.33 for T = 8, D = 1; under the shared one it stays at 1."""
+    log_var = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
+    mean = torch.zeros(1, 4, dtype=torch.float64)
+    for _ in range(400):
+        eps = torch.tensor([[1.0, -1.0, 1.0, -1.0]]).double()  # variance 1 exactly
+        z = mean + eps * (0.5 * log_var).exp()
+        path = SimpleNamespace(z=z.expand(9, 1, 4), log_det=torch.zeros(8, 1).double())
+        loss = objective.gaussian_kl(mean, log_var).mean() + objective.path_kl(path, mean, log_var).sum()
+        log_var = (log_var - 0.05 * torch.autograd.grad(loss, log_var)[0]).detach().requires_grad_()
+    expected = 9 / sum(1 / (1 + 2 * t) for t in range(9))
+    torch.testing.assert_close(log_var.exp(), torch.full_like(log_var, expected), rtol=1e-3, atol=0)
+    assert abs(expected - 4.33) < 0.01
+
+
+def test_active_units():
+    mean = torch.randn(500, 5) * torch.tensor([1.0, 0.5, 0.01, 0.0, 2.0]) + 3
+    assert objective.active_units(mean) == 3 and objective.active_units(mean[:1]) == 0
 
 
 def test_dense_layers_equal_convolutions():
@@ -354,6 +412,7 @@ def test_paper_objective_reaches_every_parameter(variant, logdet):
         image_size=8,
         steps=3,
         logdet=logdet,
+        path_kl="marginal",
         slab_start=1,
         field="divfree",
     )
@@ -365,6 +424,7 @@ def test_paper_objective_reaches_every_parameter(variant, logdet):
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     # a divergence-free field is blind to the bias of its outer tanh only through an odd symmetry, never exactly
     assert not silent, silent
+    assert 0 <= losses.pop("active_units") <= 6
     parts = sum(value for name, value in losses.items() if name != "loss_total")
     torch.testing.assert_close(losses["loss_total"], parts)
     expected = {"loss_kl_path", "loss_pde", "loss_recon", "loss_kl0"}
@@ -442,11 +502,47 @@ def test_embedding_refuses_impossible_sizes(dim):
         sinusoidal_embedding(torch.arange(3.0), dim)
 
 
+class HostTraffic(TorchDispatchMode):
+    """Notes reads of device values on the host, and copies from the host to the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        target = (kwargs or {}).get("device")
+        from_host = any(isinstance(a, torch.Tensor) and a.device.type == "cpu" for a in args)
+        if "_local_scalar_dense" in str(func) or (from_host and target is not None and target.type == "cuda"):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"path_kl": "marginal"}, {"objective": "upstream"}], ids=str)
+@pytest.mark.parametrize("variant", ["supervised", "weakly", "unsupervised"])
+def test_a_step_stays_on_its_device(variant, options):
+    """On a pretended GPU: losses, inference and decoding find all tensors there, read none and fetch none."""
+    config = Config(variant=variant, latent_size=8, index_width=8, image_size=8, steps=3, slab_start=1, **options)
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model = LatentFlow(config)
+            frames, labels = torch.rand(4, 5, 3, 8, 8), torch.zeros(5, dtype=torch.long)
+        with HostTraffic() as traffic:
+            losses = training_step(model, frames, 0 if config.objective == "upstream" else labels, 1)
+            coefficients = Coefficients(frames.new_ones(3, 5, 3), frames.new_ones(3, 5, 3))
+            if variant != "supervised":
+                coefficients = model.infer(frames)[0]
+            path = rollout(model.stacked(3), model.vae.encode(frames[0])[0], coefficients.c1, coefficients.c2)
+            images = model.vae.inference(path.z.flatten(0, 1))
+        assert {value.device.type for value in [*losses.values(), images]} == {"cuda"}
+    assert not traffic.found
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["supervised", "weakly", "unsupervised"])
 def test_step_on_the_gpu_equals_the_cpu(variant):
     """Double precision on both devices, the same noise: the same losses and gradients."""
-    config = Config(variant=variant, latent_size=6, index_width=5, image_size=8, steps=3, logdet="exact", slab_start=1)
+    small = {"latent_size": 6, "index_width": 5, "image_size": 8, "steps": 3, "slab_start": 1}
+    config = Config(variant=variant, logdet="exact", path_kl="marginal", **small)
     frames, labels = torch.rand(4, 9, 3, 8, 8, dtype=torch.float64), torch.arange(9) % 3
     uniform = torch.rand((9, 3) if variant == "weakly" else (3, 2, 9, 3), dtype=torch.float64)
     eps = torch.randn(9, 6, dtype=torch.float64)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.datasets.base import FactorSet
 from common.datasets.grids import SHAPES3D_FACTORS
 from common.errors import UserError
 from latent_flow.data import (
@@ -78,10 +79,85 @@ def test_folder_of_frames(tmp_path):
     assert frames.shape == (4, 2, 3, 16, 16)
     assert torch.equal((frames[:, 0, 0, 0, 0] * 255).round().int(), torch.tensor([10, 20, 30, 40], dtype=torch.int32))
     (tmp_path / "b" / "001.png").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=r"001\.png as an image.*damaged"):
+    with pytest.raises(UserError, match=r"001\.png as an image"):
         source.sequences(np.array([3]))
     with pytest.raises(UserError, match="frames that one sequence needs"):
         FrameSequences(tmp_path, 9, 16)
+
+
+def clips(folder, **lengths):
+    """Clips whose picture number i has the red value i."""
+    for name, count in lengths.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(1, count + 1):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def numbers(frames):
+    return (frames[:, 0, 0, 0, 0] * 255).round().int().tolist()
+
+
+def test_frames_come_in_the_order_of_their_numbers(tmp_path):
+    clips(tmp_path, clip=12)
+    assert numbers(open_source("frames", 11, size=8, root=str(tmp_path)).sequences(np.array([0]))) == list(range(1, 13))
+    apart = open_source("frames", 3, size=8, root=str(tmp_path), stride=3)
+    assert len(apart) == 3 and numbers(apart.sequences(np.array([2]))) == [3, 6, 9, 12]
+
+
+def pictures_of(source, rows):
+    """The files that the sequences `rows` show."""
+    spans = ((number, range(start, start + source.span + 1)) for number, start in (source.starts[i] for i in rows))
+    return {source.clips[number][i] for number, span in spans for i in span}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_frame_is_both_trained_on_and_held_out(seed, tmp_path):
+    clips(tmp_path, **{f"c{i}": 9 + i for i in range(6)}, short=3)
+    source = FrameSequences(tmp_path, 4, 8)
+    train, valid = source.split(seed)
+    assert len(train) and len(valid) and sorted([*train, *valid]) == list(range(len(source)))
+    assert not pictures_of(source, train) & pictures_of(source, valid)
+    assert len({source.starts[i][0] for i in valid}) == 2  # whole clips: a fifth of six, rounded up
+    again = FrameSequences(tmp_path, 4, 8).split(seed)
+    assert (again[0] == train).all() and (again[1] == valid).all()
+
+
+def test_a_single_clip_is_cut_in_time(tmp_path):
+    source = FrameSequences(clips(tmp_path / "long", clip=40), 4, 8)
+    train, valid = source.split(0)
+    trained, held = pictures_of(source, train), pictures_of(source, valid)
+    assert not trained & held and len(held) == 8 and len(trained) == 32
+    two = FrameSequences(clips(tmp_path / "two", a=5, b=5), 4, 8).split(0)
+    assert [len(part) for part in two] == [1, 1]
+    least = FrameSequences(clips(tmp_path / "least", clip=10), 4, 8).split(0)
+    assert [len(part) for part in least] == [1, 1]
+    with pytest.raises(UserError, match=r"only clip has 9 pictures.*take 10"):
+        FrameSequences(clips(tmp_path / "less", clip=9), 4, 8).split(0)
+
+
+class Dial(FactorSet):
+    """One factor, shown as the grey level of its pictures."""
+
+    def __init__(self, name):
+        super().__init__(name, "all", {"orientation": 15}, (3, 4, 4))
+
+    def _fetch(self, rows):
+        return torch.from_numpy(rows.astype(np.uint8))[:, None, None, None].expand(-1, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "places"), [("shapes3d", [5, 7, 9, 11, 13, 14, 14]), ("sprites", [5, 7, 9, 11, 13, 1, 3])]
+)
+def test_only_a_whole_turn_goes_round(name, places):
+    """The orientation of Shapes3D goes from -30 to 30 degrees and stops there; that of sprites turns on."""
+    moved = FactorSequences(Dial(name), ("orientation",), 6).composed([10], torch.ones(6, 1, 1))
+    assert (moved[:, 0, 0, 0, 0] * 255).round().int().tolist() == places
+
+
+def test_nothing_to_switch_on_is_refused():
+    with pytest.raises(UserError, match="no transformation"):
+        draw_spikes(3, 0, 0.3, 0.7, torch.Generator(), 2)
 
 
 def test_shapes3d_is_read_row_by_row(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from golden_cases import check_complete, load
-from torch import nn
+from torch import Tensor, nn
 
 from common.datasets.base import FactorSet
 from common.datasets.grids import SHAPES3D_FACTORS
@@ -242,7 +242,7 @@ def test_diffusion_prior():
     prior = loaded(DiffusionPrior(count_of(weights), steps), weights)
     z, y = case["z"], case["index_pred"]
     for step in times_of(case):
-        laplacian, gradient = prior.laplacian(step), prior.gradient(z, step)
+        laplacian, gradient = prior.laplacian(step), prior_gradient(prior, z, step)
         for k in range(len(laplacian)):
             key = f"t{step}.k{k}."
             close(-case["rho0"], case[key + "phi"], 1e-12)
@@ -341,7 +341,7 @@ def test_spike_slab():
     assert abs(float(fractions.mean()) - target) < 1e-9
     aggregate = 2 * spikes.bernoulli_kl_halved(target, y.mean())
     close(aggregate, case["spike_kl_correct_aggregate_target_vs_q"], 1e-9)
-    close(spikes.bernoulli_kl(y, target).mean(), case["spike_kl_correct_q_vs_target_per_unit_mean"], 1e-9)
+    close(bernoulli_kl(y, target).mean(), case["spike_kl_correct_q_vs_target_per_unit_mean"], 1e-9)
     g = case["g_set"].reshape(int(case["g_T"]), int(case["g_B"]), -1)
     mean, scale = spikes.slab_statistics(g)
     close(mean, case["slab_mean"], 1e-9)
@@ -483,8 +483,8 @@ def test_mnist_transforms():
     for t in (5,):
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         zoom, turn = case["scale_set"][t] * one, case["angle_set"][t] * one
-        close(transforms.warp_matrix(zoom, zero, grey.shape[-1]), case["M_scale_t5"])
-        close(transforms.warp_matrix(one, turn, grey.shape[-1]), case["M_rot_t5"])
+        close(warp_matrix(zoom, zero, grey.shape[-1]), case["M_scale_t5"])
+        close(warp_matrix(one, turn, grey.shape[-1]), case["M_rot_t5"])
     slab = case["slab_g"]
     zoom, turn, hue = transforms.increments(torch.ones(3, dtype=torch.float64), slab)
     close(zoom, case["slab.scale_factor"])
@@ -531,6 +531,70 @@ def test_dataset_indexing():
         np.testing.assert_array_equal(np.stack(ours).T, expected)
 
 
+def bernoulli_kl(q: Tensor, prior: float) -> Tensor:
+    """KL(Bernoulli(q) || Bernoulli(prior)) elementwise, finite at q = 0 and q = 1."""
+    return torch.special.xlogy(q, q / prior) + torch.special.xlogy(1 - q, (1 - q) / (1 - prior))
+
+
+def upstream_log_likelihood(x: Tensor, recon: Tensor, z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """The published `logpx` (B,), "lower is better": its KL part has the wrong sign, so it is no likelihood."""
+    log_p, log_q = objective.normal_log_prob(z).sum(-1), objective.normal_log_prob(z, mean, log_var).sum(-1)
+    return -metrics.gaussian_log_prob(x, recon) + log_p - log_q
+
+
+def negative_elbo(x: Tensor, recon: Tensor, z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """One-sample -(log N(x; recon, I) + log p(z) - log q(z)) (B,)."""
+    log_p, log_q = objective.normal_log_prob(z).sum(-1), objective.normal_log_prob(z, mean, log_var).sum(-1)
+    return -(metrics.gaussian_log_prob(x, recon) + log_p - log_q)
+
+
+@torch.no_grad()
+def upstream_transformed(model: LatentFlow, x0: Tensor, frames: Tensor, k: int, eps: Tensor) -> dict:
+    """The published numbers of transformation k (supervised, `--objective upstream` models), right or wrong.
+
+    frames (T, B, C, N, N) are x_1..x_T; `eps` (B, D) makes z_0. `transformed`: mean over the steps 1..T-1 of the
+    negative log-density with its sign error; `eq_error`: the same steps' L1 sum.
+    """
+    steps = len(frames) - 1
+    mean, log_var = model.vae.encode(x0)
+    z = reparameterize(mean, log_var, eps)
+    coefficients = Coefficients(z.new_ones(steps, len(z), 1))
+    path = rollout(model.stacked(steps, [k]), z, coefficients.c1)
+    rho, rho_t = objective.upstream_densities(path, model.prior, mean, log_var, coefficients, [k])
+    images = metrics.decode(model, path.z[1:])
+    log_x = torch.stack([metrics.gaussian_log_prob(x, image) for x, image in zip(frames, images, strict=False)])
+    printed = -log_x + rho[1:].sum(-1) - rho_t[1:].sum(-1)
+    errors = metrics.l1(images, frames[:-1]).mean(1)
+    return {
+        "transformed": printed.mean(),
+        "eq_error": errors.sum(),
+        "eq_error_per_step": errors,
+        "z_final": path.z[-1],
+    }
+
+
+def warp_matrix(zoom: Tensor, degrees: Tensor, size: int, centre: str = "upstream") -> Tensor:
+    """Forward affine maps (M, 2, 3) in pixels: zoom (M,) and counter-clockwise rotation (M,) about the centre.
+
+    Pixel centres are the integers 0..size-1. `centre` "upstream" is size/2 (as published, half a pixel off), "exact"
+    the image centre (size-1)/2.
+    """
+    c = size / 2 if centre == "upstream" else (size - 1) / 2
+    angle = torch.deg2rad(degrees)
+    cos, sin = zoom * torch.cos(angle), zoom * torch.sin(angle)
+    linear = torch.stack([torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)], -2)  # (M, 2, 2)
+    at = torch.full((2, 1), c, dtype=zoom.dtype, device=zoom.device)
+    return torch.cat([linear, at - linear @ at], dim=-1)
+
+
+def prior_gradient(prior, z: Tensor, step: int) -> Tensor:
+    """grad psi^k (K, B, D) at z (B, D): z at the first step, (z - mu) / (sigma^2 + 1e-5) after it."""
+    mu = torch.stack([path.mu[step - 1, 0] for path in prior.MLP_SET])
+    if step == 1:
+        mu = torch.zeros_like(mu)
+    return (z[None] - mu[:, None, None]) * prior.laplacian(step)[:, None, None]
+
+
 def test_eval_metrics():
     case = tensors("eval_metrics")
     x0, frames = case["x0"], case["xt"]
@@ -549,12 +613,12 @@ def test_eval_metrics():
     model.prior.load_state_dict(state(case, "P."))
     recon, mean, log_var, _ = model.vae(x0, case["eps_fwd"])
     other = reparameterize(mean, log_var, case["eps_rs"])
-    printed = metrics.upstream_log_likelihood(x0, recon, other, mean, log_var)
+    printed = upstream_log_likelihood(x0, recon, other, mean, log_var)
     close(printed.mean(), case["loglik_upstream_printed"], 1e-9)
-    close(metrics.negative_elbo(x0, recon, other, mean, log_var).mean(), case["neg_elbo_correct"], 1e-9)
+    close(negative_elbo(x0, recon, other, mean, log_var).mean(), case["neg_elbo_correct"], 1e-9)
     half = 0.5 * np.log(2 * np.pi) * x0[0].numel()
     close(torch.tensor(half), case["const_half_log_2pi_times_dims"], 1e-9)
-    result = metrics.upstream_transformed(model, x0, frames, int(case["k"]), case["eps_fwd"])
+    result = upstream_transformed(model, x0, frames, int(case["k"]), case["eps_fwd"])
     close(result["eq_error_per_step"], case["eq_error_per_step"], 1e-9)
     close(result["eq_error"], case["eq_error_upstream"], 1e-9)
     close(result["transformed"], case["transformed_upstream_printed"], 1e-9)

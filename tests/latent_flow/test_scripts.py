@@ -16,6 +16,7 @@ from common.errors import UserError
 from latent_flow import (
     evaluate,
     minimal_example,
+    release,
     sample_vae,
     show_flows,
     train_falcol_isaac,
@@ -24,9 +25,12 @@ from latent_flow import (
     train_vae_scratch_weakly,
     traverse_latent_space_vae,
 )
+from latent_flow.data import DigitSequences
 from latent_flow.fields import Flows
 from latent_flow.metrics import trivial_baselines
-from latent_flow.options import resolve, training_parser
+from latent_flow.model import Config, LatentFlow
+from latent_flow.options import DeepOptions, SparseOptions, SupervisedOptions, WeakOptions, parse
+from latent_flow.runs import load_run
 
 CPU = ["--device", "cpu"]
 LOSSES = {"loss_total", "loss_recon", "loss_kl0", "loss_kl_path", "loss_pde", "loss_index", "loss_spike", "loss_slab"}
@@ -45,7 +49,7 @@ def test_training_writes_its_contract(trained):
     assert {"args.json", "config.json", "metrics.csv", "log.txt", "checkpoint.pt", "final.pt", "eval.json"} <= names
     table = pd.read_csv(trained / "metrics.csv")
     assert table["iteration"].tolist() == [1, 2, 3, 4, 5, 6]
-    assert {*LOSSES, "temperature"} <= set(table.columns) and "sec_per_iter" not in table.columns
+    assert {*LOSSES, "temperature", "active_units"} <= set(table.columns) and "sec_per_iter" not in table.columns
     timing = pd.read_csv(trained / "timing.csv")  # apart, so that equal runs have equal metrics
     assert timing["iteration"].tolist() == [1, 2, 3, 4, 5, 6] and (timing["sec_per_iter"] > 0).all()
     parts = table[sorted(LOSSES - {"loss_total"})].sum(axis=1)
@@ -61,6 +65,9 @@ def test_training_writes_its_contract(trained):
             assert (
                 abs(sum(entry[name]["per_step"][:-1]) - entry[name]["upstream_protocol"]) < 1e-6 * entry[name]["mean"]
             )
+    units = result["active_units"]
+    assert units["units"] == 8 == len(units["kl"]) and 0 <= units["active"] <= 8 and units["threshold"] == 0.01
+    assert result["lines"][0].startswith(f"active latent units: {units['active']} of 8")
     likelihood = result["likelihood"]
     for kind in ("bernoulli", "gaussian"):
         bounds = [likelihood[f"{kind}_iw_{s}"] for s in (1, 10, 100)]
@@ -93,14 +100,15 @@ def test_the_command_itself_runs(tmp_path):
     done = subprocess.run(wrong, cwd=tmp_path, env={"PYTHONPATH": root, "PATH": "/usr/bin:/bin"}, capture_output=True)
     assert done.returncode == 2
     assert done.stderr.decode().strip().splitlines() == [
-        "error: unknown option --batchsize (did you mean '--batch-size'?); see --help"
+        "error: unknown option --batchsize (did you mean 'batch_size'?); help lists all"
     ]
 
 
 RESUMED = {
     "supervised": (train_vae_scratch, []),
     "weakly": (train_vae_scratch_weakly, []),
-    "double": (train_vae_scratch_unsuper, ["--field", "divfree", "--logdet", "exact"]),
+    "marginal": (train_vae_scratch, ["--path-kl", "marginal"]),
+    "double": (train_vae_scratch_unsuper, ["--field", "divfree", "--path-kl", "marginal", "--logdet", "exact"]),
     "single-upstream": (train_vae_scratch_unsuper, ["--single-control", "--objective", "upstream"]),
 }
 
@@ -187,7 +195,7 @@ def test_sample_and_traverse(trained, capsys):
     codes = torch.load(code / "paths_latent_codes.pt", weights_only=True)
     assert codes.shape == (3, 5, 8)
     torch.testing.assert_close(codes[:, 2], z.expand(3, -1))
-    model, _, _ = evaluate.load_run(trained, torch.device("cpu"))
+    model, _, _ = load_run(trained, torch.device("cpu"))
     waves = np.loadtxt(code / "paths_images" / "wave_001.txt")
     shifts = np.loadtxt(code / "paths_images" / "shift_001.txt")
     assert waves.shape == (2,) and shifts.shape == (3 * 8,)
@@ -225,6 +233,51 @@ def test_show_flows(trained):
         show_flows.main(["--exp", str(trained), "--first", "100000", "--device", "cpu"])
 
 
+def test_a_leap_keeps_the_code_itself(trained):
+    words = [
+        "--exp",
+        str(trained),
+        "--codes",
+        "1",
+        "--shift-steps",
+        "8",
+        "--shift-leap",
+        "3",
+        "--img-quality",
+        "95",
+        *CPU,
+    ]
+    traverse_latent_space_vae.main(words)
+    out = trained / "results" / "encoded" / "16_1_16"
+    code = next(out.glob("*/paths_images")).parent
+    shown = [iio.imread(path) for path in sorted((code / "paths_images" / "path_001").glob("*.jpg"))]
+    assert len(shown) == 3  # places 1, 4 and 7 of 9
+    np.testing.assert_array_equal(shown[1], iio.imread(code / "original_image.jpg"))
+    assert [traverse_latent_space_vae.kept_places(9, leap) for leap in (1, 2, 4, 5)] == [
+        list(range(9)), [0, 2, 4, 6, 8], [0, 4, 8], [4],
+    ]  # fmt: skip
+
+
+def test_pictures_of_the_call_before_go_and_the_users_stay(trained, tmp_path):
+    words = ["--exp", str(trained), "--codes", "2", "--shift-steps", "6", "--gif", "--gif-size", "16", *CPU]
+    traverse_latent_space_vae.main([*words, "--compose"])
+    out = trained / "results" / "encoded" / "12_1_12"
+    mine = next(out.glob("*/paths_images")) / "path_000" / "000099.jpg"
+    mine.write_bytes(b"the user's")
+    traverse_latent_space_vae.main([*words, "--shift-leap", "3"])
+    kept = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert sorted(kept - {mine.relative_to(out).as_posix(), "written.json"}) == json.loads(
+        (out / "written.json").read_text()
+    )
+    assert len(list(out.rglob("*.gif"))) == 3 and len(list(mine.parent.glob("0000??.jpg"))) == 3 + 1
+    # a record that names files elsewhere removes none of them
+    outside = trained / "results" / "precious.txt"
+    outside.write_text("stays")
+    (out / "written.json").write_text(json.dumps(["../../precious.txt", str(outside), 3]))
+    traverse_latent_space_vae.main(words)
+    assert outside.read_text() == "stays"
+
+
 def test_true_inverse_traversal():
     torch.manual_seed(0)
     flows = Flows(2, 6).double()(torch.arange(4))
@@ -259,28 +312,179 @@ def test_minimal_example_spike_loss_has_a_gradient():
     assert gradient.abs().max() > 0
 
 
+# ---- clips ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Six clips of twelve pictures: a bar that moves."""
+    folder = tmp_path_factory.mktemp("clips")
+    for c in range(6):
+        (folder / f"clip{c}").mkdir()
+        for i in range(12):
+            picture = np.zeros((16, 16, 3), np.uint8)
+            picture[:, (c + i) % 16] = 255
+            iio.imwrite(folder / f"clip{c}" / f"{i + 1}.png", picture)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "script", [train_vae_scratch_weakly, train_vae_scratch_unsuper], ids=["weakly", "unsupervised"]
+)
+def test_clips_are_trained_on_and_judged_by_their_later_frames(script, clips, tmp_path, capsys):
+    out = tmp_path / "run"
+    data = ["--dataset", "frames", "--data-dir", str(clips), "--image-size", "16", "--frame-stride", "2"]
+    script.main([*data, "--smoke", "--num-timesteps", "6", "--max-iter", "2", "--out", str(out), *CPU])
+    for split, name in (("valid", "eval"), ("test", "eval_test")):
+        evaluate.main(["--exp", str(out), "--split", split, "--vp-pairs", "120", *CPU])
+        result = json.loads((out / f"{name}.json").read_text())
+        frames = result["equivariance"]["frames"]
+        assert frames["images"] == 2 * 6  # two held-out clips, six sequences of seven pictures in each
+        assert len(frames["model"]["per_step"]) == 3
+        bar = 3 * 16 * 2  # a bar where there was none, and the one that is gone
+        assert abs(frames["identity"]["mean"] - 3 * bar) < 1e-2 and abs(frames["black"]["mean"] - 3 * bar / 2) < 1e-2
+        assert result["vp_score"]["pairs"] == 120
+        assert result["sequence_bounds"]["frames"]["marginal"] <= result["sequence_bounds"]["frames"]["shared"]
+    assert "VP score" in capsys.readouterr().out
+    show_flows.main(["--exp", str(out), "--samples", "2", *CPU])
+    assert iio.imread(out / "pictures" / "frames.gif").shape == (4, 2 * 32, 2 * 32, 3)
+
+
+def test_minimal_example_on_clips_and_unmoving_sets(clips, tmp_path):
+    sizes = ["--image-size", "16", "--latent-size", "8", "--width", "8", "--batch-size", "4", "--steps", "3"]
+    out = tmp_path / "m"
+    minimal_example.main(
+        [*sizes, "--dataset", "frames", "--data-dir", str(clips), "--max-iter", "2", "--out", str(out)]
+    )
+    assert "true unknown" in (out / "spikes.txt").read_text() and "active" not in (out / "metrics.csv").read_text()
+
+
+# ---- what may go wrong in an evaluation ------------------------------------------------------------------------------
+
+
+def tiny_model(**options):
+    torch.manual_seed(0)
+    return LatentFlow(Config(latent_size=4, index_width=4, image_size=8, steps=2, **options)).eval()
+
+
+def test_sequences_that_do_not_move_have_no_ratio():
+    source = DigitSequences(torch.zeros(12, 1, 8, 8, dtype=torch.uint8), 2)
+    result = evaluate.evaluate(tiny_model(), source, np.arange(12))
+    for entry in result["equivariance"].values():
+        assert entry["ratio_to_identity"] is None and entry["best_trivial"] == 0 and entry["model"]["mean"] > 0
+    json.dumps(result, allow_nan=False)
+
+
+class NoSwitch(DigitSequences):
+    """A source whose switched sequences cannot be made."""
+
+    def chosen(self, rows, steps_labels):
+        raise RuntimeError("no switching today")
+
+
+def test_a_failing_part_leaves_the_others():
+    source, seen = NoSwitch(torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8), 2), []
+    with pytest.raises(RuntimeError, match="no switching today"):
+        evaluate.evaluate(tiny_model(), source, np.arange(12), write=lambda result, whole: seen.append((result, whole)))
+    [(result, whole)] = seen
+    assert whole and {"equivariance", "likelihood", "sequence_bounds", "diagnostics"} <= result.keys()
+    assert result["failed"] == {"composition": "RuntimeError: no switching today"}
+    assert "not measured: composition (RuntimeError: no switching today)" in result["lines"]
+
+
+class Stopped(DigitSequences):
+    """A source at whose switched sequences the user presses Ctrl-C."""
+
+    def chosen(self, rows, steps_labels):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_evaluation_keeps_what_it_measured():
+    source, seen = Stopped(torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8), 2), []
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(tiny_model(), source, np.arange(12), write=lambda result, whole: seen.append((result, whole)))
+    [(result, whole)] = seen
+    assert not whole and "equivariance" in result and "likelihood" not in result
+
+
+# ---- published checkpoints -------------------------------------------------------------------------------------------
+
+PUBLISHED_FORMS = {
+    "supervised": {},
+    "parallel": {},
+    "weakly": {"variant": "weakly", "index_width": 5},
+    "single": {"variant": "unsupervised", "index_width": 5, "single_control": True},
+    "double": {"variant": "unsupervised", "index_width": 5},
+    "deep": {"deep": True, "image_size": 32, "flows": 7, "dataset": "falcor3d"},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FORMS)
+def test_published_checkpoints_are_read(name, tmp_path, capsys):
+    """{iter, support_sets, prior, vae[, reconstructor]} as the published trainers write it, DataParallel's keys too."""
+    torch.manual_seed(0)
+    form = {"latent_size": 6, "image_size": 28, "steps": 3, "objective": "upstream"} | PUBLISHED_FORMS[name]
+    model = LatentFlow(Config(**form)).eval()
+    prior = model.prior.state_dict()
+    if name == "deep":  # the published prior has a step more than its loop takes
+        prior = {key: torch.cat([value, torch.full((1, 1), 9.0)]) for key, value in prior.items()}
+    prefix = "module." if name == "parallel" else ""
+    state = {
+        "iter": 1200,
+        "support_sets": model.support_sets.state_dict(),
+        "prior": prior,
+        "vae": {prefix + key: value for key, value in model.vae.state_dict().items()},
+    }
+    if model.reconstructor is not None:
+        state["reconstructor"] = model.reconstructor.state_dict()
+    torch.save(state, tmp_path / "checkpoint.pt")
+    for exp in (tmp_path / "checkpoint.pt", tmp_path):
+        loaded, options, iteration = load_run(exp, torch.device("cpu"))
+        assert loaded.config == model.config and iteration == 1200 and options["warp_centre"] == "upstream"
+        x = torch.rand(2, 3, form["image_size"], form["image_size"])
+        with torch.no_grad():
+            for ours, theirs in zip(loaded.vae.encode(x), model.vae.encode(x), strict=True):
+                torch.testing.assert_close(ours, theirs)
+    sample_vae.main(["--exp", str(tmp_path / "checkpoint.pt"), "--num-samples", "2", "--pool", "p", *CPU])
+    traverse_latent_space_vae.main(
+        ["--exp", str(tmp_path / "checkpoint.pt"), "--pool", "p", "--shift-steps", "4", *CPU]
+    )
+    assert len(list((tmp_path / "results").rglob("path_000/*.jpg"))) == 2 * 5
+    release.main([str(tmp_path / "checkpoint.pt"), str(tmp_path / "small.safetensors")])
+    assert load_run(tmp_path / "small.safetensors", torch.device("cpu"))[0].config == model.config
+
+
+def test_a_damaged_published_checkpoint_is_one_line(tmp_path):
+    torch.save({"iter": 1, "support_sets": {}, "prior": {}, "vae": {"encoder": 3}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="looks like a published checkpoint"):
+        load_run(tmp_path, torch.device("cpu"))
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 WRONG = [
     (train_vae_scratch, ["--dataset", "mnits"], "did you mean 'mnist'"),
-    (train_vae_scratch, ["--latent-size", "7"], "even and at least 4"),
-    (train_vae_scratch, ["--batch-size", "0"], "whole number above 0"),
+    (train_vae_scratch, ["--latent-size", "7"], "even number of at least 4"),
+    (train_vae_scratch, ["--batch-size", "0"], "a whole number of at least 1"),
     (train_vae_scratch, ["--amp=perhaps"], "true or false"),
     (train_vae_scratch, ["--shapes3d", "--dsprites"], "one data set at a time"),
     (train_vae_scratch, ["--cuda", "--device", "cpu"], "say the same thing"),
     (train_vae_scratch, ["--smoke", "-K", "4"], "has 3 transformations"),
     (train_vae_scratch, ["--smoke", "--logdet", "rowsum"], "no determinant"),
-    (train_vae_scratch, ["--lr-vae", "-1"], "must be above 0"),
-    (train_vae_scratch, ["--seed", "-1"], "must not be negative"),
+    (train_vae_scratch, ["--lr-vae", "-1"], "a number above 0"),
+    (train_vae_scratch, ["--seed", "-1"], "a whole number of at least 0"),
     (train_vae_scratch, ["--dataset", "digits", "--image-size", "10"], "multiple of 4"),
+    (train_vae_scratch, ["--smoke", "--batch-size", "2000"], "exceeds the 1149 training items"),
     (train_vae_scratch_unsuper, ["--spike-prior", "0.1"], "p_on,p_stay"),
-    (train_vae_scratch_unsuper, ["--spike-prior", "0,1"], "strictly between"),
+    (train_vae_scratch_unsuper, ["--spike-prior", "0,1"], "p_on,p_stay"),
     (train_vae_scratch_weakly, ["--dataset", "frames", "--data-dir", "nowhere"], "no folder of frames"),
     (train_falcol_isaac, ["--isaac", "--data-dir", "nowhere"], "no Isaac3D pictures"),
     (train_vae_scratch, ["--shapes3d", "--data-dir", "nowhere"], "3dshapes.h5"),
     (evaluate, [], "--exp"),
     (evaluate, ["--exp", "nowhere"], "no checkpoint"),
-    (sample_vae, ["--exp", "nowhere", "-g", "VAE_CARS"], "invalid choice"),
+    (evaluate, ["--exp", "nowhere", "--vp-pairs", "50"], "at least 100 pairs"),
+    (sample_vae, ["--exp", "nowhere", "-g", "VAE_CARS"], "one of VAE_MNIST"),
+    (minimal_example, ["--dataset", "isaac3d", "--data-dir", "nowhere"], "no Isaac3D pictures"),
 ]
 
 
@@ -300,8 +504,8 @@ def test_absent_mnist_names_the_command(tmp_path, monkeypatch):
 
 def test_resume_refuses_other_settings_and_foreign_files(trained, tmp_path):
     smoke = ["--smoke", "--resume", *CPU]
-    with pytest.raises(UserError, match="other settings \\(logdet\\)"):
-        train_vae_scratch.main([*smoke, "--out", str(trained), "--logdet", "exact"])
+    with pytest.raises(UserError, match=r"other settings: path_kl \(shared there, marginal here\)"):
+        train_vae_scratch.main([*smoke, "--out", str(trained), "--path-kl", "marginal"])
     with pytest.raises(UserError, match="already holds a run"):
         train_vae_scratch.main(["--smoke", "--out", str(trained), *CPU])
     out = tmp_path / "foreign"
@@ -358,11 +562,11 @@ PUBLISHED = {  # script: variant, data set, K, steps, iterations, latent size
     "dsprites": ("supervised", "dsprites", 5, 6, 100_000, 226),
     "sprites_unsuper": ("unsupervised", "sprites", 3, 8, 20_000, 64),
 }
-VARIANTS = {
-    train_vae_scratch: "supervised",
-    train_vae_scratch_weakly: "weakly",
-    train_vae_scratch_unsuper: "unsupervised",
-    train_falcol_isaac: "supervised",
+OPTIONS = {
+    train_vae_scratch: SupervisedOptions,
+    train_vae_scratch_weakly: WeakOptions,
+    train_vae_scratch_unsuper: SparseOptions,
+    train_falcol_isaac: DeepOptions,
 }
 
 
@@ -376,9 +580,8 @@ def test_scripts_say_the_published_settings(name):
         check=True,
     )
     path, *argv = echoed.stdout.split()
-    script = next(module for module in VARIANTS if Path(module.__file__) == Path(path))
-    args = training_parser(VARIANTS[script], "", script.DATASETS).parse(argv)
-    config = resolve(args, VARIANTS[script], script.DATASETS)
+    args = parse(next(kind for module, kind in OPTIONS.items() if Path(module.__file__) == Path(path)), argv, "")
+    config = args.config
     assert (config.variant, config.dataset, config.flows, config.steps, args.max_iter, config.latent_size) == PUBLISHED[
         name
     ]
