@@ -1,7 +1,8 @@
 """The algorithms: GlanceNet, the concept bottleneck CBNM, and the VAE family they descend from.
 
-Every algorithm is a module with one method for the loop, `train_step`, and small pure objectives beside it
-(`glancenet_terms`, `cbnm_terms`). B examples, D latents, L concepts, C classes; see `losses`.
+Every algorithm is a module whose `terms(batch, step)` gives its objective (see `losses`); IFCVAE and FactorVAE have
+further losses with optimisers of their own, `label_loss` and `adversary_losses`. B examples, D latents, L concepts, C
+classes.
 
 | --alg                     | what it is                                                                              |
 |---------------------------|-----------------------------------------------------------------------------------------|
@@ -12,36 +13,18 @@ Every algorithm is a module with one method for the loop, `train_step`, and smal
 | IFCVAE                    | labels are predicted, and removed from z by an adversary (information factorisation)     |
 """
 
-import argparse
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.launch import Distributed, normalise_over_processes
 from glancenet import losses
-from glancenet.architectures import DECODERS, DISCRIMINATORS, ENCODERS, LABEL_TILERS, SimpleDiscriminator, find
-
-log = logging.getLogger(__name__)
-
-ALIASES = {"GrayVAE_Join": "GlanceNet", "CBM_Join": "CBNM"}
-LOSS_TERMS = ("FACTORVAE", "DIPVAEI", "DIPVAEII", "BetaTCVAE", "INFOVAE")
-MMD_PRIOR_SAMPLES = 1000
-
-
-class Batch(NamedTuple):
-    """x (B, C, 64, 64) in [0, 1]; labels (B, L) in [0, 1]; y (B,); mask (B,) in {0, 1}; codes (B, n) integer labels."""
-
-    x: Tensor
-    labels: Tensor
-    y: Tensor
-    mask: Tensor
-    codes: Tensor
+from glancenet.architectures import DECODERS, ENCODERS, LABEL_TILERS, SimpleDiscriminator
+from glancenet.losses import Batch, Terms, Weights, cbnm_terms, glancenet_terms, vae_terms
+from glancenet.options import Config
 
 
 class Shape(NamedTuple):
@@ -54,173 +37,45 @@ class Shape(NamedTuple):
     n_train: int
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Weights and switches of the objectives, named as the flags; None means off."""
-
-    w_recon: float = 1.0
-    w_kld: float = 1.0
-    label_weight: float = 5.0
-    latent_weight: float = 5.0
-    latent_loss: str = "MSE"
-    cluster_dim: int = 0
-    max_c: float | None = None
-    iterations_c: float = 10000
-    w_tc: float = 1.0
-    w_infovae: float = 1.0
-    w_dipvae: float = 1.0
-    lambda_od: float = 1.0
-    lambda_d: float = 10.0
-    w_le: float = 1.0
-    w_aux: float = 1.0
-    loss_terms: tuple[str, ...] = field(default=())
-
-    @classmethod
-    def of(cls, o: argparse.Namespace) -> "Weights":
-        """The weights that the command line gives."""
-        return cls(
-            w_recon=o.w_recon, w_kld=o.w_kld, label_weight=o.label_weight,
-            latent_weight=o.label_weight if o.latent_weight is None else o.latent_weight,
-            latent_loss=o.latent_loss, cluster_dim=o.cluster_dim,
-            max_c=o.max_c if o.controlled_capacity_increase else None, iterations_c=o.iterations_c,
-            w_tc=o.w_tc, w_infovae=o.w_infovae, w_dipvae=o.w_dipvae,
-            lambda_od=o.lambda_od, lambda_d=o.lambda_d_factor * o.lambda_od,
-            w_le=o.w_le, w_aux=o.w_aux, loss_terms=tuple(o.loss_terms),
-        )  # fmt: skip
-
-    def capacity(self, step: int) -> float | None:
-        """The controlled capacity after `step` optimiser steps, or None."""
-        return None if self.max_c is None else losses.capacity(step, self.max_c, self.iterations_c)
-
-
-class Terms(NamedTuple):
-    """The weighted parts of one objective: scalars. `latent` is 0 when no row is supervised; see `supervised`."""
-
-    recon: Tensor
-    kld: Tensor
-    prediction: Tensor
-    latent: Tensor
-    plugins: Tensor
-    columns: Tensor  # (L,) unweighted concept errors
-    supervised: Tensor  # bool: some row of the batch carries concept labels
-
-    @property
-    def total(self) -> Tensor:
-        """What is minimised."""
-        return self.recon + self.kld + self.prediction + self.latent + self.plugins
-
-    @property
-    def true_values(self) -> Tensor:
-        """The concept term as it is logged: -1 when no row is supervised."""
-        return torch.where(self.supervised, self.latent, torch.full_like(self.latent, -1.0))
-
-
-def vae_terms(
-    w: Weights, x: Tensor, logits: Tensor, mu: Tensor, logvar: Tensor, step: int, class_means: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(reconstruction, KL) of a VAE, weighted; the prior mean of each row is class_means (B, D) where given."""
-    target = None if class_means is None else losses.prior_target(class_means, w.cluster_dim)
-    kl = losses.kl_divergence(mu, logvar, target)
-    return w.w_recon * losses.reconstruction(logits, x), losses.kl_term(kl, w.w_kld, w.capacity(step))
-
-
-def glancenet_terms(
-    w: Weights, batch: Batch, logits: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, class_logits: Tensor,
-    class_means: Tensor | None, step: int,
-) -> Terms:  # fmt: skip
-    """GlanceNet's objective (paper, eq. 3): reconstruction + KL to the class's prior + classes + concepts.
-
-    class_means (B, D) = mu_y of every row, or None for the standard normal prior (then there is no anchor either).
-    """
-    recon, kld = vae_terms(w, batch.x, logits, mu, logvar, step, class_means)
-    prediction = w.label_weight * F.cross_entropy(class_logits, batch.y)
-    concepts = losses.concept_loss(z, batch.labels, batch.mask, w.latent_loss, class_means, w.cluster_dim)
-    latent = w.latent_weight * concepts.total
-    return Terms(recon, kld, prediction, latent, torch.zeros_like(recon), concepts.columns, concepts.any)
-
-
-def cbnm_terms(w: Weights, batch: Batch, mu: Tensor, class_logits: Tensor) -> Terms:
-    """The joint concept bottleneck: classes + concepts, of the encoder's mean."""
-    prediction = w.label_weight * F.cross_entropy(class_logits, batch.y)
-    concepts = losses.concept_loss(mu, batch.labels, batch.mask, w.latent_loss)
-    zero = torch.zeros_like(prediction)
-    return Terms(zero, zero, prediction, w.latent_weight * concepts.total, zero, concepts.columns, concepts.any)
-
-
 class Algorithm(nn.Module):
-    """Common parts: the encoder, plug-in terms, FactorVAE's discriminator, one optimiser step.
+    """Common parts: encoder, decoder, plug-in terms, FactorVAE's discriminator.
 
-    Subclasses give `terms(batch, step) -> (Terms, z)`. Raises UserError for parts that do not fit each other.
+    Subclasses give `terms(batch, step) -> (Terms, z)`. Raises UserError for options that do not fit the data.
     """
 
-    gaussian = True  # needs an encoder with a variance
     has_decoder = True
-    plugins = True
     predicts_classes = False
     supervises_concepts = False
 
-    def __init__(self, o: argparse.Namespace, shape: Shape):
+    def __init__(self, o: Config, shape: Shape):
         super().__init__()
         self.w, self.shape, self.z_dim = Weights.of(o), shape, o.z_dim
         self.dist = Distributed(torch.device("cpu"))  # one process, until `share`
-        self.encoder = self._make_encoder(o, 0, shape.channels)
-        self.decoder = self._make_decoder(o, o.z_dim)
+        self.encoder = self._make_encoder(o, shape.channels)
+        self.decoder = self._make_decoder(o, o.z_dim) if self.has_decoder else None
         self.discriminator: nn.Module | None = None
-        self._check_plugins(o)
         if "FACTORVAE" in self.w.loss_terms:
-            self.discriminator = self._make_discriminator(o, 0, 2)
+            self.discriminator = self._make_discriminator(o, 2)
 
     # ---- parts
 
-    def _make_encoder(self, o: argparse.Namespace, index: int, channels: int, z_dim: int | None = None) -> nn.Module:
-        kind = find(ENCODERS, o.encoder[index], "--encoder")
-        if self.gaussian and not kind.gaussian:
-            known = ", ".join(name for name, one in ENCODERS.items() if one.gaussian)
-            raise UserError(
-                f"--encoder {o.encoder[index]} has no variance, which --alg {o.alg} needs; take one of {known}"
-            )
-        return kind(o.z_dim if z_dim is None else z_dim, channels, o.image_size)
+    def _make_encoder(self, o: Config, channels: int) -> nn.Module:
+        return ENCODERS[o.encoder[0]](o.z_dim, channels)
 
-    def _make_decoder(self, o: argparse.Namespace, n_in: int) -> nn.Module | None:
-        if not self.has_decoder:
-            return None
-        if not o.decoder:
-            raise UserError(f"--alg {o.alg} needs --decoder; known are {', '.join(DECODERS)}")
-        return find(DECODERS, o.decoder[0], "--decoder")(n_in, self.shape.channels, o.image_size)
+    def _make_decoder(self, o: Config, n_in: int) -> nn.Module:
+        return DECODERS[o.decoder[0]](n_in, self.shape.channels)
 
-    def _make_discriminator(self, o: argparse.Namespace, index: int, n_out: int) -> nn.Module:
-        names = o.discriminator or ["SimpleDiscriminator"]
-        kind = find(DISCRIMINATORS, names[min(index, len(names) - 1)], "--discriminator")
-        if kind is not SimpleDiscriminator:
-            raise UserError("--discriminator SimpleDiscriminatorConv64 reads images, but latents are judged here; "
-                            "take SimpleDiscriminator")  # fmt: skip
-        return kind(self.z_dim, n_out, o.num_layer_disc, o.size_layer_disc)
-
-    def _check_plugins(self, o: argparse.Namespace) -> None:
-        terms = self.w.loss_terms
-        if terms and not self.plugins:
-            raise UserError(
-                f"--loss_terms {' '.join(terms)}: --alg {o.alg} has no such term (it is no VAE); leave it out"
-            )
-        if "DIPVAEI" in terms and "DIPVAEII" in terms:
-            raise UserError(
-                "--loss_terms DIPVAEI DIPVAEII: two penalties of one covariance with one weight; choose one"
-            )
-        if len(set(terms)) < len(terms):
-            raise UserError(f"--loss_terms {' '.join(terms)}: a term is named twice")
-        if "BetaTCVAE" in terms and "FACTORVAE" in terms:
-            log.warning("BetaTCVAE and FACTORVAE both penalise the total correlation, and both by --w_tc")
-        if "BetaTCVAE" in terms and self.w.w_tc == 1:
-            log.warning("BetaTCVAE adds (w_tc - 1) times the total correlation: with --w_tc 1 it adds nothing")
+    def _make_discriminator(self, o: Config, n_out: int) -> nn.Module:
+        return SimpleDiscriminator(o.z_dim, n_out, o.num_layer_disc, o.size_layer_disc)
 
     def main_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the main optimiser: everything but the adversaries."""
-        skipped = {id(p) for p in self.adversary_parameters()}
+        skipped = {id(p) for adversary in self.adversaries().values() for p in adversary.parameters()}
         return (p for p in self.parameters() if id(p) not in skipped)
 
-    def adversary_parameters(self) -> list[nn.Parameter]:
-        """Parameters of FactorVAE's discriminator."""
-        return [] if self.discriminator is None else list(self.discriminator.parameters())
+    def adversaries(self) -> dict[str, nn.Module]:
+        """Networks with an optimiser of their own, by its name: FactorVAE's discriminator is 'PermD'."""
+        return {} if self.discriminator is None else {"PermD": self.discriminator}
 
     # ---- forward parts
 
@@ -281,7 +136,9 @@ class Algorithm(nn.Module):
             elif name == "DIPVAEII":
                 total = total + w.w_dipvae * losses.dip_vae_ii_loss(mu, logvar, w.lambda_od, w.lambda_d)
             elif name == "INFOVAE":
-                total = total + w.w_infovae * losses.mmd(torch.randn(MMD_PRIOR_SAMPLES, z.shape[1]).to(z), z)
+                total = total + w.w_infovae * losses.mmd(
+                    torch.randn(losses.MMD_PRIOR_SAMPLES, z.shape[1], dtype=z.dtype, device=z.device), z
+                )
             elif name == "FACTORVAE":
                 # the discriminator is a fixed critic here: its own step comes after, on detached latents
                 frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
@@ -289,58 +146,26 @@ class Algorithm(nn.Module):
                 total = total + losses.factor_vae_tc(logits, w.w_tc)
         return total
 
-    # ---- one optimiser step
+    # ---- losses of other optimisers
 
-    def train_step(
-        self, batch: Batch, step: int, optimizers: dict[str, torch.optim.Optimizer], second: Batch | None = None,
-        classes_only: bool = False,
-    ) -> tuple[Terms, Tensor]:  # fmt: skip
-        """Forward, backward, step. `second`: another batch, for FactorVAE; `classes_only`: the class loss alone.
+    def label_loss(self, batch: Batch) -> Tensor | None:
+        """A loss whose step comes before that of `terms`, or None."""
+        return None
 
-        Returns the terms (detached) and the latents z (B, D).
-        """
-        terms, z = self.terms(batch, step)
-        optimizers["G"].zero_grad(set_to_none=True)
-        (terms.prediction if classes_only else terms.total).backward()
-        self.dist.sum_gradients(self.shared_parameters())
-        optimizers["G"].step()
+    def adversary_losses(self, z: Tensor, batch: Batch, second: Batch | None) -> Iterator[tuple[str, Tensor]]:
+        """(optimiser, loss) of every adversary on detached latents z (B, D); `second` is another batch."""
         if self.discriminator is not None:
-            self._discriminator_step(z.detach(), second, optimizers["PermD"])
-        return Terms(*(part.detach() for part in terms)), z.detach()
-
-    def _discriminator_step(self, z: Tensor, second: Batch, optimizer: torch.optim.Optimizer) -> None:
-        with torch.no_grad():
-            permuted = losses.permute_latents(self.sample(*self.encode(second)))
-        loss = losses.factor_vae_discriminator_loss(self.discriminator(z), self.discriminator(permuted))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+            with torch.no_grad():
+                permuted = losses.permute_latents(self.sample(*self.encode(second)))
+            yield "PermD", losses.factor_vae_discriminator_loss(self.discriminator(z), self.discriminator(permuted))
 
 
 class VAE(Algorithm):
-    """Reconstruction + KL to N(0, I) (+ plug-ins); the KL's weight is 1."""
-
-    def __init__(self, o: argparse.Namespace, shape: Shape):
-        if o.w_kld != 1:
-            raise UserError(f"--alg VAE weighs the KL by 1, not --w_kld {o.w_kld:g}; use --alg BetaVAE")
-        super().__init__(o, shape)
-
-
-class BetaVAE(Algorithm):
-    """VAE with any weight of the KL, or a controlled capacity."""
+    """Reconstruction + KL to N(0, I) (+ plug-ins). `VAE` has a KL of weight 1, `BetaVAE` any weight or a capacity."""
 
 
 class AE(Algorithm):
     """Reconstruction only; the latent is the encoder's output."""
-
-    gaussian = False
-    plugins = False
-
-    def __init__(self, o: argparse.Namespace, shape: Shape):
-        super().__init__(o, shape)
-        if self.encoder.gaussian:
-            known = ", ".join(name for name, one in ENCODERS.items() if not one.gaussian)
-            raise UserError(f"--alg AE needs an encoder without a variance, not {o.encoder[0]}; take one of {known}")
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         z = self.run_encoder(batch.x)
@@ -362,12 +187,10 @@ class GlanceNet(Algorithm):
     predicts_classes = True
     supervises_concepts = True
 
-    def __init__(self, o: argparse.Namespace, shape: Shape):
+    def __init__(self, o: Config, shape: Shape):
         _check_concepts(o, shape)
         super().__init__(o, shape)
         self.z_class = o.z_class or o.z_dim
-        if self.z_class > o.z_dim:
-            raise UserError(f"--z_class {o.z_class} exceeds --z_dim {o.z_dim}")
         self.classifier = nn.Linear(self.z_class, shape.n_classes)
         self.prior = nn.Linear(shape.n_classes, o.z_dim) if o.conditional_prior else None
 
@@ -398,13 +221,11 @@ class GlanceNet(Algorithm):
 class CBNM(Algorithm):
     """Concept bottleneck: classes and concepts from tanh(mu/2). `latents` are the activations, not raw means."""
 
-    gaussian = False
     has_decoder = False
-    plugins = False
     predicts_classes = True
     supervises_concepts = True
 
-    def __init__(self, o: argparse.Namespace, shape: Shape):
+    def __init__(self, o: Config, shape: Shape):
         _check_concepts(o, shape)
         super().__init__(o, shape)
         self.z_class = o.z_dim
@@ -433,16 +254,14 @@ class CBNM(Algorithm):
         return cbnm_terms(self.w, batch, mu, self.classify(mu)), torch.tanh(mu / 2)
 
 
-def _check_concepts(o: argparse.Namespace, shape: Shape) -> None:
+def _check_concepts(o: Config, shape: Shape) -> None:
     if o.z_dim < shape.n_concepts:
         raise UserError(
             f"--z_dim {o.z_dim} is smaller than the {shape.n_concepts} concepts of the data; give at least that many"
         )
-    if not 0 <= o.cluster_dim <= o.z_dim:
-        raise UserError(f"--cluster_dim {o.cluster_dim}: expected 0 (all) to --z_dim {o.z_dim}")
 
 
-def _check_labels(o: argparse.Namespace, shape: Shape) -> None:
+def _check_labels(o: Config, shape: Shape) -> None:
     if not shape.code_sizes:
         raise UserError(f"--alg {o.alg} needs labels; name them by --include_labels")
 
@@ -452,17 +271,16 @@ class CVAE(Algorithm):
     decoder.
     """
 
-    def __init__(self, o: argparse.Namespace, shape: Shape):
+    def __init__(self, o: Config, shape: Shape):
         _check_labels(o, shape)
         self.n_labels = sum(shape.code_sizes)
         super().__init__(o, shape)
-        names = o.label_tiler or ["MultiTo2DChannel"]
-        self.tiler = find(LABEL_TILERS, names[0], "--label_tiler")(self.n_labels, o.image_size)
+        self.tiler = LABEL_TILERS[(o.label_tiler or ["MultiTo2DChannel"])[0]](self.n_labels)
 
-    def _make_encoder(self, o: argparse.Namespace, index: int, channels: int, z_dim: int | None = None) -> nn.Module:
-        return super()._make_encoder(o, index, channels + self.n_labels, z_dim)
+    def _make_encoder(self, o: Config, channels: int) -> nn.Module:
+        return super()._make_encoder(o, channels + self.n_labels)
 
-    def _make_decoder(self, o: argparse.Namespace, n_in: int) -> nn.Module | None:
+    def _make_decoder(self, o: Config, n_in: int) -> nn.Module:
         return super()._make_decoder(o, n_in + self.n_labels)
 
     def labels(self, batch: Batch) -> Tensor:
@@ -479,25 +297,19 @@ class CVAE(Algorithm):
 class IFCVAE(Algorithm):
     """Information-factorising CVAE: a second encoder predicts the labels, an adversary keeps them out of z."""
 
-    def __init__(self, o: argparse.Namespace, shape: Shape):
+    def __init__(self, o: Config, shape: Shape):
         _check_labels(o, shape)
-        if len(o.encoder) < 2:
-            raise UserError("--alg IFCVAE needs two encoders: --encoder GAUSSIAN PLAIN (latents, labels)")
         self.sizes = list(shape.code_sizes)
         super().__init__(o, shape)
-        kind = find(ENCODERS, o.encoder[1], "--encoder")
-        if kind.gaussian:
-            raise UserError(f"--encoder {' '.join(o.encoder)}: the second encoder predicts labels and has no variance")
-        self.label_encoder = kind(sum(self.sizes), shape.channels, o.image_size)
-        self.auxiliary = self._make_discriminator(o, 1, sum(self.sizes))
+        self.label_encoder = ENCODERS[o.encoder[1]](sum(self.sizes), shape.channels)
+        self.auxiliary = self._make_discriminator(o, sum(self.sizes))
 
-    def _make_decoder(self, o: argparse.Namespace, n_in: int) -> nn.Module | None:
+    def _make_decoder(self, o: Config, n_in: int) -> nn.Module:
         return super()._make_decoder(o, n_in + sum(self.sizes))
 
-    def adversary_parameters(self) -> list[nn.Parameter]:
-        """The discriminator's and the auxiliary classifier's parameters."""
-        auxiliary = getattr(self, "auxiliary", None)
-        return super().adversary_parameters() + ([] if auxiliary is None else list(auxiliary.parameters()))
+    def adversaries(self) -> dict[str, nn.Module]:
+        """The discriminator, and 'aux_D': the classifier that looks for labels in z."""
+        return super().adversaries() | {"aux_D": self.auxiliary}
 
     def label_probabilities(self, x: Tensor) -> Tensor:
         """Predicted labels (B, sum of sizes), a softmax within every label."""
@@ -517,37 +329,21 @@ class IFCVAE(Algorithm):
         terms = self._unsupervised(recon, kld, self.plugin_terms(mu, logvar, z))
         return terms._replace(prediction=self.w.w_le * again - self.w.w_aux * leaked), z
 
-    def train_step(
-        self, batch: Batch, step: int, optimizers: dict[str, torch.optim.Optimizer], second: Batch | None = None,
-        classes_only: bool = False,
-    ) -> tuple[Terms, Tensor]:  # fmt: skip
-        """Three steps: labels from the image; the VAE against the adversary; the adversary on detached latents."""
-        label_loss = self.w.w_le * losses.multi_label_cross_entropy(
-            self.label_encoder(batch.x), batch.codes, self.sizes
-        )  # fmt: skip
-        optimizers["G"].zero_grad(set_to_none=True)
-        label_loss.backward()
-        optimizers["G"].step()
-        terms, z = super().train_step(batch, step, optimizers, second, classes_only)
+    def label_loss(self, batch: Batch) -> Tensor:
+        """Labels from the image."""
+        return self.w.w_le * losses.multi_label_cross_entropy(self.label_encoder(batch.x), batch.codes, self.sizes)
+
+    def adversary_losses(self, z: Tensor, batch: Batch, second: Batch | None) -> Iterator[tuple[str, Tensor]]:
+        yield from super().adversary_losses(z, batch, second)
         # a fresh graph on detached z: the encoder has just been stepped
-        leaked = self.w.w_aux * losses.multi_label_cross_entropy(self.auxiliary(z), batch.codes, self.sizes)
-        optimizers["aux_D"].zero_grad(set_to_none=True)
-        leaked.backward()
-        optimizers["aux_D"].step()
-        return terms, z
+        yield "aux_D", self.w.w_aux * losses.multi_label_cross_entropy(self.auxiliary(z), batch.codes, self.sizes)
 
 
-ALGORITHMS: dict[str, type[Algorithm]] = {
-    "GlanceNet": GlanceNet,
-    "CBNM": CBNM,
-    "VAE": VAE,
-    "BetaVAE": BetaVAE,
-    "AE": AE,
-    "CVAE": CVAE,
-    "IFCVAE": IFCVAE,
-}
+MODELS: dict[str, type[Algorithm]] = {
+    "GlanceNet": GlanceNet, "CBNM": CBNM, "VAE": VAE, "BetaVAE": VAE, "AE": AE, "CVAE": CVAE, "IFCVAE": IFCVAE,
+}  # fmt: skip
 
 
-def algorithm_class(name: str) -> type[Algorithm]:
-    """The class behind --alg, aliases included."""
-    return find(ALGORITHMS, ALIASES.get(name, name), "--alg")
+def make_model(o: Config, shape: Shape) -> Algorithm:
+    """The model of --alg. Raises UserError for options that do not fit the data."""
+    return MODELS[o.algorithm](o, shape)

@@ -9,8 +9,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError, suggest
-
 IMAGE_SIZE = 64
 
 
@@ -21,11 +19,6 @@ def init_layers(module: nn.Module) -> None:
             nn.init.xavier_normal_(layer.weight)
         elif isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight)
-
-
-def _check_size(image_size: int) -> None:
-    if image_size != IMAGE_SIZE:
-        raise UserError(f"--image_size {image_size}: the architectures are made for {IMAGE_SIZE}x{IMAGE_SIZE} images")
 
 
 def _convolutions(
@@ -53,9 +46,8 @@ class ConvEncoder(nn.Module):
     widths: tuple[int, ...] = (32, 32, 64, 128, 256, 256)
     kernel, padding, norm, gaussian = 4, 1, False, True
 
-    def __init__(self, z_dim: int, channels: int, image_size: int = IMAGE_SIZE):
+    def __init__(self, z_dim: int, channels: int):
         super().__init__()
-        _check_size(image_size)
         self.z_dim = z_dim
         stack = _convolutions(channels, self.widths, self.kernel, self.padding, self.norm)
         n_out = 2 * z_dim if self.gaussian else z_dim
@@ -109,10 +101,9 @@ class GaussianLinear(nn.Module):
     widths: tuple[int, ...] = (400,)
     gaussian = True
 
-    def __init__(self, z_dim: int, channels: int, image_size: int = IMAGE_SIZE):
+    def __init__(self, z_dim: int, channels: int):
         super().__init__()
-        _check_size(image_size)
-        self.main = nn.Sequential(nn.Flatten(), *_linears((channels * image_size**2, *self.widths)))
+        self.main = nn.Sequential(nn.Flatten(), *_linears((channels * IMAGE_SIZE**2, *self.widths)))
         self.head_mu = nn.Linear(self.widths[-1], z_dim)
         self.head_logvar = nn.Linear(self.widths[-1], z_dim)
         init_layers(self)
@@ -135,9 +126,8 @@ class DeepGaussianLinear(GaussianLinear):
 class SimpleConv64Decoder(nn.Module):
     """z -> 1x1 -> 2 -> 6 -> 14 -> 30 -> 62 -> 64 by transposed convolutions."""
 
-    def __init__(self, z_dim: int, channels: int, image_size: int = IMAGE_SIZE):
+    def __init__(self, z_dim: int, channels: int):
         super().__init__()
-        _check_size(image_size)
         relu = nn.ReLU
         self.main = nn.Sequential(
             nn.Conv2d(z_dim, 256, 1, 2), relu(),
@@ -159,12 +149,11 @@ class LinearDecoder(nn.Module):
 
     widths: tuple[int, ...] = (400,)
 
-    def __init__(self, z_dim: int, channels: int, image_size: int = IMAGE_SIZE):
+    def __init__(self, z_dim: int, channels: int):
         super().__init__()
-        _check_size(image_size)
-        self.shape = (channels, image_size, image_size)
+        self.shape = (channels, IMAGE_SIZE, IMAGE_SIZE)
         self.main = nn.Sequential(
-            *_linears((z_dim, *self.widths)), nn.Linear(self.widths[-1], channels * image_size**2)
+            *_linears((z_dim, *self.widths)), nn.Linear(self.widths[-1], channels * IMAGE_SIZE**2)
         )
         init_layers(self)
 
@@ -185,11 +174,8 @@ class DeepLinear(LinearDecoder):
 class DeConv64(nn.Module):
     """z (64 latents) -> 1024 x 8 x 8 -> 19 -> 41 -> 85 -> 64 by transposed convolutions with BatchNorm (CelebA)."""
 
-    def __init__(self, z_dim: int, channels: int, image_size: int = IMAGE_SIZE):
+    def __init__(self, z_dim: int, channels: int):
         super().__init__()
-        _check_size(image_size)
-        if z_dim != 64:
-            raise UserError(f"--decoder DeConv64 needs --z_dim 64, not {z_dim}")
         self.project = nn.Sequential(nn.Linear(64, 1024 * 8 * 8), nn.ReLU())
         layers: list[nn.Module] = []
         for n_in, n_out in ((1024, 512), (512, 256), (256, 128)):
@@ -206,8 +192,6 @@ class SimpleDiscriminator(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, num_layers: int = 6, width: int = 1000):
         super().__init__()
-        if num_layers < 2:
-            raise UserError(f"--num_layer_disc {num_layers}: a discriminator has at least 2 layers")
         layers: list[nn.Module] = []
         for i in range(num_layers - 1):
             layers += [nn.Linear(n_in if i == 0 else width, width), nn.LeakyReLU(0.2)]
@@ -235,16 +219,15 @@ class SimpleDiscriminatorConv64(nn.Module):
 class MultiTo2DChannel(nn.Module):
     """One MLP 1 -> 64 -> 256 -> 4096 for each label column: (B, n) -> (B, n, 64, 64) extra image channels."""
 
-    def __init__(self, n: int, image_size: int = IMAGE_SIZE):
+    def __init__(self, n: int):
         super().__init__()
-        self.size = image_size
         self.tilers = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(1, 64),
                 nn.LeakyReLU(0.2),
                 nn.Linear(64, 256),
                 nn.LeakyReLU(0.2),
-                nn.Linear(256, image_size**2),
+                nn.Linear(256, IMAGE_SIZE**2),
             )
             for _ in range(n)
         )
@@ -252,7 +235,7 @@ class MultiTo2DChannel(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         planes = [tiler(labels[:, i : i + 1]) for i, tiler in enumerate(self.tilers)]
-        return torch.stack(planes, dim=1).view(len(labels), -1, self.size, self.size)
+        return torch.stack(planes, dim=1).view(len(labels), -1, IMAGE_SIZE, IMAGE_SIZE)
 
 
 ENCODERS: dict[str, type[nn.Module]] = {
@@ -277,10 +260,3 @@ DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "SimpleDiscriminatorConv64": SimpleDiscriminatorConv64,
 }
 LABEL_TILERS: dict[str, type[nn.Module]] = {"MultiTo2DChannel": MultiTo2DChannel}
-
-
-def find(table: dict[str, type[nn.Module]], name: str, flag: str) -> type[nn.Module]:
-    """The class called `name`; UserError names the flag and the nearest known name."""
-    if name not in table:
-        raise UserError(f"{flag} {name}: unknown; known are {', '.join(table)}{suggest(name, table)}")
-    return table[name]

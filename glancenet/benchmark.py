@@ -10,29 +10,34 @@ checks that they also compute the same loss. Printed: seconds a step of both (me
 peak memory.
 """
 
-import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
 import json
 import resource
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from common.errors import run_command
-from common.launch import pick_device
-from glancenet.algorithms import Batch, GlanceNet, algorithm_class
+from common.launch import full_precision, pick_device
+from common.options import Device, Options, from_flags, option
+from glancenet.algorithms import GlanceNet, make_model
+from glancenet.architectures import DECODERS, ENCODERS
 from glancenet.data import ConceptData, load_data
-from glancenet.main import make_optimizers
-from glancenet.options import Parser, resolve
-from glancenet.options import make_parser as make_training_parser
+from glancenet.losses import Batch
+from glancenet.main import train_step
+from glancenet.options import Config as TrainingConfig
+from glancenet.options import one_of, resolve
+from glancenet.state import make_optimizers
 
 
 def transcribed_batch(data: ConceptData, places: Tensor) -> Batch:
@@ -84,43 +89,42 @@ def transcribed_step(model: GlanceNet, batch: Batch, optimizer: torch.optim.Opti
     return {name: value.item() for name, value in values.items()}
 
 
-def make_options(o: argparse.Namespace) -> argparse.Namespace:
+class Config(Options):
+    """What is timed."""
+
+    steps: int = option(10, "timed steps of each side, interleaved", ge=1, le=1_000_000)
+    batch_size: int = option(64, "images a step", ge=1, le=100_000)
+    encoder: one_of([name for name, kind in ENCODERS.items() if kind.gaussian]) = option(
+        "SimpleGaussianConv64", "encoder"
+    )
+    decoder: one_of([name for name in DECODERS if name != "DeConv64"]) = option("SimpleConv64", "decoder")
+    device: Device = option("cpu", "device")
+    threads: int = option(1, "CPU threads", ge=1, le=1024)
+    dry_run: bool = option(False, "check the options, print them as JSON, and end", bare=True)
+
+
+def make_options(o: Config) -> TrainingConfig:
     """Training options for both sides: the paper's dSprites model."""
-    words = [
-        "--alg",
-        "GlanceNet",
-        "--dset_name",
-        "sprites",
-        "--dset_dir",
-        ".",
-        "--encoder",
-        o.encoder,
-        "--decoder",
-        o.decoder,
-    ]
-    words += ["--z_dim", "7", "--batch_size", str(o.batch_size), "--conditional_prior", "true", "--latent_loss", "BCE"]
-    words += ["--label_weight", "100", "--warmup_epochs", "0", "--device", o.device]
-    return resolve(make_training_parser().parse(words))
+    return resolve(TrainingConfig.build({
+        "alg": "GlanceNet", "dset_name": "sprites", "dset_dir": ".", "encoder": [o.encoder], "decoder": [o.decoder],
+        "z_dim": 7, "batch_size": o.batch_size, "conditional_prior": True, "latent_loss": "BCE", "label_weight": 100,
+        "warmup_epochs": 0, "device": o.device,
+    }))  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """The command; returns the printed numbers."""
-    p = Parser(prog="python -m glancenet.benchmark", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument("--steps", type=int, default=10, help="timed steps of each side, interleaved")
-    p.add_argument("--batch_size", type=int, default=64, help="images a step")
-    p.add_argument("--encoder", default="SimpleGaussianConv64", help="encoder")
-    p.add_argument("--decoder", default="SimpleConv64", help="decoder")
-    p.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    p.add_argument("--threads", type=int, default=1, help="CPU threads")
-    o = p.parse(argv)
+    o, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
+    options, device = make_options(o), pick_device(o.device)
+    if o.dry_run:
+        print(json.dumps(o.as_dict(), indent=2))
+        return {}
     torch.set_num_threads(o.threads)
-    device = pick_device(o.device)
-    options = make_options(o)
+    full_precision()
     data = load_data(options)
     torch.manual_seed(0)
-    plain = algorithm_class("GlanceNet")(options, data.shape).to(device)
-    ours = algorithm_class("GlanceNet")(options, data.shape).to(device, memory_format=torch.channels_last)
+    plain = make_model(options, data.shape).to(device)
+    ours = make_model(options, data.shape).to(device, memory_format=torch.channels_last)
     ours.load_state_dict(plain.state_dict())
     plain_optimizer = torch.optim.Adam(plain.parameters(), lr=options.lr_G)
     optimizers = make_optimizers(ours, options)
@@ -133,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     order = data.train.order(0, 0)
     for step in range(o.steps + 2):  # two steps warm up
-        places = order[step * o.batch_size : (step + 1) * o.batch_size]
+        places = order[torch.arange(step * o.batch_size, (step + 1) * o.batch_size) % len(order)]
         torch.manual_seed(step)
         began = time.perf_counter()
         batch = Batch(*(part.to(device) for part in transcribed_batch(data, places)))
@@ -141,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         wait()
         middle = time.perf_counter()
         torch.manual_seed(step)
-        terms, _ = ours.train_step(data.train.gather(places, device), step, optimizers)
+        terms, _ = train_step(ours, optimizers, data.train.gather(places, device), step=step)
         wait()
         if step >= 2:
             times["published"].append(middle - began)

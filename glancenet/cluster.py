@@ -8,19 +8,24 @@ reads it; for MPI3D with ten classes the published prototypes serve when no such
 points drawn by feature frequency and moved to a data row, the best of several restarts, ties to the lowest class.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import json
+from typing import Annotated, Literal
+
 import numpy as np
+from pydantic import Field
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from common.errors import UserError, run_command
-from glancenet.data import open_npz
+from common.errors import run_command
+from common.options import Options, Seed, from_flags, option
+from glancenet.data import PREPARE, whole_numbers
 from glancenet.labels import fit_kmodes, nearest_mode
-from glancenet.options import Parser, data_root
+from glancenet.options import data_root
 from glancenet.records import whole, write_npz
 
 # file, number of clustered columns, restarts, rows
@@ -43,28 +48,35 @@ def fit_and_save(rows: np.ndarray, n_classes: int, path: Path, seed: int, restar
     return centroids
 
 
+class Config(Options):
+    """What is clustered, and how."""
+
+    dset_name: Literal[tuple(SOURCES)] = option(..., "data set")
+    dset_dir: str | None = option(None, "folder of the data sets")
+    n_classes: Annotated[int, Field(ge=2, le=10_000)] | None = option(
+        None, "clusters; none: 10 (mpi3d_toy), 4 (celebA)"
+    )
+    seed: Seed = option(42, "of rows and start points")
+    restarts: Annotated[int, Field(ge=1, le=10_000)] | None = option(None, "none: 5 (mpi3d_toy), 10 (celebA)")
+    rows: Annotated[int, Field(ge=2, le=10**9)] | None = option(
+        None, "rows that are clustered; none: 30000 (mpi3d_toy), 10000 (celebA)"
+    )
+    dry_run: bool = option(False, "check the options, print them as JSON, and end", bare=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument("--dset_name", choices=tuple(SOURCES), required=True, help="data set")
-    p.add_argument("--dset_dir", default=None, help="folder of the data sets")
-    p.add_argument("--n_classes", type=int, default=None, help="clusters; default 10 (mpi3d_toy), 4 (celebA)")
-    p.add_argument("--seed", type=int, default=42, help="of rows and start points")
-    p.add_argument("--restarts", type=int, default=None, help="default 5 (mpi3d_toy), 10 (celebA)")
-    p.add_argument(
-        "--rows", type=int, default=None, help="rows that are clustered; default 30000 (mpi3d_toy), 10000 (celebA)"
-    )
-    o = p.parse(argv)
-    file, features, restarts, n_rows = SOURCES[o.dset_name]
-    path = data_root(o.dset_dir) / file
-    table = np.asarray(open_npz(path, "Y", f"python glancenet/prepare_{'mpi3d' if 'mpi3d' in file else 'celeba'}.py"))
+    o, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
+    path = data_root(o.dset_dir) / SOURCES[o.dset_name][0]
+    if o.dry_run:
+        print(json.dumps(o.as_dict(), indent=2))
+        return
+    _, features, restarts, n_rows = SOURCES[o.dset_name]
+    table = whole_numbers(path, "Y", PREPARE[o.dset_name], 0, 10_000)
     n_classes = o.n_classes or (10 if o.dset_name == "mpi3d_toy" else 4)
-    if n_classes < 2:
-        raise UserError(f"--n_classes {n_classes}: at least 2")
     fit_and_save(
-        table[:, :features].astype(np.int64), n_classes, path.parent / f"clusters_{n_classes}.npz", o.seed,
-        o.restarts or restarts, o.rows or n_rows,
+        table[:, :features], n_classes, path.parent / f"clusters_{n_classes}.npz", o.seed, o.restarts or restarts,
+        o.rows or n_rows,
     )  # fmt: skip
 
 

@@ -17,35 +17,33 @@ Finished runs are not repeated, so the command can be interrupted and given agai
 compare.csv, compare.md and compare.png.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import json
+import shlex
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from common.checkpoint import atomic_write, read_json, write_json
 from common.errors import UserError, run_command
+from common.launch import pick_device
+from common.options import Device, Options, Resume, Seed, from_flags, option
 from glancenet import main as training
 from glancenet.evaluate import FIGURE, aggregate, markdown, run_scores, write_csv
-from glancenet.options import Parser
+from glancenet.visual import figure, save_figure
 
 MODELS = ("GlanceNet", "CBNM")
-BASE = [
-    "--encoder",
-    "SimpleGaussianConv64",
-    "--z_dim",
-    "7",
-    "--z_class",
-    "7",
-    "--batch_size",
-    "64",
-    "--max_iter",
-    "250000",
-]
-BASE += ["--evaluation_metric", "dci", "--evaluate_iter", "125000", "--test_iter", "9216", "--show_loss", "1000"]
-VAE = ["--decoder", "SimpleConv64", "--w_kld", "1", "--w_recon", "1", "--conditional_prior", "true"]
+BASE = shlex.split(
+    """--encoder SimpleGaussianConv64 --z_dim 7 --z_class 7 --batch_size 64 --max_iter 250000 --evaluation_metric dci
+    --evaluate_iter 125000 --test_iter 9216 --show_loss 1000"""
+)
+VAE = shlex.split("--decoder SimpleConv64 --w_kld 1 --w_recon 1 --conditional_prior true")
 
 
 def published_share(overrides: list[str]) -> float:
@@ -53,9 +51,10 @@ def published_share(overrides: list[str]) -> float:
 
     Raises UserError when its value is no positive number.
     """
-    if "--max_iter" not in overrides:
+    words = [part for word in overrides for part in word.split("=", 1)]
+    if "--max_iter" not in words:
         return 1.0
-    value = next(iter(overrides[overrides.index("--max_iter") + 1 :]), "")
+    value = next(iter(words[words.index("--max_iter") + 1 :]), "")
     try:
         share = float(value) / float(BASE[BASE.index("--max_iter") + 1])
     except ValueError:
@@ -84,47 +83,42 @@ def weights(setting: str, model: str, share: float = 1.0) -> list[str]:
     return ["--label_weight", "100", "--latent_weight", f"{100 * factor:g}", "--warmup_epochs", "5"]
 
 
-def run_one(
-    setting: str, model: str, supervision: float, seed: int, o: argparse.Namespace, overrides: list[str]
-) -> Path:
-    """Train one model unless its run is finished; returns the log folder.
-
-    Raises UserError when the finished run was made with other overrides.
-    """
+def command(setting: str, model: str, supervision: float, seed: int, o: "Config", overrides: list[str]) -> list[str]:
+    """The words of main.py for one run."""
     out, name = Path(o.out), f"{setting}_{model}_{supervision:g}_{seed}"
-    place = ["--name", name, "--ckpt_dir", str(out / "checkpoints"), "--log_dir", str(out / "logs"), "--out_path", name]
-    place += ["--train_output_dir", str(out / "pictures"), "--overwrite", "true"]
-    log = out / "logs" / f"{o.dset_name}__{model}" / name
-    made_with = out / "checkpoints" / name / "overrides.json"
-    if (out / "checkpoints" / name / "model.safetensors").exists() and (log / "commandline_args.txt").exists():
-        if made_with.exists() and read_json(made_with) != overrides:
-            raise UserError(f"{made_with.parent} was trained with other options; name another --out or remove it")
-        return log
     words = ["--alg", model, "--dset_name", o.dset_name, *BASE, *(VAE if model == "GlanceNet" else [])]
-    words += [
-        *weights(setting, model, published_share(overrides)),
-        "--masking_fact",
-        f"{supervision:g}",
-        "--seed",
-        str(seed),
-        "--device",
-        o.device,
-    ]
-    words += ["--dset_dir", o.dset_dir] if o.dset_dir else []
+    words += [*weights(setting, model, published_share(overrides)), "--masking_fact", f"{supervision:g}"]
+    words += ["--seed", str(seed), "--device", o.device, *(["--dset_dir", o.dset_dir] if o.dset_dir else [])]
+    words += ["--name", name, "--ckpt_dir", f"{out}/checkpoints", "--log_dir", f"{out}/logs", "--out_path", name]
+    words += ["--train_output_dir", f"{out}/pictures", "--resume" if o.resume else "--overwrite", "auto" if o.resume
+              else "true"]  # fmt: skip
+    return [*words, *overrides]
+
+
+def run_one(setting: str, model: str, supervision: float, seed: int, o: "Config", overrides: list[str]) -> Path:
+    """Train one model unless its run is finished, going on where it was stopped; returns the log folder.
+
+    Raises UserError when the run was made with other overrides.
+    """
+    name = f"{setting}_{model}_{supervision:g}_{seed}"
+    log = Path(o.out) / "logs" / f"{o.dset_name}__{model}" / name
+    folder = Path(o.out) / "checkpoints" / name
+    made_with = folder / "overrides.json"
+    if o.resume:
+        if made_with.exists() and read_json(made_with) != overrides and any(folder.glob("*.safetensors")):
+            raise UserError(f"{folder} was trained with other options; name another --out or remove it")
+        if (folder / "model.safetensors").exists() and (log / "commandline_args.txt").exists():
+            return log
     write_json(made_with, overrides)
-    return training.main([*words, *place, *overrides])
+    return training.main(command(setting, model, supervision, seed, o, overrides))
 
 
 def plot(path: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
     """One row a setting: accuracy, alignment and explicitness of both models against % of supervision."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 2.4 * len(tables)), layout="constrained")
-    FigureCanvasAgg(figure)
+    made = figure(9, 2.4 * len(tables))
     for i, (setting, table) in enumerate(tables.items()):
         for j, (name, title) in enumerate(FIGURE):
-            axes = figure.add_subplot(len(tables), 3, 3 * i + j + 1)
+            axes = made.add_subplot(len(tables), 3, 3 * i + j + 1)
             for model in MODELS:
                 rows = [row for row in table if row["model"] == model and name in row]
                 if rows:
@@ -139,7 +133,7 @@ def plot(path: Path, tables: dict[str, list[dict[str, Any]]]) -> None:
                 axes.legend(fontsize=7)
             if i == len(tables) - 1:
                 axes.set_xlabel("% of supervision")
-    figure.savefig(path, dpi=80)
+    save_figure(path, made, dpi=80)
 
 
 def gaps(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -158,55 +152,63 @@ def gaps(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument(
-        "--dset_name", choices=("dsprites_full", "sprites"), default="sprites", help="the file, or rendered sprites"
-    )
-    p.add_argument("--dset_dir", default=None, help="folder of the data sets")
-    p.add_argument(
-        "--settings", nargs="+", default=["published", "fair_1", "fair_7", "fair_20", "mpi3d"], help="see above"
-    )
-    p.add_argument("--supervision", nargs="+", type=float, default=[1, 10, 100], help="percentages")
-    p.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="models")
-    p.add_argument("--seeds", nargs="+", type=int, default=[883], help="seeds")
-    p.add_argument("--out", default="runs/compare", help="folder of everything")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<i> or mps")
-    return p
+Percentage = Annotated[float, Field(ge=0, le=100)]
+
+
+class Config(Options):
+    """What is compared; what follows -- on the command line goes to main.py."""
+
+    dset_name: Literal["dsprites_full", "sprites"] = option("sprites", "the file, or rendered sprites")
+    dset_dir: str | None = option(None, "folder of the data sets")
+    settings: list[str] = option(["published", "fair_1", "fair_7", "fair_20", "mpi3d"], "see above", min_length=1)
+    supervision: list[Percentage] = option([1, 10, 100], "percentages", min_length=1)
+    models: list[Literal[MODELS]] = option(list(MODELS), "models", min_length=1)
+    seeds: list[Seed] = option([883], "seeds", min_length=1)
+    out: str = option("runs/compare", "folder of everything", min_length=1)
+    resume: Resume = option("auto", "keep finished runs and go on with stopped ones; false: train all again")
+    device: Device = option("auto", "device")
+    dry_run: bool = option(False, "check the options, print them as JSON, and end", bare=True)
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words before and after `--`."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """The command; returns the table of every setting."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    overrides: list[str] = []
-    if "--" in argv:
-        overrides, argv = argv[argv.index("--") + 1 :], argv[: argv.index("--")]
-    o = make_parser().parse(argv)
+    words, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
+    o, _ = from_flags(Config, words, __doc__)
+    pick_device(o.device)
     for setting in o.settings:
-        weights(setting, "GlanceNet")
+        for model in o.models:  # all that can be wrong is said before the first run
+            training.parse(command(setting, model, o.supervision[0], o.seeds[0], o, overrides))
+    if o.dry_run:
+        print(json.dumps(o.as_dict() | {"overrides": overrides}, indent=2))
+        return {}
     rows: dict[str, list[dict[str, Any]]] = {setting: [] for setting in o.settings}
-    for seed in o.seeds:
-        for supervision in o.supervision:
-            for setting in o.settings:
-                for model in o.models:
-                    log = run_one(setting, model, supervision, seed, o, overrides)
-                    row = run_scores(log)
-                    rows[setting].append(row)
-                    shown = ", ".join(
-                        f"{n} {row[n]:.3f}" for n in ("accuracy", "alignment", "explicitness") if n in row
-                    )
-                    print(f"{setting} {model} {supervision:g} % seed {seed}: {shown}", flush=True)
+    jobs = [(seed, supervision, setting, model) for seed in o.seeds for supervision in o.supervision
+            for setting in o.settings for model in o.models]  # fmt: skip
+    for seed, supervision, setting, model in jobs:
+        row = run_scores(run_one(setting, model, supervision, seed, o, overrides))
+        rows[setting].append(row)
+        shown = ", ".join(f"{n} {row[n]:.3f}" for n in ("accuracy", "alignment", "explicitness") if n in row)
+        print(f"{setting} {model} {supervision:g} % seed {seed}: {shown}", flush=True)
+        tables = write_tables(Path(o.out), rows)
+    print((Path(o.out) / "compare.md").read_text(), end="")
+    return tables
+
+
+def write_tables(out: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """compare.csv, compare.md and compare.png of the runs so far; returns the tables."""
     tables = {setting: aggregate(found) for setting, found in rows.items()}
-    out = Path(o.out)
     write_csv(out / "compare.csv", [{"setting": setting, **row} for setting, table in tables.items() for row in table])
     text = "".join(f"{setting}\n\n{markdown(table)}\n" for setting, table in tables.items())
     text += "".join(f"- {line}\n" for line in gaps(tables))
     with atomic_write(out / "compare.md") as file:
         file.write(text.encode())
     plot(out / "compare.png", tables)
-    print(text, end="")
     return tables
 
 

@@ -11,7 +11,6 @@
 Images stay uint8 where they lie; a batch is turned into floats on the training device.
 """
 
-import argparse
 import queue
 import threading
 from collections.abc import Iterator
@@ -28,7 +27,9 @@ from common.checkpoint import atomic_write
 from common.datasets.readers import NpzFile, reading
 from common.errors import UserError
 from glancenet import labels as rules
-from glancenet.algorithms import Batch, Shape
+from glancenet.algorithms import Shape
+from glancenet.losses import Batch
+from glancenet.options import Config
 
 PREPARE = {
     "dsprites_full": "python -m common.datasets.prepare dsprites",
@@ -37,6 +38,7 @@ PREPARE = {
     "celebA": "python glancenet/prepare_celeba.py",
 }
 CELEBA_TOTAL, CELEBA_TRAIN_END, CELEBA_VAL_END = 127_817, 102_635, 115_013
+HOLD_LIMIT = 16_000_000_000  # bytes of images kept on a GPU
 # dSprites images that the published code draws in every traversal: a square, an ellipse, a heart; and four of CelebA
 DSPRITES_FIXED = {"fixed_square": 87040, "fixed_ellipse": 332800, "fixed_heart": 578560}
 CELEBA_FIXED = {"fixed_0": 11281, "fixed_1": 114307, "fixed_2": 10535, "fixed_3": 59434}
@@ -73,6 +75,35 @@ def _unpacked(path: Path, archive: NpzFile, key: str) -> np.ndarray:
         return np.load(target, mmap_mode="r", allow_pickle=False)
 
 
+def image_array(path: Path, key: str, remedy: str, binary: bool = False) -> "Images":
+    """The images of an npz file, memory-mapped. Raises UserError unless they are uint8 (N, 64, 64) or (N, 64, 64, 3);
+    `binary` ones hold 0 and 1.
+    """
+    array = open_npz(path, key, remedy)
+    if array.dtype != np.uint8 or array.shape[1:] not in ((64, 64), (64, 64, 1), (64, 64, 3)):
+        raise UserError(
+            f"{path}: {key} holds {array.dtype} {array.shape}, expected uint8 images (N, 64, 64) or (N, 64, 64, 3); "
+            f"make it again by: {remedy}"
+        )
+    step = 4096
+    if binary and any(array[start : start + step].max(initial=0) > 1 for start in range(0, len(array), step)):
+        raise UserError(f"{path}: {key} must hold 0 and 1 alone; make it again by: {remedy}")
+    return Images(array, scale=255 if binary else 1)
+
+
+def whole_numbers(path: Path, key: str, remedy: str, low: int, high: Any) -> np.ndarray:
+    """A table of labels as int64. Raises UserError unless every entry is a whole number of `low` to `high` (a number,
+    or one a column).
+    """
+    values = np.asarray(open_npz(path, key, remedy))
+    wrong = f"{path}: {key} must hold whole numbers of {low} to {np.max(high)}"
+    if values.dtype.kind not in "biuf" or (np.ndim(high) and values.shape[1:] != np.shape(high)):
+        raise UserError(f"{wrong}, not {values.dtype} {values.shape}; make it again by: {remedy}")
+    if not (np.isfinite(values) & (values == np.floor(values)) & (values >= low) & (values <= high)).all():
+        raise UserError(f"{wrong}; make it again by: {remedy}")
+    return values.astype(np.int64)
+
+
 class Images:
     """Images by row: uint8 (n, C, 64, 64). `array` is (N, 64, 64[, C]) or an image set with `images_at`."""
 
@@ -104,6 +135,8 @@ class Images:
     def hold(self, device: torch.device, limit: int) -> bool:
         """Keep all images on `device` when they take at most `limit` bytes; returns whether they are kept."""
         n = len(self)
+        if self.held is not None:
+            return True
         if n * self.channels * 64 * 64 > limit:
             return False
         held = torch.empty((n, self.channels, 64, 64), dtype=torch.uint8, device=device)
@@ -130,6 +163,7 @@ class Part:
         self.mask = torch.from_numpy(mask.astype(np.float32))
         self.codes = torch.from_numpy(codes.astype(np.int64))
         self.class_weights: np.ndarray | None = None  # (C,): draw with replacement by these
+        self._held: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,9 +176,14 @@ class Part:
         arrays = (self.rows, self.concepts, self.y, self.mask, self.codes)
         return Part(self.images, *(array.numpy()[kept] for array in arrays))
 
-    def n_batches(self, batch_size: int, drop_last: bool) -> int:
-        """Batches an epoch."""
-        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+    def hold(self, device: torch.device, limit: int = HOLD_LIMIT) -> bool:
+        """Keep images and labels on `device`, where they fit; a batch then costs no copy."""
+        if self.images.hold(device, limit):
+            self._held = tuple(part.to(device) for part in self._labels())
+        return self._held is not None
+
+    def _labels(self) -> tuple[Tensor, ...]:
+        return self.rows, self.concepts, self.y, self.mask, self.codes
 
     def order(self, seed: int, epoch: int) -> Tensor:
         """The places visited in `epoch`, a pure function of (seed, epoch); drawn with replacement by class weights."""
@@ -156,27 +195,48 @@ class Part:
 
     def gather(self, places: Tensor, device: torch.device, pin: bool = False) -> Batch:
         """The examples at `places` (n,) as floats on `device`; the conversion happens there."""
-        x = self.images.fetch(self.rows[places])
-        parts = [x, self.concepts[places], self.y[places], self.mask[places], self.codes[places]]
+        rows, *labels = self._held or self._labels()
+        places = places.to(rows.device)
+        parts = [self.images.fetch(rows[places]), *(label[places] for label in labels)]
         if pin and device.type == "cuda":
             parts = [part.pin_memory() if part.device.type == "cpu" else part for part in parts]
         x, concepts, y, mask, codes = (part.to(device, non_blocking=True) for part in parts)
         x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
         return Batch(x, concepts, y, mask, codes)
 
-    def batches(
-        self, batch_size: int, device: torch.device, order: Tensor | None = None, start: int = 0,
-        drop_last: bool = False, pin: bool = False, workers: int = 0,
-    ) -> Iterator[Batch]:  # fmt: skip
-        """Batches in `order` (default: as stored) from batch `start` on. `workers` > 0 fetches ahead in one thread."""
-        order = torch.arange(len(self)) if order is None else order
-        n = len(order) // batch_size if drop_last else -(-len(order) // batch_size)
-        places = (order[i * batch_size : (i + 1) * batch_size] for i in range(start, n))
-        made = (self.gather(place, device, pin) for place in places)
-        return _ahead(made) if workers and device.type == "cuda" else made
+    def batches(self, batch_size: int, device: torch.device) -> Iterator[Batch]:
+        """Every example once, in the stored order."""
+        for places in torch.arange(len(self)).split(batch_size):
+            yield self.gather(places, device)
 
 
-def _ahead(items: Iterator[Batch], depth: int = 3) -> Iterator[Batch]:
+class TrainingBatches:
+    """The batches of an epoch as `common.training.Training` asks for them: pairs of a batch and, with `second`, the
+    batch after it (FactorVAE permutes other images than it judges), else None. The last, partial batch is left out.
+    """
+
+    def __init__(self, part: Part, o: Config, device: torch.device, second: bool = False):
+        self.part, self.o, self.device, self.second = part, o, device, second
+        self.batch_size = o.batch_size
+
+    def __len__(self) -> int:
+        return len(self.part) // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Batch, Batch | None]]:
+        """Batches `start`, `start` + 1, ... of `epoch`; on a GPU one thread fetches ahead (--num_workers)."""
+        order = self.part.order(self.o.seed, epoch)
+        if self.part._held is not None:
+            order = order.to(self.device)
+        places = order[: len(self) * self.batch_size].split(self.batch_size)
+
+        def fetch(i: int) -> Batch:
+            return self.part.gather(places[i % len(self)], self.device, self.o.pin_memory)
+
+        pairs = ((fetch(i), fetch(i + 1) if self.second else None) for i in range(start, len(self)))
+        return _ahead(pairs) if self.o.num_workers and self.device.type == "cuda" else pairs
+
+
+def _ahead(items: Iterator[Any], depth: int = 3) -> Iterator[Any]:
     """`items` made by a thread, `depth` ahead; errors come out at their place."""
     waiting: queue.Queue = queue.Queue(depth)
     stop = threading.Event()
@@ -264,7 +324,7 @@ def _select(labels: Labels, groups: list[list[int]], chosen: list[int] | None, f
     )  # fmt: skip
 
 
-def _split_by_chance(images: Images, labels: Labels, o: argparse.Namespace) -> tuple[Part, Part, Part]:
+def _split_by_chance(images: Images, labels: Labels, o: Config) -> tuple[Part, Part, Part]:
     n = len(images)
     mask = rules.supervision_mask(n, o.masking_fact, o.seed, labels.discard)
     splits = rules.random_split(n, o.seed)
@@ -275,7 +335,7 @@ def _part(images: Images, labels: Labels, mask: np.ndarray, rows: np.ndarray) ->
     return Part(images, rows, labels.concepts[rows], labels.y[rows], mask[rows], labels.codes[rows])
 
 
-def _classes(o: argparse.Namespace, n: int) -> int:
+def _classes(o: Config, n: int) -> int:
     if o.n_classes is not None and o.n_classes < n:
         raise UserError(f"--n_classes {o.n_classes}: {o.dset_name} has {n} classes")
     return o.n_classes or n
@@ -295,7 +355,7 @@ def _dsprites_labels(values: np.ndarray, codes: np.ndarray) -> Labels:
     )
 
 
-def load_dsprites(o: argparse.Namespace) -> ConceptData:
+def load_dsprites(o: Config) -> ConceptData:
     """dSprites (the file), its `smaller` variant, or rendered sprites."""
     grid = None
     if o.dset_name == "sprites" or o.d_version == "full":
@@ -308,9 +368,12 @@ def load_dsprites(o: argparse.Namespace) -> ConceptData:
     else:
         path = Path(o.dset_dir) / "dsprites" / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64_smaller.npz"
         remedy = "--d_version full (the smaller file was never published)"
-        images = Images(open_npz(path, "imgs", remedy), scale=255)
+        images = image_array(path, "imgs", remedy, binary=True)
         values = np.asarray(open_npz(path, "latents_values", remedy))
-        codes = np.asarray(open_npz(path, "latents_classes", remedy))
+        codes = whole_numbers(path, "latents_classes", remedy, 0, np.array(rules.DSPRITES_SIZES) - 1)
+        if values.shape != codes.shape or len(values) != len(images) or not np.isfinite(values).all():
+            raise UserError(f"{path}: {values.shape} values and {codes.shape} codes do not describe {len(images)} "
+                            f"images; use {remedy}")  # fmt: skip
     labels = _select(_dsprites_labels(values, codes), DSPRITES_GROUPS, o.include_labels, rules.DSPRITES_FACTORS)
     fixed = dict(DSPRITES_FIXED) if len(images) == 737_280 else None
     return ConceptData(
@@ -318,7 +381,7 @@ def load_dsprites(o: argparse.Namespace) -> ConceptData:
     )
 
 
-def load_dsprites_leakage(o: argparse.Namespace) -> ConceptData:
+def load_dsprites_leakage(o: Config) -> ConceptData:
     """Sprites at the centre (train 80 %, val 20 %) and, for the test, at two corners; all are supervised.
 
     Concepts: shape one-hot, scale, orientation, with the same columns in the test set; the class is the shape.
@@ -330,11 +393,19 @@ def load_dsprites_leakage(o: argparse.Namespace) -> ConceptData:
     parts = []
     for path in files:
         remedy = f"{PREPARE['dsprites_leakage']} --out {o.dset_dir}"
-        images = Images(open_npz(path, "X", remedy), scale=255)
-        factors, y = np.asarray(open_npz(path, "G", remedy)), np.asarray(open_npz(path, "Y", remedy))
-        if len(images) != len(factors) or len(y) != len(factors) or factors.shape[1] < 3:
+        images = image_array(path, "X", remedy, binary=True)
+        factors = np.asarray(open_npz(path, "G", remedy))
+        y = whole_numbers(path, "Y", remedy, 0 if "test" in path.name else 1, 1 if "test" in path.name else 3)
+        shapes = factors[:, 0] if factors.ndim == 2 and factors.shape[1] >= 3 else np.empty(0)
+        if (
+            len(images) != len(shapes)
+            or len(y) != len(shapes)
+            or not np.isfinite(factors).all()
+            or not np.isin(shapes, (1, 2, 3)).all()
+        ):
             raise UserError(
-                f"{path} holds {len(images)} images and {factors.shape} factors; make it again by: {remedy}"
+                f"{path}: factors {factors.shape} (shape 1 to 3, scale, orientation) do not describe {len(images)} "
+                f"images; make it again by: {remedy}"
             )
         parts.append((images, factors, y.reshape(-1)))
     (images, factors, _), (test_images, test_factors, corner) = parts
@@ -387,19 +458,20 @@ class _FileGrid:
 def read_clusters(path: Path, n_classes: int, n_features: int) -> np.ndarray:
     """Centroids (C, F) that `cluster.py` wrote. Raises UserError on another shape."""
     remedy = "python glancenet/cluster.py"
-    centroids = np.asarray(open_npz(path, "centroids", remedy))
+    centroids = whole_numbers(path, "centroids", remedy, 0, 10_000)
     if centroids.shape != (n_classes, n_features):
         raise UserError(f"{path} holds centroids {centroids.shape}, expected {(n_classes, n_features)}; see {remedy}")
     return centroids
 
 
-def load_mpi3d(o: argparse.Namespace) -> ConceptData:
+def load_mpi3d(o: Config) -> ConceptData:
     """MPI3D toy: classes are k-modes clusters, the published table unless a file mpi3d_toy/clusters_<C>.npz exists."""
     folder = Path(o.dset_dir) / "mpi3d_toy"
     path = folder / ("mpi3d_toy_full.npz" if o.d_version == "full" else "mpi3d_toy_small.npz")
     remedy = f"{PREPARE['mpi3d_toy']} --in mpi3d_toy.npz --out {o.dset_dir}"
-    images, factors = Images(open_npz(path, "X", remedy)), np.asarray(open_npz(path, "Y", remedy)).astype(np.int64)
-    if len(images) != len(factors) or factors.shape[1] != 7 or (factors.max(0) >= rules.MPI3D_SIZES).any():
+    images = image_array(path, "X", remedy)
+    factors = whole_numbers(path, "Y", remedy, 0, np.array(rules.MPI3D_SIZES) - 1)
+    if len(images) != len(factors):
         raise UserError(
             f"{path}: factors {factors.shape} do not belong to {len(images)} MPI3D images; make it by: {remedy}"
         )
@@ -419,17 +491,20 @@ def load_mpi3d(o: argparse.Namespace) -> ConceptData:
     return ConceptData(o.dset_name, *_split_by_chance(images, labels, o), labels.names, n_classes, labels.sizes, grid)
 
 
-def load_celeba(o: argparse.Namespace) -> ConceptData:
+def load_celeba(o: Config) -> ConceptData:
     """CelebA at 64x64 with ten attributes; classes are k-modes clusters; training draws by inverse class frequency."""
     folder = Path(o.dset_dir) / "celebA"
     path, remedy = folder / "celebA64-full-10.npz", f"{PREPARE['celebA']} --in img_align_celeba --out {o.dset_dir}"
-    images, attributes = Images(open_npz(path, "X", remedy)), np.asarray(open_npz(path, "Y", remedy)).astype(np.int64)
-    if attributes.shape != (len(images), len(rules.CELEBA_ATTRIBUTES)):
+    images = image_array(path, "X", remedy)
+    attributes = whole_numbers(path, "Y", remedy, 0, np.ones(len(rules.CELEBA_ATTRIBUTES), int))
+    if len(attributes) != len(images):
         raise UserError(
             f"{path}: attributes {attributes.shape} do not belong to {len(images)} images; make it by: {remedy}"
         )
     if "splits" in NpzFile(path):
-        ends = np.asarray(open_npz(path, "splits", remedy))
+        ends = whole_numbers(path, "splits", remedy, 0, len(images))
+        if ends.shape != (2,) or ends[0] > ends[1]:
+            raise UserError(f"{path}: splits must be the ends of training and validation; make it by: {remedy}")
     elif len(images) == CELEBA_TOTAL:
         ends = np.array([CELEBA_TRAIN_END, CELEBA_VAL_END])
     else:
@@ -459,7 +534,7 @@ LOADERS = {
 }
 
 
-def load_data(o: argparse.Namespace) -> ConceptData:
+def load_data(o: Config) -> ConceptData:
     """The data set that the resolved options name. Raises UserError with the command that prepares a missing one."""
     data = LOADERS[o.dset_name](o)
     for name, part in (("train", data.train), ("val", data.val), ("test", data.test)):
@@ -467,8 +542,6 @@ def load_data(o: argparse.Namespace) -> ConceptData:
             raise UserError(f"{o.dset_name}: the {name} split is empty")
     data.rejection = data.train
     if o.max_eval_images is not None:
-        if data.corner is not None:
-            raise UserError("--max_eval_images: the corners of dsprites_leakage are few; leave it out")
         data.val, data.test = (part.part(o.max_eval_images, o.seed) for part in (data.val, data.test))
         data.rejection = data.train.part(o.max_eval_images, o.seed)
     if len(data.train) < o.batch_size:

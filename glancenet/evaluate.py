@@ -17,24 +17,27 @@ Written in --out (default: the run's folder, or ./evaluation): table.csv, table.
 metrics.png.
 """
 
-import argparse
-import csv
-import io
-import json
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import csv
+import io
+import itertools
+import json
 from typing import Any
 
 import numpy as np
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 from common.checkpoint import atomic_write, read_json
 from common.errors import UserError, run_command
-from glancenet.algorithms import ALIASES
-from glancenet.options import DATASET_ALIASES, Parser
+from common.options import Options, from_flags, option
+from glancenet.options import ALIASES, DATASET_ALIASES
 from glancenet.records import load_arrays, read_table
+from glancenet.visual import figure, save_figure
 
 MEASURES = (
     "accuracy", "alignment", "completeness", "explicitness",
@@ -74,7 +77,7 @@ def celeba_scores(z: np.ndarray, concepts: np.ndarray) -> dict[str, float]:
     from glancenet.dci_celeba import dci_celeba
 
     scores = dci_celeba(z, concepts)
-    return {name: float(scores[name]) for name in ("alignment", "completeness", "explicitness")}
+    return {name: scores[name] for name in ("alignment", "completeness", "explicitness")}
 
 
 def dci_scores(run: Path) -> dict[str, float]:
@@ -84,16 +87,19 @@ def dci_scores(run: Path) -> dict[str, float]:
         return {}
     scores = read_json(path)
     names = {"alignment": "disentanglement", "completeness": "completeness", "explicitness": "informativeness_test"}
-    return {name: float(scores[key]) for name, key in names.items()}
+    return {name: float(scores[key]) for name, key in names.items() if scores.get(key) is not None}
 
 
 def run_scores(run: Path) -> dict[str, Any]:
     """One row: what was run, and its measures (missing ones are absent). Raises UserError for an unfinished run."""
     options = read_json(run / "commandline_args.txt")
-    row: dict[str, Any] = {
-        "run": str(run), "dataset": options["dset_name"], "model": ALIASES.get(options["alg"], options["alg"]),
-        "supervision": float(options["masking_fact"]), "seed": int(options["seed"]),
-    }  # fmt: skip
+    try:
+        row: dict[str, Any] = {
+            "run": str(run), "dataset": options["dset_name"], "model": ALIASES.get(options["alg"], options["alg"]),
+            "supervision": float(options["masking_fact"]), "seed": int(options["seed"]),
+        }  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run / 'commandline_args.txt'} was not written by glancenet/main.py ({error})") from error
     evaluation = run / "eval_results"
     last = read_table(evaluation / "test_metrics.csv")
     if not last:
@@ -165,22 +171,13 @@ def markdown(table: list[dict[str, Any]]) -> str:
 # ---- plots ----------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def plot_supervision(path: Path, table: list[dict[str, Any]]) -> None:
     """Accuracy, alignment and explicitness against % of supervision, one row a data set (the paper's figure 3)."""
     datasets = sorted({row["dataset"] for row in table})
-    figure = _figure(9, 2.8 * len(datasets))
+    made = figure(9, 2.8 * len(datasets))
     for i, dataset in enumerate(datasets):
         for j, (name, title) in enumerate(FIGURE):
-            axes = figure.add_subplot(len(datasets), 3, 3 * i + j + 1)
+            axes = made.add_subplot(len(datasets), 3, 3 * i + j + 1)
             for model in sorted({row["model"] for row in table if row["dataset"] == dataset}):
                 rows = [r for r in table if (r["dataset"], r["model"]) == (dataset, model) and name in r]
                 if rows:
@@ -190,7 +187,7 @@ def plot_supervision(path: Path, table: list[dict[str, Any]]) -> None:
             axes.set_xlabel("% of supervision")
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=7)
-    figure.savefig(path, dpi=90)
+    save_figure(path, made)
 
 
 def _curves(path: Path, rows: list[dict[str, str]], x: str, columns: list[str], smooth: int = 1) -> None:
@@ -200,7 +197,7 @@ def _curves(path: Path, rows: list[dict[str, str]], x: str, columns: list[str], 
         return
     n_across = min(4, len(columns))
     n_down = -(-len(columns) // n_across)
-    figure = _figure(3 * n_across, 2.3 * n_down)
+    made = figure(3 * n_across, 2.3 * n_down)
     for i, name in enumerate(columns):
         points = [(float(row[x]) if x in row else k, float(row[name])) for k, row in enumerate(rows) if row.get(name)]
         places, values = (np.array(part) for part in zip(*points, strict=True))
@@ -210,11 +207,11 @@ def _curves(path: Path, rows: list[dict[str, str]], x: str, columns: list[str], 
         if smooth > 1 and len(values) >= smooth and name.startswith("latent"):
             values = np.convolve(values, np.ones(smooth) / smooth, "valid")
             places = places[smooth - 1 :]
-        axes = figure.add_subplot(n_down, n_across, i + 1)
+        axes = made.add_subplot(n_down, n_across, i + 1)
         axes.plot(places, values, marker="." if len(values) < 30 else "")
         axes.set_title(name, fontsize=8)
         axes.tick_params(labelsize=7)
-    figure.savefig(path, dpi=80)
+    save_figure(path, made, dpi=80)
 
 
 def plot_run(run: Path, out: Path) -> None:
@@ -236,37 +233,54 @@ def plot_run(run: Path, out: Path) -> None:
 # ---- command --------------------------------------------------------------------------------------------------------
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument("log", nargs="*", metavar="LOG_FOLDER", help="a run, or a folder above several")
-    p.add_argument("--log", dest="more", nargs="+", default=[], metavar="DIR", help="the same, as a flag")
-    p.add_argument(
-        "--out", default=None, help="folder of tables and plots; default the run, or ./evaluation for several"
-    )
-    p.add_argument("--dataset", default=None, help="only runs on this data set")
-    p.add_argument("--model", default=None, help="only runs of this model (glancenet, cbnm, ...)")
-    p.add_argument("--json", action="store_true", help="print the table as JSON")
-    return p
+class Config(Options):
+    """Which runs, and where the tables go."""
+
+    log: list[str] = option([], "runs, or folders above several; also as bare words")
+    out: str | None = option(None, "folder of tables and plots; none: the run, or ./evaluation for several")
+    dataset: str | None = option(None, "only runs on this data set")
+    model: str | None = option(None, "only runs of this model (glancenet, cbnm, ...)")
+    as_json: bool = option(False, "print the table as JSON", bare=True, flags=["--json"])
+    dry_run: bool = option(False, "check the options, print them as JSON, and end", bare=True)
+
+
+def parse(argv: list[str]) -> Config:
+    """The options of a command line, whose first words may be folders."""
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    flags = argv[len(words) :]
+    flags = [f"{word}=true" if word == "--json" else word for word in flags]  # a folder may follow it
+    o, _ = from_flags(Config, flags, __doc__, positional=("log",))
+    return o.with_changes(log=[*words, *o.log])
+
+
+def chosen(o: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of --dataset and --model."""
+    names = {"dsprites": "dsprites_full", "mpi3d": "mpi3d_toy", "celeba": "celebA"} | DATASET_ALIASES
+    if o.dataset:
+        rows = [row for row in rows if row["dataset"].lower() == names.get(o.dataset.lower(), o.dataset).lower()]
+    if o.model:
+        rows = [row for row in rows if row["model"].lower() == ALIASES.get(o.model, o.model).lower()]
+    return rows
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """The command; returns the aggregate table."""
-    o = make_parser().parse(argv)
-    if not o.log and not o.more:
+    """The command; returns the aggregate table. Runs that cannot be read are named at the end."""
+    o = parse(list(sys.argv[1:] if argv is None else argv))
+    if o.dry_run:
+        print(json.dumps(o.as_dict(), indent=2))
+        return []
+    if not o.log:
         raise UserError("name a log folder: python glancenet/evaluate.py logs/<data set>__<alg>/<run>")
-    runs = find_runs([*o.log, *o.more])
-    rows = [run_scores(run) for run in runs]
-    if o.dataset:
-        names = {"dsprites": "dsprites_full", "mpi3d": "mpi3d_toy", "celeba": "celebA"} | DATASET_ALIASES
-        wanted = names.get(o.dataset.lower(), o.dataset)
-        rows = [row for row in rows if row["dataset"].lower() == wanted.lower()]
-    if o.model:
-        wanted = ALIASES.get(o.model, o.model)
-        rows = [row for row in rows if row["model"].lower() == wanted.lower()]
+    runs, rows, problems = find_runs(o.log), [], []
+    for run in runs:
+        try:
+            rows.append(run_scores(run))
+        except UserError as error:
+            problems.append(str(error))
+    rows = chosen(o, rows)
     if not rows:
-        raise UserError(f"none of the {len(runs)} runs found is --dataset {o.dataset} --model {o.model}")
+        raise UserError(problems[0] if problems else
+                        f"none of the {len(runs)} runs found is --dataset {o.dataset} --model {o.model}")  # fmt: skip
     out = Path(o.out) if o.out else Path(rows[0]["run"]) / "evaluation" if len(rows) == 1 else Path("evaluation")
     table = aggregate(rows)
     write_csv(out / "runs.csv", rows)
@@ -275,11 +289,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         file.write(markdown(table).encode())
     plot_supervision(out / "supervision.png", table)
     for i, row in enumerate(rows):
-        plot_run(
-            Path(row["run"]),
-            out if len(rows) == 1 else out / "runs" / f"{i:02d}_{row['model']}_{row['supervision']:g}_{row['seed']}",
-        )
-    print(json.dumps(table, indent=2) if o.json else markdown(table), end="")
+        folder = f"runs/{i:02d}_{row['model']}_{row['supervision']:g}_{row['seed']}"
+        plot_run(Path(row["run"]), out if len(rows) == 1 else out / folder)
+    print(json.dumps(table, indent=2) if o.as_json else markdown(table), end="", flush=True)
+    if problems:
+        raise UserError(f"{len(problems)} of {len(runs)} runs are left out: {'; '.join(problems)}")
     return table
 
 

@@ -1,43 +1,48 @@
 """Position leakage on dSprites: do concepts learned at the centre tell two corners apart?
 
-GlanceNets, section 5.2, figure 5. The models see sprites at the centre only, with concepts shape, scale and
-orientation.
+GlanceNets, section 5.2, figure 5. The models see sprites at the centre only, with concepts shape, scale, orientation.
 A logistic regression then reads the latents (their sigmoid) of sprites in two corners and predicts the corner from 80 %
 of them; leakage = 2 |accuracy - 1/2| on the rest. Models with rejection count rejected images as coin tosses.
 
     python glancenet/leakage.py --dset_dir data                                   # train cbnm, vae, glancenet; compare
     python glancenet/leakage.py --dset_dir data --models glancenet --seeds 0 1 2
     python glancenet/leakage.py --dset_dir data -- --max_epoch 25 --decoder ShallowLinear    # overrides of main.py
+    python glancenet/leakage.py --dset_dir data --resume auto                     # keep and go on with what --out has
     python glancenet/leakage.py --checkpoints checkpoints/NAME/final              # measure trained models only
 
 CG-VAE in the tables is the GlanceNet without rejection; `vae` is trained with --conditional_prior false. Models
 without a prior use the mean latents of each class as prototypes, and a bottleneck is judged by distance alone.
-Written in --out: leakage.json, leakage.csv, leakage.png, pca.png. Data: glancenet/prepare_dsprites_leakage.py.
+Written in --out after every model: leakage.json, leakage.csv, leakage.png, pca.png. The data are made by
+glancenet/prepare_dsprites_leakage.py.
 """
 
-import argparse
-import csv
-import io
-import json
-import shlex
 import sys
 from pathlib import Path
-from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import json
+import shlex
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from common.checkpoint import atomic_write, load_into, load_state, write_json
+from common.checkpoint import load_into, load_state, write_json
 from common.errors import UserError, run_command
-from common.launch import pick_device
+from common.launch import full_precision, pick_device
+from common.options import Device, Options, Resume, Seed, from_flags, option
 from glancenet import main as training
 from glancenet import osr, passes
-from glancenet.algorithms import Algorithm, algorithm_class
+from glancenet.algorithms import Algorithm, make_model
+from glancenet.compare import split_overrides
 from glancenet.data import ConceptData, load_data
-from glancenet.options import Parser
+from glancenet.evaluate import write_csv
+from glancenet.options import Config as TrainingConfig
+from glancenet.state import KIND
+from glancenet.visual import figure, save_figure
 
 PAPER = {"cbnm": 80.0, "cg-vae": 98.0, "glancenet": 1.0}  # leakage in %, figure 5d
 # the published experiment: MSE concepts, no class loss, KL held near 0 with weight 10, prior means on the shape only
@@ -58,23 +63,22 @@ MODELS = {
 
 def load_model(
     path: str, device: torch.device, dset_dir: str | None = None
-) -> tuple[Algorithm, ConceptData, argparse.Namespace]:
+) -> tuple[Algorithm, ConceptData, TrainingConfig]:
     """The model of a checkpoint, the data it was trained on, and its options. `dset_dir` replaces the data folder."""
-    state = load_state(path, training.KIND)
-    o = argparse.Namespace(**state["options"])
-    if dset_dir:
-        o.dset_dir = dset_dir
+    state = load_state(path, KIND)
+    saved = {name: value for name, value in state.get("options", {}).items() if name in TrainingConfig.model_fields}
+    o = TrainingConfig.build(saved, {"dset_dir": dset_dir} if dset_dir else {})
     data = load_data(o)
-    model = algorithm_class(o.alg)(o, data.shape)
-    load_into(model, state["model"], path)
+    model = make_model(o, data.shape)
+    load_into(model, state.get("model"), path)
     return model.to(device, memory_format=torch.channels_last), data, o
 
 
 def measure(
     model: Algorithm, data: ConceptData, device: torch.device, quantile: float, sampled: bool, seed: int
 ) -> dict[str, Any]:
-    """Leakage without rejection, with both checks, with each alone; shares of rejected corner and kept centre
-    images.
+    """Leakage without rejection, with both checks and with each alone; shares of rejected corners and kept unseen
+    centre images of each.
     """
     if data.corner is None:
         raise UserError(f"{data.name} has no corner label; the model must be trained on dsprites_leakage")
@@ -87,20 +91,24 @@ def measure(
     order = np.random.default_rng(seed).permutation(len(z))
     fit, held = order[: int(0.8 * len(z))], order[int(0.8 * len(z)) :]
     checks = osr.accept(corners.errors, corners.z, thresholds)
-    cases: dict[str, np.ndarray | None] = {"none": None, "distance": checks.latent}
+    kept = osr.accept(closed.errors, closed.z, thresholds)
+    everyone = np.ones(len(z), bool), np.ones(len(closed.z), bool)
+    cases = {"none": everyone, "distance": (checks.latent, kept.latent)}
     if model.decoder is not None:
-        cases |= {"reconstruction": checks.reconstruction, "both": checks.both}
+        cases |= {"reconstruction": (checks.reconstruction, kept.reconstruction), "both": (checks.both, kept.both)}
     found: dict[str, Any] = {}
-    for name, mask in cases.items():
-        masks = (None, None) if mask is None else (mask[fit], mask[held])
-        accuracy, leaked = osr.probe_leakage(z[fit], data.corner[fit], z[held], data.corner[held], *masks)
-        rejected = 0.0 if mask is None else float(1 - mask.mean())
-        found[name] = {"accuracy": accuracy, "leakage_percent": 100 * leaked, "rejected_percent": 100 * rejected}
-    kept = passes.accepted(model, closed, thresholds)
+    for name, (mask, closed_mask) in cases.items():
+        accuracy, leaked = osr.probe_leakage(
+            z[fit], data.corner[fit], z[held], data.corner[held], mask[fit], mask[held]
+        )
+        found[name] = {
+            "accuracy": accuracy, "leakage_percent": 100 * leaked, "rejected_percent": 100 * float(1 - mask.mean()),
+            "closed_set_kept_percent": 100 * float(closed_mask.mean()),
+        }  # fmt: skip
     medians = [float(np.median(errors)) for errors in (train.errors, closed.errors, corners.errors)]
     return {
-        "rejection": found, "closed_set_kept_percent": float(100 * kept.mean()),
-        "median_error_train": medians[0], "median_error_closed": medians[1], "median_error_corners": medians[2],
+        "rejection": found, "median_error_train": medians[0], "median_error_closed": medians[1],
+        "median_error_corners": medians[2],
         "largest_error_train": float(train.errors.max()), "smallest_error_corners": float(corners.errors.min()),
         "latents": z, "corner": data.corner,
     }  # fmt: skip
@@ -108,12 +116,9 @@ def measure(
 
 def table_rows(key: str, seed: int, found: dict[str, Any]) -> list[dict[str, Any]]:
     """One row a model and way of rejection; the GlanceNet without rejection is the paper's CG-VAE."""
-    rows = []
-    for name, values in found["rejection"].items():
-        shown = "cg-vae" if key == "glancenet" and name == "none" else key
-        kept = 100.0 if name == "none" else found["closed_set_kept_percent"]
-        rows.append({"seed": seed, "model": shown, "rejection": name, **values, "closed_set_kept_percent": kept})
-    return rows
+    named = {name: "cg-vae" if key == "glancenet" and name == "none" else key for name in found["rejection"]}
+    return [{"seed": seed, "model": named[name], "rejection": name, **values}
+            for name, values in found["rejection"].items()]  # fmt: skip
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,29 +139,23 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(out: Path, summary: list[dict[str, Any]], latents: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Bars of leakage beside the paper's, and the first two principal components of every model's corner latents."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    made = figure(6, 3.2)
+    axes = made.add_subplot()
     shown = [row for row in summary if row["rejection"] in ("none", "both")]
     names = [f"{row['model']}\n{'no rejection' if row['rejection'] == 'none' else 'with rejection'}" for row in shown]
-    axes.bar(
-        range(len(shown)), [row["leakage_percent"] for row in shown], yerr=[row["leakage_percent_std"] for row in shown]
-    )
+    heights, spread = ([row[name] for row in shown] for name in ("leakage_percent", "leakage_percent_std"))
+    axes.bar(range(len(shown)), heights, yerr=spread)
     for i, row in enumerate(shown):
         if row["model"] in PAPER and (row["rejection"] == "both") == (row["model"] == "glancenet"):
-            axes.plot([i - 0.4, i + 0.4], [PAPER[row["model"]]] * 2, "k--", label="paper" if i == 0 else None)
+            axes.plot([i - 0.4, i + 0.4], [PAPER[row["model"]]] * 2, "k--")
+    axes.plot([], [], "k--", label="paper")
     axes.set_xticks(range(len(shown)), names, fontsize=7)
     axes.set_ylabel("leakage, %")
     axes.legend()
-    out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out / "leakage.png", dpi=90)
-    figure = Figure(figsize=(3 * len(latents), 3), layout="constrained")
-    FigureCanvasAgg(figure)
+    save_figure(out / "leakage.png", made)
+    made = figure(3 * len(latents), 3)
     for i, (key, (z, corner)) in enumerate(latents.items()):
-        axes = figure.add_subplot(1, len(latents), i + 1)
+        axes = made.add_subplot(1, len(latents), i + 1)
         centred = z - z.mean(0)
         components = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
         for label, colour in ((0, "tab:blue"), (1, "tab:red")):
@@ -164,73 +163,79 @@ def plot(out: Path, summary: list[dict[str, Any]], latents: dict[str, tuple[np.n
             axes.scatter(points[:, 0], points[:, 1], s=2, c=colour, label=f"corner {label}")
         axes.set_title(key, fontsize=9)
     axes.legend(fontsize=7, markerscale=3)
-    figure.savefig(out / "pca.png", dpi=90)
+    save_figure(out / "pca.png", made)
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="which models to train")
-    p.add_argument("--seeds", nargs="+", type=int, default=[883], help="one run of every model a seed")
-    p.add_argument("--checkpoints", nargs="+", default=[], metavar="PATH", help="measure these instead of training")
-    p.add_argument("--dset_dir", default=None, help="folder of the data sets")
-    p.add_argument("--out", default="runs/leakage_dsprites", help="folder of results, logs and checkpoints")
-    p.add_argument("--osr_quantile", type=float, default=0.95, help="share of training images that each check keeps")
-    p.add_argument("--osr_sample", action="store_true", help="rejection on sampled latents instead of means")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<i> or mps")
-    return p
+class Config(Options):
+    """Which models are trained and measured; what follows -- on the command line goes to main.py."""
+
+    models: list[Literal[tuple(MODELS)]] = option(list(MODELS), "which models to train", min_length=1)
+    seeds: list[Seed] = option([883], "one run of every model a seed", min_length=1)
+    checkpoints: list[str] = option([], "measure these instead of training")
+    dset_dir: str | None = option(None, "folder of the data sets")
+    out: str = option("runs/leakage_dsprites", "folder of results, logs and checkpoints", min_length=1)
+    osr_quantile: float = option(0.95, "share of training images that each check keeps", gt=0, lt=1)
+    osr_sample: bool = option(False, "rejection on sampled latents instead of means", bare=True)
+    resume: Resume = option(False, "keep the finished models of --out and go on with a stopped one", bare="auto")
+    device: Device = option("auto", "device")
+    dry_run: bool = option(False, "check the options, print them as JSON, and end", bare=True)
 
 
-def train_one(key: str, seed: int, o: argparse.Namespace, overrides: list[str]) -> Path:
-    """Train a model by main.py into --out; returns its checkpoint."""
-    out = Path(o.out)
-    place = ["--name", f"{key}_{seed}", "--ckpt_dir", str(out / "checkpoints"), "--log_dir", str(out / "logs")]
-    place += ["--out_path", f"{key}_{seed}", "--train_output_dir", str(out / "pictures"), "--overwrite", "true"]
+def command(key: str, seed: int, o: Config, overrides: list[str]) -> list[str]:
+    """The words of main.py that train a model into --out."""
+    out, name = Path(o.out), f"{key}_{seed}"
+    place = ["--name", name, "--ckpt_dir", f"{out}/checkpoints", "--log_dir", f"{out}/logs", "--out_path", name]
+    place += ["--train_output_dir", f"{out}/pictures", *(["--resume", "auto"] if o.resume else ["--overwrite", "true"])]
     data = ["--dset_dir", o.dset_dir] if o.dset_dir else []
-    words = [*MODELS[key], *place, *data, "--seed", str(seed), "--device", o.device, *overrides]
-    training.main(words)
-    return out / "checkpoints" / f"{key}_{seed}" / "final"
+    return [*MODELS[key], *place, *data, "--seed", str(seed), "--device", o.device, *overrides]
+
+
+def train_one(key: str, seed: int, o: Config, overrides: list[str]) -> Path:
+    """Train a model by main.py into --out, unless --resume finds it there; returns its checkpoint."""
+    training.main(command(key, seed, o, overrides))
+    return Path(o.out) / "checkpoints" / f"{key}_{seed}" / "final"
+
+
+def write_results(out: Path, rows: list[dict[str, Any]], details: list[dict[str, Any]], overrides: list[str],
+                  latents: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:  # fmt: skip
+    """The files of the models measured so far; returns the summary."""
+    summary = summarise(rows)
+    write_json(out / "leakage.json", {
+        "summary": summary, "runs": details, "paper_leakage_percent": PAPER, "overrides": overrides,
+    })  # fmt: skip
+    write_csv(out / "leakage.csv", summary)
+    plot(out, summary, latents)
+    return summary
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """The command; returns the summary rows."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    overrides: list[str] = []
-    if "--" in argv:
-        overrides = argv[argv.index("--") + 1 :]
-        argv = argv[: argv.index("--")]
-    o = make_parser().parse(argv)
-    device = pick_device(o.device)
-    jobs = [(key, seed, None) for seed in o.seeds for key in o.models]
-    if o.checkpoints:
-        jobs = [(None, None, path) for path in o.checkpoints]
-    rows, details, latents = [], [], {}
+    words, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
+    o, _ = from_flags(Config, words, __doc__)
+    device, out = pick_device(o.device), Path(o.out)
+    for key in o.models if not o.checkpoints else ():  # all that can be wrong is said before the first training
+        training.parse(command(key, o.seeds[0], o, overrides))
+    if o.dry_run:
+        print(json.dumps(o.as_dict() | {"overrides": overrides}, indent=2))
+        return []
+    jobs: list[tuple[str | None, int | None, str | None]] = [(None, None, path) for path in o.checkpoints]
+    jobs = jobs or [(key, seed, None) for seed in o.seeds for key in o.models]
+    rows, details, latents, summary = [], [], {}, []
     for key, seed, path in jobs:
         path = path or train_one(key, seed, o, overrides)
+        full_precision()  # whatever the training used
         model, data, used = load_model(str(path), device, o.dset_dir)
         if key is None:
             key = "cbnm" if model.decoder is None else "glancenet" if model.class_means() is not None else "vae"
         found = measure(model, data, device, o.osr_quantile, o.osr_sample, used.seed)
         latents.setdefault(key, (found.pop("latents"), found.pop("corner")))
-        found.pop("latents", None), found.pop("corner", None)
+        found = {name: value for name, value in found.items() if name not in ("latents", "corner")}
         rows += table_rows(key, used.seed, found)
         details.append({"model": key, "seed": used.seed, "checkpoint": str(path), **found})
-    summary = summarise(rows)
-    out = Path(o.out)
-    write_json(
-        out / "leakage.json",
-        {"summary": summary, "runs": details, "paper_leakage_percent": PAPER, "overrides": overrides},
-    )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(summary[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(summary)
-    with atomic_write(out / "leakage.csv") as file:
-        file.write(text.getvalue().encode())
-    plot(out, summary, latents)
+        summary = write_results(out, rows, details, overrides, latents)
     for row in summary:
-        paper = f"(paper {PAPER[row['model']]:.0f} %)" if row["model"] in PAPER else ""
+        published = row["rejection"] == ("both" if row["model"] == "glancenet" else "none")
+        paper = f"(paper {PAPER[row['model']]:.0f} %)" if published and row["model"] in PAPER else ""
         print(f"{row['model']:10s} rejection {row['rejection']:15s} leakage {row['leakage_percent']:5.1f} +/- "
               f"{row['leakage_percent_std']:.1f} %  corners rejected {row['rejected_percent']:5.1f} %  centre kept "
               f"{row['closed_set_kept_percent']:5.1f} % {paper}")  # fmt: skip

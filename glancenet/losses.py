@@ -1,17 +1,90 @@
-"""Every loss of GlanceNets, concept bottlenecks and the VAE plug-ins, as small functions of tensors.
+"""The objectives of GlanceNets, concept bottlenecks and the VAE family, and every loss in them: functions of tensors.
 
 B examples, D latents, L supervised concepts (L <= D), C classes. Unless said otherwise a loss is a mean over the batch.
 The concept activation is tanh(z/2) = 2 sigmoid(z) - 1 in (-1, 1); concept labels lie in [0, 1].
 """
 
 import math
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glancenet.options import Config
+
 ANCHOR_WEIGHT = 100.0
+MMD_PRIOR_SAMPLES = 1000
+
+
+class Batch(NamedTuple):
+    """x (B, C, 64, 64) in [0, 1]; labels (B, L) in [0, 1]; y (B,); mask (B,) in {0, 1}; codes (B, n) integer labels."""
+
+    x: Tensor
+    labels: Tensor
+    y: Tensor
+    mask: Tensor
+    codes: Tensor
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights and switches of the objectives, named as the flags; None means off."""
+
+    w_recon: float = 1.0
+    w_kld: float = 1.0
+    label_weight: float = 5.0
+    latent_weight: float = 5.0
+    latent_loss: str = "MSE"
+    cluster_dim: int = 0
+    max_c: float | None = None
+    iterations_c: float = 10000
+    w_tc: float = 1.0
+    w_infovae: float = 1.0
+    w_dipvae: float = 1.0
+    lambda_od: float = 1.0
+    lambda_d: float = 10.0
+    w_le: float = 1.0
+    w_aux: float = 1.0
+    loss_terms: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, o: Config) -> "Weights":
+        """The weights that the command line gives."""
+        named = {field.name: getattr(o, field.name) for field in fields(cls) if field.name != "lambda_d"}
+        named["latent_weight"] = o.label_weight if o.latent_weight is None else o.latent_weight
+        named["max_c"] = o.max_c if o.controlled_capacity_increase else None
+        return cls(**named | {"lambda_d": o.lambda_d_factor * o.lambda_od, "loss_terms": tuple(o.loss_terms)})
+
+    def capacity(self, step: int) -> float | None:
+        """The controlled capacity after `step` optimiser steps, or None."""
+        return None if self.max_c is None else capacity(step, self.max_c, self.iterations_c)
+
+
+class Terms(NamedTuple):
+    """The weighted parts of one objective: scalars. `latent` is 0 when no row is supervised; see `supervised`."""
+
+    recon: Tensor
+    kld: Tensor
+    prediction: Tensor
+    latent: Tensor
+    plugins: Tensor
+    columns: Tensor  # (L,) unweighted concept errors
+    supervised: Tensor  # bool: some row of the batch carries concept labels
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimised."""
+        return self.recon + self.kld + self.prediction + self.latent + self.plugins
+
+    @property
+    def true_values(self) -> Tensor:
+        """The concept term as it is logged: -1 when no row is supervised."""
+        return torch.where(self.supervised, self.latent, torch.full_like(self.latent, -1.0))
+
+
+# ---- building blocks ------------------------------------------------------------------------------------------------
 
 
 def reparametrize(mu: Tensor, logvar: Tensor, eps: Tensor | None = None) -> Tensor:
@@ -107,6 +180,41 @@ def concept_loss(
     return ConceptLoss(total, masked_column_means(errors, mask).detach(), (mask > 0).any())
 
 
+# ---- objectives -----------------------------------------------------------------------------------------------------
+
+
+def vae_terms(
+    w: Weights, x: Tensor, logits: Tensor, mu: Tensor, logvar: Tensor, step: int, class_means: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(reconstruction, KL) of a VAE, weighted; the prior mean of each row is class_means (B, D) where given."""
+    target = None if class_means is None else prior_target(class_means, w.cluster_dim)
+    kl = kl_divergence(mu, logvar, target)
+    return w.w_recon * reconstruction(logits, x), kl_term(kl, w.w_kld, w.capacity(step))
+
+
+def glancenet_terms(
+    w: Weights, batch: Batch, logits: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, class_logits: Tensor,
+    class_means: Tensor | None, step: int,
+) -> Terms:  # fmt: skip
+    """GlanceNet's objective (paper, eq. 3): reconstruction + KL to the class's prior + classes + concepts.
+
+    class_means (B, D) = mu_y of every row, or None for the standard normal prior (then there is no anchor either).
+    """
+    recon, kld = vae_terms(w, batch.x, logits, mu, logvar, step, class_means)
+    prediction = w.label_weight * F.cross_entropy(class_logits, batch.y)
+    concepts = concept_loss(z, batch.labels, batch.mask, w.latent_loss, class_means, w.cluster_dim)
+    latent = w.latent_weight * concepts.total
+    return Terms(recon, kld, prediction, latent, torch.zeros_like(recon), concepts.columns, concepts.any)
+
+
+def cbnm_terms(w: Weights, batch: Batch, mu: Tensor, class_logits: Tensor) -> Terms:
+    """The joint concept bottleneck: classes + concepts, of the encoder's mean."""
+    prediction = w.label_weight * F.cross_entropy(class_logits, batch.y)
+    concepts = concept_loss(mu, batch.labels, batch.mask, w.latent_loss)
+    zero = torch.zeros_like(prediction)
+    return Terms(zero, zero, prediction, w.latent_weight * concepts.total, zero, concepts.columns, concepts.any)
+
+
 def soft_accuracy(probabilities: Tensor, y: Tensor) -> Tensor:
     """The published 'accuracy': mean over examples and classes of the probability given to the right yes/no answer.
 
@@ -114,28 +222,6 @@ def soft_accuracy(probabilities: Tensor, y: Tensor) -> Tensor:
     """
     truth = F.one_hot(y, probabilities.shape[1]).to(probabilities.dtype)
     return (truth * probabilities + (1 - truth) * (1 - probabilities)).mean()
-
-
-def hard_accuracy(scores: Tensor, y: Tensor) -> Tensor:
-    """Share of examples whose largest score (B, C) is that of class y (B,)."""
-    return (scores.argmax(1) == y).to(torch.get_default_dtype()).mean()
-
-
-def balanced_accuracy(scores: Tensor, y: Tensor) -> Tensor:
-    """Mean over the classes present in y of their share of right answers."""
-    right = (scores.argmax(1) == y).to(torch.float64)
-    return torch.stack([right[y == c].mean() for c in y.unique()]).mean()
-
-
-def soft_f1(probabilities: Tensor, y: Tensor, eps: float = 1e-7) -> Tensor:
-    """1 - mean over classes of the F1 score with probabilities in place of decisions (B, C)."""
-    truth = F.one_hot(y, probabilities.shape[1]).to(probabilities.dtype)
-    tp = (truth * probabilities).sum(0)
-    fp = ((1 - truth) * probabilities).sum(0)
-    fn = (truth * (1 - probabilities)).sum(0)
-    precision, recall = tp / (tp + fp + eps), tp / (tp + fn + eps)
-    f1 = (2 * precision * recall / (precision + recall + eps)).clamp(min=eps, max=1 - eps)
-    return 1 - f1.mean()
 
 
 # ---- several integer labels at once (CVAE, IFCVAE) ------------------------------------------------------------------
@@ -153,20 +239,9 @@ def multi_label_cross_entropy(logits: Tensor, codes: Tensor, sizes: list[int]) -
     return torch.stack([F.cross_entropy(group, codes[:, i]) for i, group in enumerate(groups)]).sum()
 
 
-def multi_label_accuracy(logits: Tensor, codes: Tensor, sizes: list[int]) -> Tensor:
-    """Mean over the label groups of their hard accuracy."""
-    groups = logits.split(sizes, dim=1)
-    return torch.stack([hard_accuracy(group, codes[:, i]) for i, group in enumerate(groups)]).mean()
-
-
 def multi_label_softmax(logits: Tensor, sizes: list[int]) -> Tensor:
     """Softmax within every label group: (B, sum sizes)."""
     return torch.cat([group.softmax(1) for group in logits.split(sizes, dim=1)], dim=1)
-
-
-def softmax_entropy(logits: Tensor) -> Tensor:
-    """Mean over the batch of the entropy (nats) of softmax(logits)."""
-    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
 
 
 # ---- total correlation (beta-TCVAE, Chen et al. 2018) ---------------------------------------------------------------
@@ -189,55 +264,6 @@ def total_correlation(z: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
 def beta_tc_loss(z: Tensor, mu: Tensor, logvar: Tensor, w_tc: float) -> Tensor:
     """(w_tc - 1) TC: added to a VAE's KL it weighs the total correlation by w_tc."""
     return (w_tc - 1) * total_correlation(z, mu, logvar)
-
-
-class KLParts(NamedTuple):
-    """Mean over the batch of mutual information, total correlation, dimension-wise KL, their sum; (B,) log
-    densities.
-    """
-
-    mi: Tensor
-    tc: Tensor
-    dwkl: Tensor
-    kl: Tensor
-    log_qz: Tensor
-    log_prod_qzi: Tensor
-
-
-def importance_weights(batch: int, dataset_size: int, estimator: str) -> Tensor:
-    """Log weights (B_j, B_i) of the minibatch estimates of q(z) (Chen et al. 2018, appendix C).
-
-    `mws`: 1/(N B) everywhere. `mss`: in row j 1/N on i = j, (N - M)/(N M) on i = j + 1 (mod B), 1/M elsewhere, M = B
-    - 1.
-    """
-    if estimator == "mws":
-        return torch.full((batch, batch), -math.log(dataset_size * batch), dtype=torch.float64)
-    if estimator != "mss":
-        raise ValueError(f"estimator {estimator!r}: expected 'mws' or 'mss'")
-    m = batch - 1
-    weights = torch.full((batch, batch), 1 / m, dtype=torch.float64)
-    rows = torch.arange(batch)
-    weights[rows, rows] = 1 / dataset_size
-    weights[rows, (rows + 1) % batch] = (dataset_size - m) / (dataset_size * m)
-    return weights.log()
-
-
-def kl_decomposition(z: Tensor, mu: Tensor, logvar: Tensor, dataset_size: int, estimator: str = "mws") -> KLParts:
-    """KL = mutual information + total correlation + dimension-wise KL, estimated within one batch."""
-    weights = importance_weights(len(z), dataset_size, estimator).to(z)
-    density = pairwise_log_density(z, mu, logvar)
-    log_qz = (weights + density.sum(2)).logsumexp(1)
-    log_prod_qzi = (weights[:, :, None] + density).logsumexp(1).sum(1)
-    log_q_given_x = pairwise_diagonal(density).sum(1)
-    log_pz = (-0.5 * (math.log(2 * math.pi) + z.square())).sum(1)
-    mi, tc = (log_q_given_x - log_qz).mean(), (log_qz - log_prod_qzi).mean()
-    dwkl = (log_prod_qzi - log_pz).mean()
-    return KLParts(mi, tc, dwkl, mi + tc + dwkl, log_qz, log_prod_qzi)
-
-
-def pairwise_diagonal(density: Tensor) -> Tensor:
-    """The entries i = j of (B, B, D): (B, D)."""
-    return density.diagonal(dim1=0, dim2=1).transpose(0, 1)
 
 
 # ---- DIP-VAE (Kumar et al. 2018) ------------------------------------------------------------------------------------

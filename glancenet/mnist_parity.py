@@ -6,39 +6,40 @@ other digits and predicts their parity; leakage = 2 |accuracy - 1/2|. The Glance
 rejected input counts as a coin toss.
 
     python glancenet/mnist_parity.py                          # all three models, seed 0, the published epochs
-    python glancenet/mnist_parity.py --seeds 0 1 2 --out runs/mnist_parity
+    python glancenet/mnist_parity.py --seeds 0 1 2 --out runs/mnist_parity --resume auto
     python glancenet/mnist_parity.py --models glancenet --epochs 20 --data_root data
 
-Written in --out: results.json and results.csv (one row a model, representation and rejection), leakage.png,
-latents.png, and for every seed <seed>/{cbm,vae,osr_vae}.safetensors, samples/*.png and tensorboard_runs/.
+Written in --out after every model: results.json and results.csv (one row a model, representation and rejection),
+leakage.png, latents.png, and for every seed <seed>/{cbm,vae,osr_vae}.safetensors, samples/*.png and tensorboard_runs/.
 Needs MNIST: `python -m common.datasets.prepare mnist`.
 """
 
-import argparse
-import csv
-import io
-import json
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import json
+import time
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from common.checkpoint import atomic_write, load_into, load_weights, save_weights, write_json
-from common.errors import UserError, run_command
+from common.checkpoint import load_into, load_weights, save_weights, write_json
+from common.errors import run_command
 from common.images import mosaic, save_image
-from common.launch import check_finite, pick_device, seed_everything
+from common.launch import check_finite, full_precision, pick_device, seed_everything
+from common.options import Count, Device, Options, Resume, Seed, check_resume, from_flags, option
 from common.run import Board
 from glancenet import osr
+from glancenet.evaluate import write_csv
 from glancenet.mnist_objective import CONCEPTS, KNOWN_DIGITS, MODELS, Terms
-from glancenet.options import Parser, boolean
+from glancenet.visual import figure, save_figure
 
 LR, BATCH = 1e-3, 100
 PUBLISHED_EPOCHS = {"cbnm": 21, "vae": 51, "glancenet": 51}
@@ -126,6 +127,15 @@ class Seen(NamedTuple):
     errors: np.ndarray
     y: np.ndarray
 
+    def only(self, mask: np.ndarray) -> "Seen":
+        """The rows of a mask."""
+        return Seen(*(part[mask] for part in self))
+
+
+def sampled(seen: Seen) -> Seen:
+    """Samples in the place of means."""
+    return seen._replace(mu=seen.z)
+
 
 @torch.no_grad()
 def encode(model: nn.Module, digits: Digits, sampled_reconstruction: bool = False) -> Seen:
@@ -142,19 +152,6 @@ def encode(model: nn.Module, digits: Digits, sampled_reconstruction: bool = Fals
     return Seen(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-@torch.no_grad()
-def stale_errors(model: nn.Module, digits: Digits, train: Digits) -> np.ndarray:
-    """Errors (n,) as the published notebook computes them on the test set: against reconstructions of the last training
-    batch instead of the image's own. Kept to measure what that slip does to the published rejection."""
-    mu, _ = model.encoder(train.x[-100:])
-    logits = model.decoder(mu)
-    errors = []
-    for start in range(0, len(digits.x), len(logits)):
-        x = digits.x[start : start + len(logits)]
-        errors.append(F.binary_cross_entropy_with_logits(logits[: len(x)], x, reduction="none").sum(1))
-    return torch.cat(errors).double().cpu().numpy()
-
-
 def prototypes(model: nn.Module, seen: Seen) -> np.ndarray:
     """The prior's class means (2, D), or for models without one the mean latents of the training 4s and 5s."""
     if hasattr(model, "class_means"):
@@ -162,40 +159,39 @@ def prototypes(model: nn.Module, seen: Seen) -> np.ndarray:
     return np.stack([seen.mu[seen.y == digit].mean(0) for digit in KNOWN_DIGITS])
 
 
-class Rejection(NamedTuple):
-    """Thresholds and the masks of accepted images among other digits (train, test) and held-out 4s and 5s."""
+def fit_rejection(model: nn.Module, known_train: Seen, quantile: float, grid: bool) -> osr.Thresholds:
+    """Both thresholds from the training 4s and 5s; `grid` uses the published search instead of the quantile."""
+    means, y, z = prototypes(model, known_train), known_train.y - KNOWN_DIGITS[0], known_train.mu
+    fitted = osr.fit_thresholds(known_train.errors, z, y, means, CONCEPTS, quantile)
+    if not grid:
+        return fitted
+    distances = osr.prototype_distances(z, means, CONCEPTS)
+    reach = [osr.grid_threshold(distances[y == c, c], 0.94, 0.96, span=GRID_SPAN) for c in range(len(means))]
+    error = osr.grid_threshold(known_train.errors, 0.94, 0.96)
+    return fitted._replace(
+        distance=np.where(np.isnan(reach), fitted.distance, reach),
+        reconstruction=fitted.reconstruction if np.isnan(error) else error,
+    )
 
-    thresholds: osr.Thresholds
-    train: np.ndarray
-    test: np.ndarray
-    closed: np.ndarray
 
+@torch.no_grad()
+def as_published(model: nn.Module, train: Digits, test: Digits) -> tuple[np.ndarray, np.ndarray, dict[str, Seen]]:
+    """The rejection of the published notebook: masks of all training and test images, and how they are encoded.
 
-def reject(
-    model: nn.Module,
-    known_train: Seen,
-    others_train: Seen,
-    others_test: Seen,
-    known_test: Seen,
-    quantile: float,
-    grid: bool,
-) -> Rejection:
-    """Fit both checks on training 4s and 5s and apply them. `grid` uses the published threshold search."""
-    means, y = prototypes(model, known_train), known_train.y - KNOWN_DIGITS[0]
-    fitted = osr.fit_thresholds(known_train.errors, known_train.mu, y, means, CONCEPTS, quantile)
-    if grid:
-        distances = osr.prototype_distances(known_train.mu, means, CONCEPTS)
-        reach = [osr.grid_threshold(distances[y == c, c], 0.94, 0.96, span=GRID_SPAN) for c in range(len(means))]
-        reach = np.where(np.isnan(reach), fitted.distance, reach)
-        error = osr.grid_threshold(known_train.errors, 0.94, 0.96)
-        fitted = fitted._replace(distance=reach, reconstruction=fitted.reconstruction if np.isnan(error) else error)
-    has_decoder = hasattr(model, "decoder")
-
-    def judge(seen: Seen) -> np.ndarray:
-        checks = osr.accept(seen.errors, seen.mu, fitted)
-        return checks.both if has_decoder else checks.latent
-
-    return Rejection(fitted, judge(others_train), judge(others_test), judge(known_test))
+    Latents and reconstructions are samples, and thresholds come from the published search. A training image is compared
+    with its own reconstruction; the i-th image of a test batch of 100, of whatever digit, with the reconstruction that
+    the last training batch, shuffled and of all ten digits, left in row i.
+    """
+    seen = {name: sampled(encode(model, digits, True)) for name, digits in (("train", train), ("test", test))}
+    thresholds = fit_rejection(model, seen["train"].only(known(train.y).cpu().numpy()), 0.95, grid=True)
+    batch = torch.randperm(len(train.y))[:BATCH].to(train.x.device)
+    mu, logvar = model.encoder(train.x[batch])
+    left = torch.sigmoid(model.decoder(mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)))
+    left = left[torch.arange(len(test.y), device=left.device) % len(left)]
+    stale = F.binary_cross_entropy(left, test.x, reduction="none").sum(1).double().cpu().numpy()
+    masks = [osr.accept(errors, part.mu, thresholds).both
+             for errors, part in ((seen["train"].errors, seen["train"]), (stale, seen["test"]))]  # fmt: skip
+    return *masks, seen
 
 
 def representation(key: str, seen: Seen, sampled: bool) -> np.ndarray:
@@ -207,38 +203,48 @@ def representation(key: str, seen: Seen, sampled: bool) -> np.ndarray:
 
 
 def leakage_rows(
-    model: nn.Module, key: str, train_digits: Digits, test_digits: Digits, options: argparse.Namespace
-) -> tuple[list[dict], dict[str, Seen]]:
-    """Leakage of one trained model, with and without rejection: rows for the table, and the encodings."""
+    model: nn.Module, key: str, train_digits: Digits, test_digits: Digits, o: "Config"
+) -> tuple[list[dict], dict[str, Seen], osr.Thresholds]:
+    """Leakage of one trained model, with and without rejection: rows for the table, the encodings, the thresholds."""
     in_train, in_test = known(train_digits.y), known(test_digits.y)
     parts = {
         "known_train": train_digits.only(in_train), "others_train": train_digits.only(~in_train),
         "others_test": test_digits.only(~in_test), "known_test": test_digits.only(in_test),
     }  # fmt: skip
-    seen = {name: encode(model, part, options.sampled_reconstruction) for name, part in parts.items()}
-    rejection = reject(model, **seen, quantile=options.quantile, grid=options.threshold_search)
-    features = [representation(key, seen[name], options.sampled) for name in ("others_train", "others_test")]
+    seen = {name: encode(model, part, o.sampled_reconstruction) for name, part in parts.items()}
+    thresholds = fit_rejection(model, seen["known_train"], o.quantile, o.threshold_search)
+    checks = {name: osr.accept(part.errors, part.mu, thresholds) for name, part in seen.items()}
+    has_decoder = hasattr(model, "decoder")
+    both = {name: check.both if has_decoder else check.latent for name, check in checks.items()}
+    cases = {"none": {name: np.ones(len(part.y), bool) for name, part in seen.items()}, "both checks": both}
+    if has_decoder:
+        cases["distance only"] = {name: check.latent for name, check in checks.items()}
+    features = [representation(key, seen[name], o.sampled) for name in ("others_train", "others_test")]
     even = [(seen[name].y % 2 == 0).astype(np.int64) for name in ("others_train", "others_test")]
-    everything = np.ones(len(seen["known_test"].y), bool)
-    cases = [("none", None, None, everything), ("both checks", rejection.train, rejection.test, rejection.closed)]
-    if hasattr(model, "decoder"):
-        t = rejection.thresholds
-        names = ("others_train", "others_test", "known_test")
-        cases.append(("distance only", *(osr.accept(seen[name].errors, seen[name].mu, t).latent for name in names)))
-        if options.stale:
-            stale = seen["others_test"]._replace(errors=stale_errors(model, parts["others_test"], parts["known_train"]))
-            test_mask = osr.accept(stale.errors, stale.mu, t).both
-            cases.append(("published slip", rejection.train, test_mask, rejection.closed))
-    rows = []
-    for name, train_mask, test_mask, closed_mask in cases:
-        accuracy, leaked = osr.probe_leakage(features[0], even[0], features[1], even[1], train_mask, test_mask)
-        rejected = 0.0 if test_mask is None else 1 - test_mask.mean()
-        rows.append({
-            "model": key, "rejection": name, "accuracy": accuracy, "leakage_percent": 100 * leaked,
-            "rejected_percent": 100 * rejected,
-            "closed_set_kept_percent": float(100 * closed_mask.mean()),
-        })  # fmt: skip
-    return rows, seen
+    rows = [row_of(key, name, features, even, masks) for name, masks in cases.items()]
+    if has_decoder and o.stale:
+        in_train, in_test = in_train.cpu().numpy(), in_test.cpu().numpy()
+        train_mask, test_mask, drawn = as_published(model, train_digits, test_digits)
+        masks = {"others_train": train_mask[~in_train], "others_test": test_mask[~in_test],
+                 "known_test": test_mask[in_test]}  # fmt: skip
+        features = [representation(key, drawn[name].only(~mask), True)
+                    for name, mask in (("train", in_train), ("test", in_test))]  # fmt: skip
+        rows.append(row_of(key, "as published", features, even, masks))
+    return rows, seen, thresholds
+
+
+def row_of(
+    key: str, rejection: str, features: list[np.ndarray], even: list[np.ndarray], masks: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """A row of the table: leakage from the others' features in training and test, and what is rejected and kept."""
+    accuracy, leaked = osr.probe_leakage(
+        features[0], even[0], features[1], even[1], masks["others_train"], masks["others_test"]
+    )
+    return {
+        "model": key, "rejection": rejection, "accuracy": accuracy, "leakage_percent": 100 * leaked,
+        "rejected_percent": float(100 * (1 - masks["others_test"].mean())),
+        "closed_set_kept_percent": float(100 * masks["known_test"].mean()),
+    }  # fmt: skip
 
 
 def save_samples(model: nn.Module, digits: Digits, path: Path) -> None:
@@ -251,12 +257,8 @@ def save_samples(model: nn.Module, digits: Digits, path: Path) -> None:
 
 def plot_leakage(path: Path, summary: list[dict]) -> None:
     """Bars of leakage for each model, without and with rejection; dashed lines are the paper's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    made = figure(6, 3.2)
+    axes = made.add_subplot()
     models = [key for key in MODELS if any(row["model"] == key for row in summary)]
     for k, (rejection, label) in enumerate((("none", "no rejection"), ("both checks", "with rejection"))):
         rows = [next(row for row in summary if (row["model"], row["rejection"]) == (key, rejection)) for key in models]
@@ -270,18 +272,13 @@ def plot_leakage(path: Path, summary: list[dict]) -> None:
     axes.set_xticks(range(len(models)), [TITLES[key] for key in models])
     axes.set_ylabel("leakage, %")
     axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    save_figure(path, made)
 
 
 def plot_latents(path: Path, seen: dict[str, Seen], thresholds: osr.Thresholds | None) -> None:
     """The two concept latents of the closed and open test sets, with the acceptance discs (figure 4)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    made = figure(4.2, 4)
+    axes = made.add_subplot()
     for name, colour in (("others_test", "tab:gray"), ("known_test", "tab:blue")):
         z = seen[name].mu[:1500, :CONCEPTS]
         axes.scatter(z[:, 0], z[:, 1], s=3, c=colour, label="other digits" if name == "others_test" else "4 and 5")
@@ -292,8 +289,7 @@ def plot_latents(path: Path, seen: dict[str, Seen], thresholds: osr.Thresholds |
     axes.set_xlabel("$z_4$")
     axes.set_ylabel("$z_5$")
     axes.legend(markerscale=3, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    save_figure(path, made)
 
 
 def summarise(rows: list[dict]) -> list[dict]:
@@ -310,90 +306,84 @@ def summarise(rows: list[dict]) -> list[dict]:
     return summary
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="which models")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0], help="one run of every model a seed")
-    p.add_argument("--epochs", type=int, default=None, help="epochs of every model; default 21 (cbnm), 51 (others)")
-    p.add_argument("--max_iter", type=int, default=None, help="stop every model after so many steps")
-    p.add_argument(
-        "--data_root", default=None, help="folder of the data sets; default environment DATA_ROOT, then data"
+class Config(Options):
+    """What is trained and measured; weights of other settings than those marked "same" are not reused."""
+
+    models: list[Literal[tuple(MODELS)]] = option(list(MODELS), "which models", resume="call", min_length=1)
+    seeds: list[Seed] = option([0], "one run of every model a seed", resume="call", min_length=1)
+    epochs: Count | None = option(None, "epochs of every model; none: 21 (cbnm), 51 (others)")
+    max_iter: Count | None = option(None, "stop every model after so many steps")
+    data_root: str | None = option(
+        None, "folder of the data sets; none: environment DATA_ROOT, then data", resume="call"
     )
-    p.add_argument("--out", default="runs/mnist_parity", help="folder of the results")
-    p.add_argument(
-        "--reuse", type=boolean, default=False, help="do not train again what --out already holds (an interrupted run)"
+    out: str = option("runs/mnist_parity", "folder of the results", resume="call", min_length=1)
+    reuse: bool = option(
+        False, "do not train again what --out already holds (an interrupted run)", resume="call", bare=True
     )
-    p.add_argument("--quantile", type=float, default=0.95, help="share of training 4s and 5s that each check keeps")
-    p.add_argument(
-        "--threshold_search", type=boolean, default=False, help="the published threshold search, not quantiles"
-    )
-    p.add_argument(
-        "--sampled", type=boolean, default=True, help="the probe reads a posterior sample (published), not the mean"
-    )
-    p.add_argument("--sampled_reconstruction", type=boolean, default=False, help="errors of a sample's reconstruction")
-    p.add_argument(
-        "--stale",
-        type=boolean,
-        default=True,
-        help="also measure the published slip: test errors against reconstructions of training images",
-    )
-    p.add_argument("--limit", type=int, default=None, help="use only the first images of each split (smoke runs)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<i> or mps")
-    return p
+    resume: Resume = option(False, "the same as --reuse", resume="call", bare="auto")
+    quantile: float = option(0.95, "share of training 4s and 5s that each check keeps", resume="call", gt=0, lt=1)
+    threshold_search: bool = option(False, "the published threshold search, not quantiles", resume="call")
+    sampled: bool = option(True, "the probe reads a posterior sample (published), not the mean", resume="call")
+    sampled_reconstruction: bool = option(False, "errors of a sample's reconstruction", resume="call")
+    stale: bool = option(
+        True, "also measure the rejection as published: test images against reconstructions of a training batch",
+        resume="call",
+    )  # fmt: skip
+    limit: int | None = option(None, "use only the first images of each split (smoke runs)", ge=200, le=60_000)
+    device: Device = option("auto", "device", resume="call")
+    dry_run: bool = option(False, "check the options, print them as JSON, and end", resume="call", bare=True)
+
+
+def trained(model: nn.Module, key: str, digits: Digits, seed: int, o: Config, folder: Path) -> None:
+    """Train a model, or with --reuse take the weights that are there. Raises UserError for other settings."""
+    path = folder / f"{model.name.lower()}.safetensors"
+    if (o.reuse or o.resume) and path.is_file():
+        tensors, config = load_weights(path)
+        check_resume(config, o, path)
+        load_into(model, tensors, path)
+        return
+    with Board(folder / "tensorboard_runs" / model.name) as board:
+        train(model, key, digits, o.epochs or PUBLISHED_EPOCHS[key], seed, board, o.max_iter)
+    save_weights(path, dict(model.state_dict()), {"model": key, **o.as_dict()})
+
+
+def write_results(out: Path, rows: list[dict], o: Config) -> list[dict]:
+    """results.json, results.csv and leakage.png of the models measured so far; returns the summary."""
+    summary = summarise(rows)
+    paper = {f"{key}, {rejection}": value for (key, rejection), value in PAPER.items()}
+    record = {"options": o.as_dict(), "runs": rows, "summary": summary, "paper_leakage_percent": paper}
+    write_json(out / "results.json", record)
+    write_csv(out / "results.csv", summary)
+    plot_leakage(out / "leakage.png", summary)
+    return summary
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """The command; returns the summary rows."""
-    o = make_parser().parse(argv)
-    if o.epochs is not None and o.epochs < 1:
-        raise UserError(f"--epochs {o.epochs}: at least 1")
-    if not 0 < o.quantile < 1:
-        raise UserError(f"--quantile {o.quantile:g}: expected a share between 0 and 1")
+    o, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
     device, out = pick_device(o.device), Path(o.out)
+    if o.dry_run:
+        print(json.dumps(o.as_dict(), indent=2))
+        return []
+    full_precision()
     train_digits, test_digits = load_digits(o.data_root, device)
     if o.limit:
         train_digits, test_digits = (Digits(d.x[: o.limit], d.y[: o.limit]) for d in (train_digits, test_digits))
     rows: list[dict] = []
-    for seed in o.seeds:
-        for key in o.models:
-            began = time.perf_counter()
-            seed_everything(seed)
-            model = MODELS[key]().to(device)
-            folder = out / str(seed)
-            path = folder / f"{model.name.lower()}.safetensors"
-            if o.reuse and path.is_file():
-                load_into(model, load_weights(path)[0], path)
-            else:
-                with Board(folder / "tensorboard_runs" / model.name) as board:
-                    train(model, key, train_digits, o.epochs or PUBLISHED_EPOCHS[key], seed, board, o.max_iter)
-                save_weights(path, dict(model.state_dict()), {"model": key, **vars(o)})
-            found, seen = leakage_rows(model, key, train_digits, test_digits, o)
-            rows += [{"seed": seed, **row} for row in found]
-            if hasattr(model, "decoder"):
-                save_samples(model, test_digits, folder / "samples" / f"{model.name.lower()}.png")
-            if key == "glancenet":
-                y = seen["known_train"].y - KNOWN_DIGITS[0]
-                known_seen = seen["known_train"]
-                t = osr.fit_thresholds(
-                    known_seen.errors, known_seen.mu, y, prototypes(model, known_seen), CONCEPTS, o.quantile
-                )
-                plot_latents(out / "latents.png", seen, t)
-            seconds = time.perf_counter() - began
-            shown = "; ".join(f"{row['rejection']}: leakage {row['leakage_percent']:.1f} %" for row in found)
-            print(f"seed {seed} {TITLES[key]} ({seconds:.0f} s): {shown}", flush=True)
-    summary = summarise(rows)
-    paper = {f"{key}, {rejection}": value for (key, rejection), value in PAPER.items()}
-    record = {"options": vars(o), "runs": rows, "summary": summary, "paper_leakage_percent": paper}
-    write_json(out / "results.json", record)
-    with atomic_write(out / "results.csv") as file:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(summary[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(summary)
-        file.write(text.getvalue().encode())
-    plot_leakage(out / "leakage.png", summary)
+    for seed, key in [(seed, key) for seed in o.seeds for key in o.models]:
+        began, folder = time.perf_counter(), out / str(seed)
+        seed_everything(seed)
+        model = MODELS[key]().to(device)
+        trained(model, key, train_digits, seed, o, folder)
+        found, seen, thresholds = leakage_rows(model, key, train_digits, test_digits, o)
+        rows += [{"seed": seed, **row} for row in found]
+        if hasattr(model, "decoder"):
+            save_samples(model, test_digits, folder / "samples" / f"{model.name.lower()}.png")
+        if key == "glancenet":
+            plot_latents(out / "latents.png", seen, thresholds)
+        summary = write_results(out, rows, o)
+        shown = "; ".join(f"{row['rejection']}: leakage {row['leakage_percent']:.1f} %" for row in found)
+        print(f"seed {seed} {TITLES[key]} ({time.perf_counter() - began:.0f} s): {shown}", flush=True)
     for row in summary:
         value = PAPER.get((row["model"], row["rejection"]))
         paper = "" if value is None else f"  (paper {value:.0f} %)"

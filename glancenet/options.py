@@ -1,16 +1,37 @@
-"""The command line of `main.py`: every flag once, typed, with the published default; dead flags are refused with a
-reason.
-"""
+"""The options of `main.py`: defaults as published, ranges, and what a resumed run may change."""
 
-import argparse
+import importlib.util
+import logging
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
 
 from common.errors import UserError, suggest
-from glancenet.algorithms import ALGORITHMS, ALIASES, LOSS_TERMS
+from common.launch import pick_device
+from common.options import (
+    Count,
+    Decay,
+    Device,
+    NonNegative,
+    Options,
+    Positive,
+    Resume,
+    Says,
+    Seed,
+    Whole,
+    from_flags,
+    option,
+)  # fmt: skip
 from glancenet.architectures import DECODERS, DISCRIMINATORS, ENCODERS, LABEL_TILERS
 
+log = logging.getLogger(__name__)
+
+ALGORITHMS = ("GlanceNet", "CBNM", "VAE", "BetaVAE", "AE", "CVAE", "IFCVAE")
+ALIASES = {"GrayVAE_Join": "GlanceNet", "CBM_Join": "CBNM"}
+LOSS_TERMS = ("FACTORVAE", "DIPVAEI", "DIPVAEII", "BetaTCVAE", "INFOVAE")
 METRICS = ("dci", "factor_vae_metric", "sap_score", "mig", "irs", "beta_vae_sklearn")
 SCHEDULERS = (
     "ReduceLROnPlateau",
@@ -21,351 +42,275 @@ SCHEDULERS = (
     "CyclicLR",
     "LambdaLR",
 )
-
 DATASETS = ("dsprites_full", "dsprites_leakage", "sprites", "mpi3d_toy", "celebA")
 DATASET_ALIASES = {"dsprites": "dsprites_full", "celeba-64": "celebA", "mpi3d": "mpi3d_toy"}
+WARMUP_EPOCHS = {"GlanceNet": 5, "CBNM": 10}  # published; the plain VAE family has none
 
-DEAD = {
-    "--l_dim": "the published code fails with any value; labels are named by --include_labels",
-    "--reduce_recon": "the published code stores it and never uses it; weigh the reconstruction by --w_recon",
-    "--num_disc_layers": "never read by the published code; use --num_layer_disc",
-    "--size_disc_layers": "never read by the published code; use --size_layer_disc",
-    "--save_iter": "never read by the published code; use --ckpt_save_iter",
-    "--aicrowd_challenge": "the challenge's server is gone; use --evaluation_metric",
-    "--wandb_resume_id": "a resumed run (--ckpt_load) opens a new wandb run",
-}
-DEAD_LATENT_LOSSES = ("1st_BCE", "1st_MSE", "exact_MSE", "exact_BCE", "Hybrid", "None")
-UNSUPPORTED_ALGORITHMS = ("GRAYVAE", "GrayVAE_Standard", "CBM_Seq")
+NO_CODE = "a name without code in the published repository"
+NEVER = "never implemented by the published training; use MSE or BCE"
+NO_ALGORITHM = dict.fromkeys(("GRAYVAE", "GrayVAE_Standard", "CBM_Seq"), NO_CODE)
+NO_LATENT_LOSS = dict.fromkeys(("1st_BCE", "1st_MSE", "exact_MSE", "exact_BCE", "Hybrid", "None"), NEVER)
+NO_DATASET = {"mnist": "MNIST serves the parity test alone: python glancenet/mnist_parity.py"}
 
 
-def boolean(text: str) -> bool:
-    """yes/true/t/y/1 and no/false/f/n/0, any case."""
-    word = text.lower()
-    if word in ("yes", "true", "t", "y", "1"):
-        return True
-    if word in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+def one_of(known: Iterable[str], spellings: Mapping[str, str] | None = None, refused: Mapping[str, str] | None = None):
+    """The type of a name among `known`, in any case where that is unambiguous.
+
+    `spellings` are further ones and what they mean, `refused` names that are known not to work, and why.
+    """
+    known = tuple(known)
+    meaning = {name.lower(): name for name in known} | dict(spellings or {})
+    reasons = {name.lower(): why for name, why in (refused or {}).items()}
+
+    def check(text: str) -> str:
+        if text in known:
+            return text
+        if text.lower() in reasons:
+            raise ValueError(reasons[text.lower()])
+        if text.lower() not in meaning:
+            near = suggest(text, [*known, *(spellings or ())])
+            raise ValueError(f"unknown{near}; known are {', '.join(known)}")
+        return meaning[text.lower()]
+
+    return Annotated[str, AfterValidator(check), Says(f"one of {', '.join(known)}")]
 
 
-def positive(text: str) -> float:
-    """A positive number; 3e7 is allowed for counts."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, not {text!r}") from None
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, not {text}")
-    return value
+def _whole_words(words: list[str]) -> list[str]:
+    """`milestones=1,3` is one word, though lists may be written with commas."""
+    joined: list[str] = []
+    for word in words:
+        if "=" in word or not joined:
+            joined.append(word)
+        else:
+            joined[-1] += f",{word}"
+    return joined
 
 
-def loss_term(text: str) -> str:
-    """A plug-in term in any case."""
-    known = {name.lower(): name for name in LOSS_TERMS}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(
-            f"unknown term {text!r}{suggest(text, LOSS_TERMS)}; known: {', '.join(LOSS_TERMS)}"
-        )
-    return known[text.lower()]
+def _jobs(number: int) -> int:
+    if number == 0:
+        raise ValueError("expected a whole number of 1 to 1024, or -1")
+    return number
 
 
-def dataset_name(text: str) -> str:
-    """A data set by any of its spellings."""
-    known = {name.lower(): name for name in DATASETS} | DATASET_ALIASES
-    if text.lower() in known:
-        return known[text.lower()]
-    if text.lower() == "mnist":
-        raise UserError("MNIST serves the parity test alone: python glancenet/mnist_parity.py")
-    raise UserError(
-        f"unknown data set {text!r}{suggest(text, [*DATASETS, *DATASET_ALIASES])}; known: {', '.join(DATASETS)}"
+Names = Annotated[list[str], AfterValidator(_whole_words), Says("name=value ...")]
+Side = Annotated[int, Field(ge=64, le=64), Says("64: the networks are made for images of 64 x 64")]
+Sizes = Annotated[
+    list[Annotated[int, Field(ge=1, le=256)]], Field(min_length=5, max_length=5), Says("five numbers of 1 to 256")
+]
+Size = Annotated[int, Field(ge=1, le=4096)]
+Interval = Positive | None
+Jobs = Annotated[int, AfterValidator(_jobs), Says("a whole number of 1 to 1024, or -1")]
+INTERVALS = "intervals (steps; none: one epoch)"
+
+
+class Config(Options):
+    """What one training or test does. `resolve` fills in what depends on the environment and on other options."""
+
+    DEAD: ClassVar[Mapping[str, str]] = {
+        "l_dim": "the published code fails with any value; labels are named by --include_labels",
+        "reduce_recon": "the published code stores it and never uses it; weigh the reconstruction by --w_recon",
+        "num_disc_layers": "never read by the published code; use --num_layer_disc",
+        "size_disc_layers": "never read by the published code; use --size_layer_disc",
+        "save_iter": "never read by the published code; use --ckpt_save_iter",
+        "aicrowd_challenge": "the challenge's server is gone; use --evaluation_metric",
+        "wandb_resume_id": "a resumed run (--ckpt_load) opens a new wandb run",
+    }
+
+    # algorithm and networks
+    alg: one_of([*ALGORITHMS, *ALIASES], refused=NO_ALGORITHM) = option(..., "algorithm", group="networks")
+    encoder: list[one_of(ENCODERS)] = option(..., "encoder (IFCVAE: two)", group="networks", min_length=1, max_length=2)
+    decoder: list[one_of(DECODERS)] = option([], "decoder; CBNM has none", group="networks", max_length=1)
+    discriminator: list[one_of(DISCRIMINATORS)] = option(
+        [], "FACTORVAE and IFCVAE; default SimpleDiscriminator", group="networks", max_length=2
+    )
+    label_tiler: list[one_of(LABEL_TILERS)] = option([], "CVAE", group="networks", max_length=1)
+    z_dim: Size = option(16, "number of latents", group="networks")
+    z_class: Whole = option(0, "leading latents that the class head reads; 0: all", group="networks")
+    num_layer_disc: int = option(6, "layers of a discriminator", group="networks", ge=2, le=100)
+    size_layer_disc: int = option(1000, "units of its layers", group="networks", ge=1, le=20_000)
+    image_size: Side = option(64, "side of the images", group="networks")
+
+    loss_terms: list[one_of(LOSS_TERMS)] = option([], "plug-in terms of the VAE family, any case", group="objective")
+    w_recon: NonNegative = option(1.0, "weight of the reconstruction", group="objective")
+    w_kld: NonNegative = option(1.0, "weight of the KL (beta)", group="objective")
+    label_weight: NonNegative = option(5.0, "weight of the class loss (lambda)", group="objective")
+    latent_weight: NonNegative | None = option(
+        None, "weight of the concept loss (gamma); none: label_weight", group="objective"
+    )
+    latent_loss: one_of(("MSE", "BCE"), refused=NO_LATENT_LOSS) = option("MSE", "concept loss", group="objective")
+    masking_fact: float = option(100.0, "percentage of images with concept labels", group="objective", ge=0, le=100)
+    conditional_prior: bool = option(False, "prior mean per class", group="objective")
+    cluster_dim: Whole = option(0, "leading latents whose prior mean depends on the class; 0: all", group="objective")
+    classification_epoch: NonNegative | None = option(
+        None, "after this many epochs (2.5: halfway through the third) only the class loss is trained; the published "
+        "default, 1, ruins the VAE", group="objective",
+    )  # fmt: skip
+    controlled_capacity_increase: bool = option(False, "train w_kld |KL - C| with growing C", group="objective")
+    max_c: NonNegative = option(25.0, "final capacity in nats", group="objective")
+    iterations_c: Positive = option(10000.0, "steps until the final capacity", group="objective")
+    w_tc: NonNegative = option(1.0, "BetaTCVAE, FACTORVAE: total correlation", group="objective")
+    w_infovae: NonNegative = option(1.0, "INFOVAE: maximum mean discrepancy", group="objective")
+    w_dipvae: NonNegative = option(1.0, "DIPVAEI, DIPVAEII: covariance penalty", group="objective")
+    lambda_od: NonNegative = option(1.0, "DIP: off-diagonal part", group="objective")
+    lambda_d_factor: NonNegative = option(10.0, "DIP: diagonal part over off-diagonal part", group="objective")
+    w_le: NonNegative = option(1.0, "IFCVAE: label loss", group="objective")
+    w_aux: NonNegative = option(1.0, "IFCVAE: adversary", group="objective")
+
+    batch_size: int = option(64, "images a step", group="optimisation", ge=1, le=1_000_000)
+    max_iter: float = option(3e7, "stop after so many steps", group="optimisation", resume="change", ge=1, le=1e12)
+    max_epoch: Positive = option(3e7, "stop after so many epochs", group="optimisation", resume="change")
+    lr_G: Positive = option(1e-4, "learning rate", group="optimisation", resume="change")
+    lr_D: Positive = option(1e-4, "learning rate of the adversaries", group="optimisation", resume="change")
+    beta1: Decay = option(0.9, "Adam's first decay", group="optimisation")
+    beta2: Decay = option(0.999, "Adam's second decay", group="optimisation")
+    warmup_epochs: Annotated[int, Field(ge=0, le=1_000_000)] | None = option(
+        None, "epochs from 1e-7 to lr_G; none: 5, CBNM 10 (as published), 0 for the plain VAE family",
+        group="optimisation",
+    )  # fmt: skip
+    lr_scheduler: Literal[SCHEDULERS] | None = option(
+        None, "after the warm-up, stepped every schedulers_iter", group="optimisation"
+    )
+    lr_scheduler_args: Names = option([], "its arguments", group="optimisation")
+    w_recon_scheduler: Literal["LinearScheduler"] | None = option(None, "schedule of w_recon", group="optimisation")
+    w_recon_scheduler_args: Names = option([], "target_value=... epochs=...", group="optimisation")
+    early_stopping: bool = option(
+        True, "GlanceNet, CBNM: the published stopping and plateau rules, from epoch 10 / 12 on",
+        group="optimisation", resume="change",
+    )  # fmt: skip
+
+    dset_dir: str | None = option(
+        None, "folder of the data sets; none: environment DISENTANGLEMENT_LIB_DATA, then DATA_ROOT, then data",
+        group="data", resume="change",
+    )  # fmt: skip
+    dset_name: one_of(DATASETS, DATASET_ALIASES, NO_DATASET) | None = option(
+        None, "data set; none: environment DATASET_NAME, then AICROWD_DATASET_NAME", group="data"
+    )
+    d_version: Literal["full", "smaller"] = option("full", "file variant of dSprites and MPI3D", group="data")
+    sprites_sizes: Sizes | None = option(
+        None, "sprites: numbers of shapes, scales, orientations, x, y (none: 3 6 40 32 32)", group="data"
+    )
+    include_labels: Annotated[list[Annotated[int, Field(ge=0, le=40)]], Field(min_length=1)] | None = option(
+        None, "factors (dSprites: 0 colour, 1 shape, ...) that give concepts and labels; none: all", group="data"
+    )
+    n_classes: Annotated[int, Field(ge=2, le=10_000)] | None = option(
+        None, "number of classes; none: that of the data set", group="data"
+    )
+    num_workers: int = option(
+        1, "threads that fetch batches ahead of the training (0: none)", group="data", resume="change", ge=0, le=64
+    )
+    pin_memory: bool = option(True, "page-locked batches for copies to a GPU", group="data", resume="change")
+    hold_data: bool | None = option(
+        None, "keep the images on the training device; none: on a GPU", group="data", resume="change"
     )
 
+    test: bool = option(
+        False, "only evaluate --ckpt_load: test pass, metrics, pictures", group="evaluation", resume="call"
+    )
+    max_eval_images: Count | None = option(
+        None, "a seeded choice of so many images for each pass (validation, test, rejection); none: all",
+        group="evaluation",
+    )  # fmt: skip
+    evaluation_metric: list[one_of(METRICS)] = option(
+        [], "disentanglement metrics on the factor grid", group="evaluation"
+    )
+    metric_train: int = option(10000, "points (or votes) that fit a metric", group="evaluation", ge=10, le=10**7)
+    metric_eval: int = option(5000, "held-out points (or votes) of a metric", group="evaluation", ge=10, le=10**7)
+    metric_jobs: Jobs = option(
+        1, "processes for the metrics; -1: all cores", group="evaluation", resume="change", ge=-1, le=1024
+    )
+    mc_samples: int = option(
+        100, "posterior samples of a test prediction; 0: the mean", group="evaluation", ge=0, le=100_000
+    )
+    osr_quantile: float = option(0.95, "share of training images that each check keeps", group="evaluation", gt=0, lt=1)
+    osr_sample: bool = option(False, "rejection on sampled latents instead of means", group="evaluation")
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors (one line, exit code 2) and name the nearest flag."""
+    evaluate_iter: Interval = option(None, "disentanglement metrics", group=INTERVALS)
+    test_iter: Interval = option(None, "metrics.csv, validation, test pass; none: evaluate_iter", group=INTERVALS)
+    print_iter: Interval = option(None, "a line on the terminal", group=INTERVALS, resume="change")
+    float_iter: Interval = option(None, "TensorBoard scalars", group=INTERVALS, resume="change")
+    recon_iter: Interval = option(None, "reconstruction picture", group=INTERVALS, resume="change")
+    traverse_iter: Interval = option(None, "traversal picture", group=INTERVALS, resume="change")
+    ckpt_save_iter: Interval = option(None, "checkpoint", group=INTERVALS, resume="change")
+    schedulers_iter: Interval = option(None, "schedulers", group=INTERVALS)
+    all_iter: Interval = option(None, "sets all of the above but test_iter", group=INTERVALS)
+    treat_iter_as_epoch: bool = option(False, "the intervals count epochs", group=INTERVALS)
+    show_loss: float = option(
+        500.0, "log the loss terms every so many steps", group=INTERVALS, resume="change",
+        ge=1, le=1e12,
+    )  # fmt: skip
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+    name: str = option(
+        "unknown_experiment", "sub-folder for checkpoints and pictures", group="files", resume="call", min_length=1
+    )
+    log_dir: str = option("logs", "folder of the logs", group="files", resume="call", min_length=1)
+    out_path: str | None = option(
+        None, "sub-folder of logs/<data set>__<alg>; none: the date", group="files", resume="call", min_length=1
+    )
+    ckpt_dir: str = option("checkpoints", "folder of the checkpoints", group="files", resume="call", min_length=1)
+    ckpt_load: str | None = option(
+        None, "a checkpoint (<ckpt_dir>/<name>/last) to go on from or to test", group="files", resume="call",
+        min_length=1,
+    )  # fmt: skip
+    ckpt_load_iternum: bool = option(True, "also take its step and epoch (exact resume)", group="files", resume="call")
+    ckpt_load_optim: bool = option(True, "also take its optimisers", group="files", resume="call")
+    resume: Resume = option(
+        False, "go on from the newest checkpoint in <ckpt_dir>/<name>; auto: if there is one", group="files",
+        resume="call",
+    )  # fmt: skip
+    overwrite: bool = option(False, "replace an earlier run in the log folder", group="files", resume="call")
+    train_output_dir: str = option(
+        "train_outputs", "pictures of the training", group="files", resume="call", min_length=1
+    )
+    test_output_dir: str = option("test_outputs", "pictures of --test", group="files", resume="call", min_length=1)
+    file_save: bool = option(True, "write pictures", group="files", resume="change")
+    gif_save: bool = option(True, "write GIFs of traversals", group="files", resume="change")
+    traverse_min: float = option(-3.0, "first value of a traversal", group="files", resume="change", ge=-1000, le=1000)
+    traverse_max: float = option(3.0, "end of a traversal, excluded", group="files", resume="change", ge=-1000, le=1000)
+    traverse_spacing: float = option(0.5, "step of a traversal", group="files", resume="change", ge=1e-3, le=1000)
+    traverse_z: bool = option(False, "traverse latents", group="files", resume="change")
+    traverse_l: bool = option(False, "traverse the supervised latents only", group="files", resume="change")
+    traverse_c: bool = option(False, "CVAE, IFCVAE: traverse labels", group="files", resume="change")
 
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Parse, refusing dead and unknown flags."""
-        options, rest = self.parse_known_args(argv)
-        for word in rest:
-            flag = word.split("=")[0]
-            if flag in DEAD:
-                raise UserError(f"{flag} is not supported: {DEAD[flag]}")
-        if rest:
-            flag = rest[0].split("=")[0]
-            raise UserError(f"unknown option {flag}{suggest(flag, self._option_string_actions)}; see --help")
-        return options
+    seed: Seed = option(123, "of everything", group="machine")
+    device: Device = option("auto", "device", group="machine", resume="change")
+    deterministic: bool = option(False, "forbid kernels whose results vary", group="machine")
+    tf32: bool = option(False, "let a GPU multiply in TF32 (10 bits of mantissa)", group="machine")
+    use_wandb: bool = option(False, "also log to wandb (project glancenet)", group="machine", resume="call")
+    verbose: int = option(
+        20, "logging level: 10 debug, 20 info, 30 warnings", group="machine", resume="call", ge=0, le=50
+    )
+    dry_run: bool = option(False, "check the options, print them as JSON, and end", group="machine", resume="call")
 
-
-class _SchedulerArgs(argparse.Action):
-    """`--lr_scheduler_args a=1 b=2` and `--lr_scheduler_args=a=1`."""
-
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        setattr(namespace, self.dest, list(values))
-
-
-def make_parser(prog: str = "glancenet/main.py", description: str = "") -> Parser:
-    """The parser of main.py."""
-    p = Parser(
-        prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-
-    g = p.add_argument_group("algorithm and networks")
-    names = [*ALGORITHMS, *ALIASES]
-    g.add_argument("--alg", required=True, metavar="NAME", help=f"one of {', '.join(names)}")
-    g.add_argument(
-        "--encoder", nargs="+", required=True, metavar="NAME", help=f"one of {', '.join(ENCODERS)} (IFCVAE: two)"
-    )
-    g.add_argument(
-        "--decoder", nargs="+", default=[], metavar="NAME", help=f"one of {', '.join(DECODERS)}; CBNM has none"
-    )
-    g.add_argument(
-        "--discriminator",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"FACTORVAE and IFCVAE: one of {', '.join(DISCRIMINATORS)} (default SimpleDiscriminator)",
-    )
-    g.add_argument(
-        "--label_tiler", nargs="+", default=[], metavar="NAME", help=f"CVAE: one of {', '.join(LABEL_TILERS)}"
-    )
-    g.add_argument("--z_dim", type=int, default=16, help="number of latents")
-    g.add_argument("--z_class", type=int, default=0, help="leading latents that the class head reads; 0: all")
-    g.add_argument("--num_layer_disc", type=int, default=6, help="layers of a discriminator")
-    g.add_argument("--size_layer_disc", type=int, default=1000, help="units of its layers")
-    g.add_argument("--image_size", type=int, default=64, help="side of the images; only 64")
-
-    g = p.add_argument_group("objective")
-    g.add_argument(
-        "--loss_terms",
-        nargs="*",
-        type=loss_term,
-        default=[],
-        metavar="TERM",
-        help=f"plug-in terms of the VAE family, any case: {', '.join(LOSS_TERMS)}",
-    )
-    g.add_argument("--w_recon", type=float, default=1.0, help="weight of the reconstruction")
-    g.add_argument("--w_kld", type=float, default=1.0, help="weight of the KL (beta)")
-    g.add_argument("--label_weight", type=float, default=5.0, help="weight of the class loss (lambda)")
-    g.add_argument(
-        "--latent_weight", type=float, default=None, help="weight of the concept loss (gamma); default label_weight"
-    )
-    g.add_argument("--latent_loss", default="MSE", metavar="{MSE,BCE}", help="concept loss")
-    g.add_argument("--masking_fact", type=float, default=100.0, help="percentage of images with concept labels")
-    g.add_argument("--conditional_prior", type=boolean, default=False, help="prior mean per class")
-    g.add_argument(
-        "--cluster_dim", type=int, default=0, help="leading latents whose prior mean depends on the class; 0: all"
-    )
-    g.add_argument(
-        "--classification_epoch",
-        type=float,
-        default=None,
-        help="after this many epochs (2.5: halfway through the third) only the class loss is trained; the published "
-        "default, 1, ruins the VAE",
-    )
-    g.add_argument(
-        "--controlled_capacity_increase", type=boolean, default=False, help="train w_kld |KL - C| with growing C"
-    )
-    g.add_argument("--max_c", type=float, default=25.0, help="final capacity in nats")
-    g.add_argument("--iterations_c", type=positive, default=10000, help="steps until the final capacity")
-    g.add_argument("--w_tc", type=float, default=1.0, help="BetaTCVAE, FACTORVAE: total correlation")
-    g.add_argument("--w_infovae", type=float, default=1.0, help="INFOVAE: maximum mean discrepancy")
-    g.add_argument("--w_dipvae", type=float, default=1.0, help="DIPVAEI, DIPVAEII: covariance penalty")
-    g.add_argument("--lambda_od", type=float, default=1.0, help="DIP: off-diagonal part")
-    g.add_argument("--lambda_d_factor", type=float, default=10.0, help="DIP: diagonal part over off-diagonal part")
-    g.add_argument("--w_le", type=float, default=1.0, help="IFCVAE: label loss")
-    g.add_argument("--w_aux", type=float, default=1.0, help="IFCVAE: adversary")
-
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--batch_size", type=int, default=64, help="images a step")
-    g.add_argument("--max_iter", type=positive, default=3e7, help="stop after so many steps")
-    g.add_argument("--max_epoch", type=positive, default=3e7, help="stop after so many epochs")
-    g.add_argument("--lr_G", type=float, default=1e-4, help="learning rate")
-    g.add_argument("--lr_D", type=float, default=1e-4, help="learning rate of the adversaries")
-    g.add_argument("--beta1", type=float, default=0.9, help="Adam's first decay")
-    g.add_argument("--beta2", type=float, default=0.999, help="Adam's second decay")
-    g.add_argument(
-        "--warmup_epochs",
-        type=int,
-        default=None,
-        help="epochs from 1e-7 to lr_G; default 5, CBNM 10 (as published), 0 for the plain VAE family",
-    )
-    g.add_argument(
-        "--lr_scheduler", choices=SCHEDULERS, default=None, help="after the warm-up, stepped every schedulers_iter"
-    )
-    g.add_argument(
-        "--lr_scheduler_args", nargs="+", action=_SchedulerArgs, default=[], metavar="K=V", help="its arguments"
-    )
-    g.add_argument("--w_recon_scheduler", choices=("LinearScheduler",), default=None, help="schedule of w_recon")
-    g.add_argument(
-        "--w_recon_scheduler_args",
-        nargs="+",
-        action=_SchedulerArgs,
-        default=[],
-        metavar="K=V",
-        help="target_value=... epochs=...",
-    )
-    g.add_argument(
-        "--early_stopping",
-        type=boolean,
-        default=True,
-        help="GlanceNet, CBNM: the published stopping and plateau rules, from epoch 10 / 12 on",
-    )
-
-    g = p.add_argument_group("data")
-    g.add_argument(
-        "--dset_dir",
-        default=None,
-        help="folder of the data sets; default: environment DISENTANGLEMENT_LIB_DATA, then DATA_ROOT, then data",
-    )
-    g.add_argument(
-        "--dset_name",
-        default=None,
-        help=f"one of {', '.join(DATASETS)}; default: environment DATASET_NAME, then AICROWD_DATASET_NAME",
-    )
-    g.add_argument(
-        "--d_version", choices=("full", "smaller"), default="full", help="file variant of dSprites and MPI3D"
-    )
-    g.add_argument(
-        "--sprites_sizes",
-        nargs=5,
-        type=int,
-        default=None,
-        metavar="N",
-        help="sprites: numbers of shapes, scales, orientations, x, y (default 3 6 40 32 32)",
-    )
-    g.add_argument(
-        "--include_labels",
-        nargs="+",
-        type=int,
-        default=None,
-        metavar="I",
-        help="factors (dSprites: 0 colour, 1 shape, ...) that give concepts and labels; default all",
-    )
-    g.add_argument("--n_classes", type=int, default=None, help="number of classes; default that of the data set")
-    g.add_argument(
-        "--num_workers", type=int, default=1, help="threads that fetch batches ahead of the training (0: none)"
-    )
-    g.add_argument("--pin_memory", type=boolean, default=True, help="page-locked batches for copies to a GPU")
-    g.add_argument(
-        "--hold_data", type=boolean, default=None, help="keep the images on the training device; default: on a GPU"
-    )
-
-    g = p.add_argument_group("evaluation")
-    g.add_argument(
-        "--test", type=boolean, default=False, help="only evaluate --ckpt_load: test pass, metrics, pictures"
-    )
-    g.add_argument(
-        "--max_eval_images",
-        type=int,
-        default=None,
-        help="a seeded choice of so many images for each pass (validation, test, rejection); default all",
-    )
-    g.add_argument(
-        "--evaluation_metric",
-        nargs="+",
-        choices=METRICS,
-        default=[],
-        metavar="NAME",
-        help=f"disentanglement metrics on the factor grid: {', '.join(METRICS)}",
-    )
-    g.add_argument("--metric_train", type=int, default=10000, help="points (or votes) that fit a metric")
-    g.add_argument("--metric_eval", type=int, default=5000, help="held-out points (or votes) of a metric")
-    g.add_argument("--metric_jobs", type=int, default=1, help="processes for the metrics; -1: all cores")
-    g.add_argument("--mc_samples", type=int, default=100, help="posterior samples of a test prediction; 0: the mean")
-    g.add_argument("--osr_quantile", type=float, default=0.95, help="share of training images that each check keeps")
-    g.add_argument("--osr_sample", type=boolean, default=False, help="rejection on sampled latents instead of means")
-
-    g = p.add_argument_group("intervals (steps; default one epoch)")
-    for name, text in (
-        ("evaluate", "disentanglement metrics"), ("test", "metrics.csv, validation, test pass; default evaluate_iter"),
-        ("print", "a line on the terminal"), ("float", "TensorBoard scalars"), ("recon", "reconstruction picture"),
-        ("traverse", "traversal picture"), ("ckpt_save", "checkpoint"), ("schedulers", "schedulers"),
-    ):  # fmt: skip
-        g.add_argument(f"--{name}_iter", type=positive, default=None, help=text)
-    g.add_argument("--all_iter", type=positive, default=None, help="sets all of the above but test_iter")
-    g.add_argument("--treat_iter_as_epoch", type=boolean, default=False, help="the intervals count epochs")
-    g.add_argument("--show_loss", type=positive, default=500, help="log the loss terms every so many steps")
-
-    g = p.add_argument_group("files")
-    g.add_argument("--name", default="unknown_experiment", help="sub-folder for checkpoints and pictures")
-    g.add_argument("--log_dir", default="logs", help="folder of the logs")
-    g.add_argument("--out_path", default=None, help="sub-folder of logs/<data set>__<alg>; default the date")
-    g.add_argument("--ckpt_dir", default="checkpoints", help="folder of the checkpoints")
-    g.add_argument("--ckpt_load", default=None, help="a checkpoint (<ckpt_dir>/<name>/last) to go on from or to test")
-    g.add_argument(
-        "--ckpt_load_iternum", type=boolean, default=True, help="also take its step and epoch (exact resume)"
-    )
-    g.add_argument("--ckpt_load_optim", type=boolean, default=True, help="also take its optimisers")
-    g.add_argument("--overwrite", type=boolean, default=False, help="replace an earlier run in the log folder")
-    g.add_argument("--train_output_dir", default="train_outputs", help="pictures of the training")
-    g.add_argument("--test_output_dir", default="test_outputs", help="pictures of --test")
-    g.add_argument("--file_save", type=boolean, default=True, help="write pictures")
-    g.add_argument("--gif_save", type=boolean, default=True, help="write GIFs of traversals")
-    g.add_argument("--traverse_min", type=float, default=-3.0, help="first value of a traversal")
-    g.add_argument("--traverse_max", type=float, default=3.0, help="end of a traversal, excluded")
-    g.add_argument("--traverse_spacing", type=positive, default=0.5, help="step of a traversal")
-    g.add_argument("--traverse_z", type=boolean, default=False, help="traverse latents")
-    g.add_argument("--traverse_l", type=boolean, default=False, help="traverse the supervised latents only")
-    g.add_argument("--traverse_c", type=boolean, default=False, help="CVAE, IFCVAE: traverse labels")
-
-    g = p.add_argument_group("machine")
-    g.add_argument("--seed", type=int, default=123, help="of everything")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<i> or mps")
-    g.add_argument("--deterministic", type=boolean, default=False, help="forbid kernels whose results vary")
-    g.add_argument("--use_wandb", type=boolean, default=False, help="also log to wandb (project glancenet)")
-    g.add_argument("--verbose", type=int, default=20, help="logging level: 10 debug, 20 info, 30 warnings")
-    return p
+    @property
+    def algorithm(self) -> str:
+        """The algorithm by its own name."""
+        return ALIASES.get(self.alg, self.alg)
 
 
-def resolve(o: argparse.Namespace) -> argparse.Namespace:
-    """Names resolved and combinations checked; changes and returns `o`. Raises UserError."""
-    known = [*ALGORITHMS, *ALIASES]
-    if o.alg in UNSUPPORTED_ALGORITHMS:
-        raise UserError(f"--alg {o.alg}: a name without code in the published repository; known are {', '.join(known)}")
-    if o.alg not in known:
-        raise UserError(f"--alg {o.alg}: unknown{suggest(o.alg, known)}; known are {', '.join(known)}")
-    if o.latent_loss in DEAD_LATENT_LOSSES:
-        raise UserError(f"--latent_loss {o.latent_loss}: never implemented by the published training; use MSE or BCE")
-    if o.latent_loss not in ("MSE", "BCE"):
-        raise UserError(f"--latent_loss {o.latent_loss}: expected MSE or BCE")
-    if not 0 <= o.masking_fact <= 100:
-        raise UserError(f"--masking_fact {o.masking_fact:g}: expected a percentage between 0 and 100")
-    if not 0 < o.osr_quantile < 1:
-        raise UserError(f"--osr_quantile {o.osr_quantile:g}: expected a share between 0 and 1")
-    for flag in ("z_dim", "batch_size", "metric_train", "metric_eval"):
-        if getattr(o, flag) < 1:
-            raise UserError(f"--{flag} {getattr(o, flag)}: must be at least 1")
-    if o.max_eval_images is not None and o.max_eval_images < 1:
-        raise UserError(f"--max_eval_images {o.max_eval_images}: must be at least 1")
-    for flag in ("z_class", "mc_samples", "num_workers"):
-        if getattr(o, flag) < 0:
-            raise UserError(f"--{flag} {getattr(o, flag)}: must not be negative")
+def parse(argv: Iterable[str], about: str = "") -> Config:
+    """The resolved options of a command line. Raises UserError."""
+    o, given = from_flags(Config, argv, about)
+    return resolve(o, given)
+
+
+def resolve(o: Config, given: Mapping[str, Any] | None = None) -> Config:
+    """Names and folders filled in, combinations checked; options among `given` that do nothing are said.
+
+    Raises UserError.
+    """
     named = o.dset_name or os.environ.get("DATASET_NAME") or os.environ.get("AICROWD_DATASET_NAME")
     if not named:
         raise UserError(f"name a data set: --dset_name (or environment DATASET_NAME), one of {', '.join(DATASETS)}")
-    o.dset_name = dataset_name(named)
-    o.dset_dir = str(data_root(o.dset_dir))
-    if o.sprites_sizes is not None and o.dset_name not in ("sprites", "dsprites_full"):
-        raise UserError("--sprites_sizes belongs to --dset_name sprites or dsprites_full")
-    if o.test and not o.ckpt_load:
-        raise UserError("--test needs a checkpoint: --ckpt_load <ckpt_dir>/<name>/last")
-    if o.traverse_max <= o.traverse_min:
-        raise UserError("--traverse_max must exceed --traverse_min")
-    canonical = ALIASES.get(o.alg, o.alg)
-    if o.warmup_epochs is None:
-        o.warmup_epochs = {"GlanceNet": 5, "CBNM": 10}.get(canonical, 0)
-    if o.conditional_prior and canonical not in ("GlanceNet", "CBNM"):
-        raise UserError(f"--conditional_prior belongs to --alg GlanceNet, not {o.alg}; leave it out")
-    if (o.traverse_c and canonical not in ("CVAE", "IFCVAE")) or (
-        o.traverse_l and canonical not in ("GlanceNet", "CBNM")
-    ):
-        raise UserError(f"--alg {o.alg}: --traverse_c belongs to CVAE and IFCVAE, --traverse_l to GlanceNet")
+    warmup = WARMUP_EPOCHS.get(o.algorithm, 0) if o.warmup_epochs is None else o.warmup_epochs
+    o = Config.build(
+        o.model_dump(), {"dset_name": named, "dset_dir": str(data_root(o.dset_dir)), "warmup_epochs": warmup},
+        spelling="--",
+    )  # fmt: skip
+    for message in _contradictions(o):
+        raise UserError(message)
+    for name, needed in _idle(o, given or {}):
+        log.warning("--%s does nothing here: it %s", name, needed)
+    pick_device(o.device)
     return o
 
 
@@ -373,9 +318,118 @@ def data_root(given: str | None) -> Path:
     """The folder of the data sets: the flag, DISENTANGLEMENT_LIB_DATA, DATA_ROOT, ./data. UserError when it is
     missing.
     """
-    root = Path(
-        given or os.environ.get("DISENTANGLEMENT_LIB_DATA") or os.environ.get("DATA_ROOT") or "data"
-    ).expanduser()  # fmt: skip
-    if not root.is_dir():
+    root = Path(given or os.environ.get("DISENTANGLEMENT_LIB_DATA") or os.environ.get("DATA_ROOT") or "data")
+    if not root.expanduser().is_dir():
         raise UserError(f"the data folder {root} does not exist; name it by --dset_dir or DISENTANGLEMENT_LIB_DATA")
-    return root
+    return root.expanduser()
+
+
+def _contradictions(o: Config) -> Iterable[str]:
+    """What cannot be together, in words."""
+    alg, terms = o.algorithm, o.loss_terms
+    concepts, labels = alg in ("GlanceNet", "CBNM"), alg in ("CVAE", "IFCVAE")
+    gaussian = [name for name, kind in ENCODERS.items() if kind.gaussian]
+    plain = [name for name in ENCODERS if name not in gaussian]
+    if alg not in ("CBNM", "AE") and o.encoder[0] not in gaussian:
+        yield f"--encoder {o.encoder[0]} has no variance, which --alg {o.alg} needs; take one of {', '.join(gaussian)}"
+    if alg == "AE" and o.encoder[0] in gaussian:
+        yield f"--alg AE needs an encoder without a variance, not {o.encoder[0]}; take one of {', '.join(plain)}"
+    if alg == "IFCVAE" and len(o.encoder) < 2:
+        yield "--alg IFCVAE needs two encoders: --encoder GAUSSIAN PLAIN (latents, labels)"
+    if alg == "IFCVAE" and o.encoder[1] in gaussian:
+        yield f"--encoder {' '.join(o.encoder)}: the second encoder predicts labels and has no variance"
+    if alg != "CBNM" and not o.decoder:
+        yield f"--alg {o.alg} needs --decoder; known are {', '.join(DECODERS)}"
+    if alg != "CBNM" and o.decoder[0] == "DeConv64" and (o.z_dim != 64 or labels):
+        yield f"--decoder DeConv64 needs --z_dim 64 and no labels beside the latents, not --z_dim {o.z_dim}, {o.alg}"
+    if "SimpleDiscriminatorConv64" in o.discriminator:
+        yield "--discriminator SimpleDiscriminatorConv64 reads images, but latents are judged here; take " \
+              "SimpleDiscriminator"  # fmt: skip
+    if terms and alg in ("CBNM", "AE"):
+        yield f"--loss_terms {' '.join(terms)}: --alg {o.alg} has no such term (it is no VAE); leave it out"
+    if {"DIPVAEI", "DIPVAEII"} <= set(terms):
+        yield "--loss_terms DIPVAEI DIPVAEII: two penalties of one covariance with one weight; choose one"
+    if len(set(terms)) < len(terms):
+        yield f"--loss_terms {' '.join(terms)}: a term is named twice"
+    if alg == "VAE" and o.w_kld != 1:
+        yield f"--alg VAE weighs the KL by 1, not --w_kld {o.w_kld:g}; use --alg BetaVAE"
+    if o.z_class > o.z_dim and alg == "GlanceNet":
+        yield f"--z_class {o.z_class} exceeds --z_dim {o.z_dim}"
+    if o.cluster_dim > o.z_dim:
+        yield f"--cluster_dim {o.cluster_dim}: expected 0 (all) to --z_dim {o.z_dim}"
+    if o.conditional_prior and not concepts:
+        yield f"--conditional_prior belongs to --alg GlanceNet, not {o.alg}; leave it out"
+    if o.classification_epoch is not None and not concepts:
+        yield f"--classification_epoch belongs to GlanceNet and CBNM, --alg {o.alg} predicts no classes; leave it out"
+    if (o.traverse_c and not labels) or (o.traverse_l and not concepts):
+        yield f"--alg {o.alg}: --traverse_c belongs to CVAE and IFCVAE, --traverse_l to GlanceNet"
+    if o.evaluation_metric and alg == "CVAE":
+        yield "--evaluation_metric: CVAE's encoder needs labels beside the image, so an image alone has no " \
+              "representation; leave the metrics out"  # fmt: skip
+    if o.evaluation_metric and o.dset_name in ("celebA", "dsprites_leakage"):
+        yield _no_grid(o)
+    if o.sprites_sizes is not None and o.dset_name not in ("sprites", "dsprites_full"):
+        yield "--sprites_sizes belongs to --dset_name sprites or dsprites_full"
+    if o.max_eval_images is not None and o.dset_name == "dsprites_leakage":
+        yield "--max_eval_images: the corners of dsprites_leakage are few; leave it out"
+    if o.test and not o.ckpt_load:
+        yield "--test needs a checkpoint: --ckpt_load <ckpt_dir>/<name>/last"
+    if o.resume and o.ckpt_load:
+        yield "--resume takes the newest checkpoint and --ckpt_load names one: give one of them"
+    if o.traverse_max <= o.traverse_min or (o.traverse_max - o.traverse_min) / o.traverse_spacing > 1000:
+        yield "--traverse_max must exceed --traverse_min, with at most 1000 steps of --traverse_spacing between them"
+    if o.use_wandb and importlib.util.find_spec("wandb") is None:
+        yield "--use_wandb: wandb is not installed: pip install wandb, or leave the option out"
+
+
+def _no_grid(o: Config) -> str:
+    return f"--evaluation_metric {' '.join(o.evaluation_metric)}: {o.dset_name} is no full grid of known factors; " \
+           "leave the metrics out, or use dsprites_full, sprites or mpi3d_toy"  # fmt: skip
+
+
+def _idle(o: Config, given: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Options that were given another value than their default and do nothing in this combination: what they need."""
+    alg, terms = o.algorithm, set(o.loss_terms)
+    vae, adversary = alg != "CBNM", "FACTORVAE" in terms or alg == "IFCVAE"
+    concepts, drawn = alg in ("GlanceNet", "CBNM"), o.file_save and (o.traverse_z or o.traverse_l or o.traverse_c)
+    rules: list[tuple[bool, str, str]] = [
+        (vae, "belongs to algorithms with a decoder", "w_recon w_recon_scheduler traverse_z traverse_l"),
+        (alg not in ("CBNM", "AE"), "belongs to VAEs", "w_kld controlled_capacity_increase"),
+        (alg == "GlanceNet", "belongs to --alg GlanceNet", "conditional_prior"),
+        (alg == "GlanceNet" or o.z_class in (0, o.z_dim), "belongs to --alg GlanceNet", "z_class"),
+        (o.conditional_prior and vae, "needs GlanceNet's --conditional_prior true", "cluster_dim"),
+        (o.controlled_capacity_increase, "needs --controlled_capacity_increase true", "max_c iterations_c"),
+        (concepts, "belongs to GlanceNet and CBNM", "label_weight latent_weight latent_loss masking_fact osr_quantile "
+                                                    "osr_sample mc_samples early_stopping"),
+        (bool(terms & {"BetaTCVAE", "FACTORVAE"}), "needs --loss_terms BetaTCVAE or FACTORVAE", "w_tc"),
+        ("INFOVAE" in terms, "needs --loss_terms INFOVAE", "w_infovae"),
+        (bool(terms & {"DIPVAEI", "DIPVAEII"}), "needs --loss_terms DIPVAEI or DIPVAEII",
+         "w_dipvae lambda_od lambda_d_factor"),
+        (alg == "IFCVAE", "belongs to --alg IFCVAE", "w_le w_aux"),
+        (adversary, "needs --loss_terms FACTORVAE or --alg IFCVAE",
+         "discriminator num_layer_disc size_layer_disc lr_D"),
+        (alg == "CVAE", "belongs to --alg CVAE", "label_tiler"),
+        (bool(o.evaluation_metric), "needs --evaluation_metric", "metric_train metric_eval metric_jobs"),
+        (drawn, "needs --traverse_z, --traverse_l or --traverse_c, and --file_save true",
+         "traverse_min traverse_max traverse_spacing traverse_iter"),
+        (o.ckpt_load is not None and not o.test, "needs --ckpt_load in a training",
+         "ckpt_load_iternum ckpt_load_optim"),
+        (o.dset_name != "dsprites_leakage", "has no effect on dsprites_leakage, which is supervised as a whole",
+         "masking_fact"),
+        (o.dset_name in ("dsprites_full", "mpi3d_toy"), "belongs to the files of dSprites and MPI3D", "d_version"),
+    ]  # fmt: skip
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in Config.model_fields.items()}
+    for acts, needed, names in rules:
+        for name in names.split():
+            if not acts and name in given and getattr(o, name) != defaults[name]:
+                yield name, needed
+    if "BetaTCVAE" in terms and o.w_tc == 1:
+        yield "loss_terms", "adds (w_tc - 1) times the total correlation, and BetaTCVAE has --w_tc 1"
+    if {"BetaTCVAE", "FACTORVAE"} <= terms:
+        log.warning("BetaTCVAE and FACTORVAE both penalise the total correlation, and both by --w_tc")
+
+
+def check_grid(o: Config, grid: Any) -> None:
+    """Refuse metrics on a data set that turned out to be no full grid."""
+    if o.evaluation_metric and grid is None:
+        raise UserError(_no_grid(o))

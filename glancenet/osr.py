@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.errors import UserError
+
 
 class Thresholds(NamedTuple):
     """`reconstruction` (scalar) in nats an image, `distance` (C,), `means` (C, D) prototypes, first `z_class` dims
@@ -48,8 +50,15 @@ def prototype_distances(z: np.ndarray, means: np.ndarray, z_class: int) -> np.nd
 def fit_thresholds(
     errors: np.ndarray, z: np.ndarray, y: np.ndarray, means: np.ndarray, z_class: int, quantile: float = 0.95
 ) -> Thresholds:
-    """Exact quantiles of the training images: errors (n,), latents (n, D), classes (n,). A class without images
-    accepts nothing (threshold 0)."""
+    """Exact quantiles of the training images: errors (n,), latents (n, D), classes (n,) of 0 to C - 1.
+
+    Raises UserError for other labels (they would belong to no prototype) and for no images. A class without images
+    accepts nothing (threshold 0).
+    """
+    y = np.asarray(y)
+    if not len(y) or y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(means):
+        raise UserError(f"classes must be whole numbers of 0 to {len(means) - 1}, one for each of the {len(means)} "
+                        f"prototypes; {sorted(set(y.tolist()))[:5]} are not")  # fmt: skip
     distances = prototype_distances(z, means, z_class)
     per_class = [
         float(np.quantile(distances[y == c, c], quantile)) if np.any(y == c) else 0.0 for c in range(len(means))

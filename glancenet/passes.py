@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glancenet import losses, osr
-from glancenet.algorithms import Algorithm, Batch
+from glancenet.algorithms import Algorithm
 from glancenet.data import ConceptData, Part
+from glancenet.losses import Batch
+from glancenet.options import Config
 
 EVAL_BATCH = 256
 SAVED_TEST_ROWS = 20_000
@@ -193,9 +195,11 @@ def accepted(model: Algorithm, seen: Encoded, thresholds: osr.Thresholds) -> np.
 
 
 def disentanglement(
-    model: Algorithm, data: ConceptData, device: torch.device, names: list[str], train: int, held_out: int, jobs: int
-) -> dict[str, dict[str, float]]:
-    """All results of the named metrics, on posterior means of images drawn from the whole factor grid (seed 0)."""
+    model: Algorithm, data: ConceptData, device: torch.device, o: Config
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, results) of every metric asked for, one after another, on posterior means of images drawn from the whole
+    factor grid (seed 0).
+    """
     from common.metrics.disentanglement import Grid
     from common.metrics.disentanglement import evaluate as evaluate_metrics
 
@@ -206,4 +210,6 @@ def disentanglement(
         return model.encode(Batch(x, nothing, y, nothing, y[:, None]))[0]
 
     points = Grid(data.grid, represent)
-    return evaluate_metrics(points, names, seed=0, jobs=jobs, num_train=train, num_test=held_out)
+    for name in o.evaluation_metric:
+        settings = {"seed": 0, "jobs": o.metric_jobs, "num_train": o.metric_train, "num_test": o.metric_eval}
+        yield name, evaluate_metrics(points, [name], **settings)[name]

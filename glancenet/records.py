@@ -47,6 +47,12 @@ class Table:
         append_text(self.path, text.getvalue())
         self.rows += 1
 
+    def replace_last(self, row: dict[str, Any]) -> None:
+        """Another last row (the first one, where there is none)."""
+        again = Table(self.path, self.columns, keep_rows=max(0, self.rows - 1))
+        again.append(row)
+        self.rows = again.rows
+
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file. Raises UserError when it is missing or holds no table."""

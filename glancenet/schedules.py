@@ -18,18 +18,6 @@ def warmup_rates(end: float, epochs: int) -> np.ndarray:
     return np.logspace(np.log10(WARMUP_START), np.log10(end), epochs) if epochs > 0 else np.empty(0)
 
 
-def exponential_rate(epoch: int, lr: float, gamma: float, warmup: np.ndarray, decay_start: int | None = None) -> float:
-    """The rate of `epoch` (from 0): the warm-up, then lr gamma^(epoch - decay_start).
-
-    `decay_start` is the number of warm-up epochs unless given. The published loop edits the rate of a running
-    scheduler:
-    that is decay_start = warm-up - 1 with a chainable scheduler (today's torch) and 0 with the closed form (torch 1.1).
-    """
-    if epoch < len(warmup):
-        return float(warmup[epoch])
-    return lr * gamma ** (epoch - (len(warmup) if decay_start is None else decay_start))
-
-
 def parse_scheduler_args(words: list[str]) -> dict[str, Any]:
     """`k=v` words to a dict; numbers become int or float, `a,b,c` a list. Raises UserError on a word without `=`."""
 
@@ -66,15 +54,13 @@ class LearningRate:
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, lr: float, warmup_epochs: int, name: str | None = None,
-        args: dict[str, Any] | None = None,
+        args: list[str] | tuple[()] = (),
     ):  # fmt: skip
-        if not lr > 0:
-            raise UserError(f"--lr_G {lr}: the learning rate must be positive")
         self.optimizer, self.lr = optimizer, lr
         self.warmup = warmup_rates(lr, warmup_epochs)
         self.plateau, self.epoch = 1.0, 0
         self._shadow = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-        self._scheduler = self._make(name, dict(args or {}))
+        self._scheduler = self._make(name, parse_scheduler_args(args))
         self._apply()
 
     def _make(self, name: str | None, args: dict[str, Any]):
@@ -132,21 +118,37 @@ class LearningRate:
             inner = {k: v for k, v in self._scheduler.state_dict().items() if isinstance(v, kept)}
         return {"epoch": self.epoch, "plateau": self.plateau, "lr": self._shadow.param_groups[0]["lr"], "inner": inner}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Set what `state` returned."""
+    def restore(self, state: dict[str, Any], scale: float = 1.0) -> None:
+        """Set what `state` returned; `scale` is this run's learning rate over that of the saved one."""
         self.epoch, self.plateau = state["epoch"], state["plateau"]
+        if isinstance(self._scheduler, lr_scheduler.CyclicLR):
+            scale = 1.0  # its rates are its own arguments
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["inner"])
-        self._shadow.param_groups[0]["lr"] = state["lr"]
+        if scale != 1.0 and hasattr(self._scheduler, "base_lrs"):
+            self._scheduler.base_lrs = [rate * scale for rate in self._scheduler.base_lrs]
+        self._shadow.param_groups[0]["lr"] = state["lr"] * scale
         self._apply()
 
 
 class LinearWeight:
     """A loss weight that moves in a line from `start` to `target_value` in `epochs` steps, then stays."""
 
+    @classmethod
+    def of(cls, start: float, name: str | None, words: list[str]) -> "LinearWeight | None":
+        """The schedule that --w_recon_scheduler and its arguments name, or None. Raises UserError."""
+        args = parse_scheduler_args(words)
+        if name is None:
+            if args:
+                raise UserError("--w_recon_scheduler_args needs --w_recon_scheduler LinearScheduler")
+            return None
+        numbers = all(isinstance(value, (int, float)) and 0 <= value <= 1e12 for value in args.values())
+        if set(args) != {"target_value", "epochs"} or not numbers or not args["epochs"] > 0:
+            raise UserError("--w_recon_scheduler_args: expected target_value=... epochs=..., a weight of at least 0 "
+                            "and a number of steps above 0")  # fmt: skip
+        return cls(start, **args)
+
     def __init__(self, start: float, target_value: float, epochs: float):
-        if not epochs > 0:
-            raise UserError(f"--w_recon_scheduler_args epochs={epochs}: must be positive")
         self.start, self.target, self.epochs, self.steps = start, target_value, epochs, 0
 
     def value(self) -> float:
@@ -163,14 +165,13 @@ class LinearWeight:
 class EarlyStopping:
     """The published stopping rule, fed once a validation with (rec + kld, latent, bce); see `update`.
 
-    `supervised` False means masking_fact = 0: then the latent loss does not count, and 5 bad validations end the run
-    instead of 10. `count_latent` True keeps the published slip that lets the unsupervised latent loss raise the
-    counter.
+    `supervised` False means masking_fact = 0: then the latent loss does not count (the published rule let the undefined
+    one raise the counter), and 5 bad validations end the run instead of 10.
     """
 
-    def __init__(self, latent_weight: float, label_weight: float, supervised: bool, count_latent: bool = False):
+    def __init__(self, latent_weight: float, label_weight: float, supervised: bool):
         self.latent_weight, self.label_weight = latent_weight, label_weight
-        self.supervised, self.count_latent = supervised, supervised or count_latent
+        self.supervised = self.count_latent = supervised
         self.wait, self.save = 0, True
         self.total: list[float] = []
         self.latent: list[float] = []
@@ -207,6 +208,11 @@ class EarlyStopping:
                 recovered = recovered and latent[-1] < np.mean(latent[-5:-2])
             if recovered:
                 self.wait, self.save = 0, True
+        return self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether there were too many bad validations."""
         return self.wait > (10 if self.supervised else 5)
 
     def state(self) -> dict[str, Any]:

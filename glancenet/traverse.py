@@ -9,25 +9,28 @@ Weights are those of mnist_parity.py, or the model.safetensors of a main.py run 
 to --max while the others stay) and gif_<class>.gif (a frame a value); prototypes.png.
 """
 
-import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import json
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
-
-if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.checkpoint import load_into, load_weights
 from common.errors import UserError, run_command
 from common.images import mosaic, save_gif, save_image
 from common.launch import pick_device
+from common.options import Device, Options, from_flags, option
 from common.released import released
 from glancenet.mnist_objective import KNOWN_DIGITS, MODELS
-from glancenet.options import Parser
 
 RELEASE, RELEASE_FOLDER = "mnist_parity", "runs/glancenet/released"
 GIF_FPS = 10
@@ -57,14 +60,16 @@ def load(path: Path, device: torch.device) -> Decodable:
 
 
 def _of_main(path: Path, tensors: dict[str, Tensor], config: dict, device: torch.device) -> Decodable:
-    from glancenet.algorithms import Shape, algorithm_class
+    from glancenet.algorithms import Shape, make_model
+    from glancenet.options import Config as TrainingConfig
 
     decodes = "classifier.weight" in tensors and any(key.startswith("decoder.") for key in tensors)
     _need_prototypes(path, config["alg"], decodes and "prior.weight" in tensors)
     classes = len(tensors["classifier.weight"])
     channels = 3 if config["dset_name"] in ("celebA", "mpi3d_toy") else 1
     shape = Shape(channels, min(config["z_dim"], config["z_class"] or config["z_dim"]), classes, (), 1)
-    model = algorithm_class(config["alg"])(argparse.Namespace(**config), shape)
+    known = {name: value for name, value in config.items() if name in TrainingConfig.model_fields}
+    model = make_model(TrainingConfig.build(known), shape)
     load_into(model, {key: value for key, value in tensors.items() if not key.startswith("osr.")}, path)
     model.to(device).eval()
     names = [str(k) for k in range(classes)]
@@ -88,27 +93,30 @@ def traverse(model: Decodable, k: int, values: Tensor, latents: list[int]) -> Te
     return torch.stack(rows).cpu()
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    p = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    p.add_argument("--weights", default=None, help="a .safetensors file; default: the released model")
-    p.add_argument("--out", default=None, help="folder of the pictures; default: beside the weights (released: runs)")
-    p.add_argument("--latents", nargs="+", type=int, default=None, help="which latents; default all")
-    p.add_argument("--min", type=float, default=-3.0, help="first value")
-    p.add_argument("--max", type=float, default=3.0, help="last value")
-    p.add_argument("--steps", type=int, default=13, help="values of each latent")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:<i> or mps")
-    return p
+class Config(Options):
+    """What is traversed, and where the pictures go."""
+
+    weights: str | None = option(None, "a .safetensors file; none: the released model")
+    out: str | None = option(None, "folder of the pictures; none: beside the weights (released: runs)")
+    latents: Annotated[list[Annotated[int, Field(ge=0, le=4096)]], Field(min_length=1)] | None = option(
+        None, "which latents; none: all"
+    )
+    min: float = option(-3.0, "first value", ge=-1000, le=1000)
+    max: float = option(3.0, "last value", ge=-1000, le=1000)
+    steps: int = option(13, "values of each latent", ge=2, le=1000)
+    device: Device = option("auto", "device")
+    dry_run: bool = option(False, "check the options, print them as JSON, and end", bare=True)
 
 
-def main(argv: list[str] | None = None) -> Path:
+def main(argv: list[str] | None = None) -> Path | None:
     """The command; returns the folder of the pictures."""
-    o = make_parser().parse(argv)
-    if o.steps < 2 or not o.min < o.max:
-        raise UserError(
-            f"--steps {o.steps} --min {o.min:g} --max {o.max:g}: at least two values, the first one smaller"
-        )
+    o, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
+    if not o.min < o.max:
+        raise UserError(f"--min {o.min:g} --max {o.max:g}: the first value must be smaller")
+    device = pick_device(o.device)
+    if o.dry_run:
+        print(json.dumps(o.as_dict(), indent=2))
+        return None
     if o.weights is None:
         release = released("glancenet", RELEASE)
         print(release.notice("no --weights"), flush=True)
@@ -116,11 +124,10 @@ def main(argv: list[str] | None = None) -> Path:
     else:
         path = Path(o.weights)
         out = Path(o.out) if o.out else path.parent / f"{path.stem}_traversals"
-    device = pick_device(o.device)
     model = load(path, device)
     size = model.prototypes.shape[1]
     latents = list(range(size)) if o.latents is None else o.latents
-    if any(not 0 <= latent < size for latent in latents):
+    if max(latents) >= size:
         raise UserError(f"--latents {' '.join(map(str, latents))}: this model has latents 0 to {size - 1}")
     values = torch.linspace(o.min, o.max, o.steps, device=device)
     for k, name in enumerate(model.classes):

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from common.images import mosaic, save_gif, save_image
-from glancenet.algorithms import Algorithm, Batch
+from glancenet.algorithms import Algorithm
+from glancenet.data import ConceptData
+from glancenet.losses import Batch, one_hot_labels
 
 WHITE_COLUMN = 10
 GIF_FPS = 10
@@ -41,7 +43,8 @@ def traverse(
     """Rows of images (rows, values, C, 64, 64) in [0, 1] for image i: its reconstruction repeated; then one row a
     latent,
     set to each of `values` in raw z while the others stay at the mean; then, with `codes`, one row a label (CVAE,
-    IFCVAE), whose values run and repeat."""
+    IFCVAE), whose values run and repeat.
+    """
     n = len(values)
     mu = model.encode(_one(batch, i, 1))[0]  # (1, D)
     same = _one(batch, i, n)
@@ -60,8 +63,6 @@ def traverse(
 
 def decode_with_codes(model: Algorithm, z: Tensor, batch: Batch) -> Tensor:
     """Logits with the labels of `batch.codes`, also for an algorithm that would predict them (IFCVAE)."""
-    from glancenet.losses import one_hot_labels
-
     return model.decoder(torch.cat([z, one_hot_labels(batch.codes, list(model.shape.code_sizes)).to(z)], dim=1))
 
 
@@ -88,18 +89,43 @@ def latent_factor_matrix(mu: np.ndarray, concepts: np.ndarray) -> np.ndarray:
     return np.abs(z.T @ g) / np.where(scale > 0, scale, np.inf)
 
 
-def save_matrix(path: Path, matrix: np.ndarray, names: list[str], title: str) -> None:
-    """A heat map of (D, L) in [0, 1], latents down, concepts across."""
+def traversed_places(data: ConceptData, seed: int, step: int) -> tuple[list[str], list[int]]:
+    """Keys and places in the training set of the traversed images: the fixed ones of the data set (three seeded ones
+    where it has none), and one that is chosen anew each time.
+    """
+    rows = data.train.rows.numpy()
+    # a fixed image itself, or its neighbour when it is held out
+    fixed = {name: int(np.argmin(np.abs(rows - row))) for name, row in (data.fixed or {}).items()}
+    if not fixed:
+        chosen = np.random.default_rng(seed).permutation(len(rows))[:3]
+        fixed = {f"rand{i}": int(place) for i, place in enumerate(chosen)}
+    fixed["random"] = int(np.random.default_rng([seed, step]).integers(len(rows)))
+    return list(fixed), list(fixed.values())
+
+
+def figure(width: float, height: float):
+    """A matplotlib figure of that size in inches that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.5 + 0.45 * matrix.shape[1], 1.8 + 0.32 * matrix.shape[0]), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def save_figure(path: Path, made, dpi: int = 90) -> None:
+    """Write a figure, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, dpi=dpi)
+
+
+def save_matrix(path: Path, matrix: np.ndarray, names: list[str], title: str) -> None:
+    """A heat map of (D, L) in [0, 1], latents down, concepts across."""
+    made = figure(1.5 + 0.45 * matrix.shape[1], 1.8 + 0.32 * matrix.shape[0])
+    axes = made.add_subplot()
     shown = axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_xticks(range(matrix.shape[1]), names, rotation=60, ha="right")
     axes.set_yticks(range(matrix.shape[0]), [f"z{i}" for i in range(matrix.shape[0])])
     axes.set_title(title, fontsize=9)
-    figure.colorbar(shown, ax=axes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    made.colorbar(shown, ax=axes)
+    save_figure(path, made)

@@ -13,8 +13,8 @@ from PIL import Image
 from common.datasets.sprites import Sprites
 from common.errors import UserError
 from glancenet import cluster, labels, prepare_celeba, prepare_mpi3d
-from glancenet.data import load_data, open_npz
-from glancenet.options import make_parser, resolve
+from glancenet.data import TrainingBatches, load_data, open_npz
+from glancenet.options import parse
 
 CPU = torch.device("cpu")
 MPI3D_SIZES = (3, 2, 2, 1, 2, 3, 4)
@@ -22,7 +22,7 @@ MPI3D_SIZES = (3, 2, 2, 1, 2, 3, 4)
 
 def options(name: str, folder, *words: str):
     base = ["--alg", "CBNM", "--encoder", "SimpleGaussianConv64", "--batch_size", "8"]
-    return resolve(make_parser().parse([*base, "--dset_name", name, "--dset_dir", str(folder), *words]))
+    return parse([*base, "--dset_name", name, "--dset_dir", str(folder), *words])
 
 
 def test_masks_are_nested_and_seeded():
@@ -81,12 +81,14 @@ def test_include_labels_choose_concepts(tmp_path):
 
 
 def test_epoch_order_is_a_function_of_seed_and_epoch(tmp_path):
-    data = load_data(options("sprites", tmp_path, "--sprites_sizes", "3", "2", "2", "4", "4"))
+    o = options("sprites", tmp_path, "--sprites_sizes", "3", "2", "2", "4", "4", "--batch_size", "32", "--seed", "1")
+    data = load_data(o)
     part = data.train
     assert torch.equal(part.order(1, 4), part.order(1, 4)) and not torch.equal(part.order(1, 4), part.order(1, 5))
-    whole = list(part.batches(32, CPU, part.order(1, 0), drop_last=True))
-    later = list(part.batches(32, CPU, part.order(1, 0), start=2, drop_last=True))
-    assert len(whole) == 4 and len(later) == 2 and torch.equal(whole[2].x, later[0].x)
+    whole, later = (list(TrainingBatches(part, o, CPU).epoch(0, start)) for start in (0, 2))
+    assert len(whole) == 4 and len(later) == 2 and torch.equal(whole[2][0].x, later[0][0].x)
+    pairs = list(TrainingBatches(part, o, CPU, second=True).epoch(0))
+    assert all(torch.equal(second.x, whole[(i + 1) % 4][0].x) for i, (_, second) in enumerate(pairs))
     everything = torch.cat([batch.y for batch in part.batches(50, CPU)])
     assert torch.equal(everything, part.y), "without drop_last every example comes once"
 

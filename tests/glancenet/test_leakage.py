@@ -8,7 +8,7 @@ import torch
 
 from common.checkpoint import load_weights
 from common.errors import UserError
-from glancenet import leakage, mnist_parity, osr
+from glancenet import leakage, mnist_parity, osr, passes
 from glancenet.mnist_objective import MODELS, ParityGlanceNet
 
 TINY = [
@@ -52,6 +52,14 @@ def test_thresholds_keep_their_quantile_of_the_training_images():
     assert far.latent.tolist() == [False, True], "dimensions beyond z_class do not count"
 
 
+@pytest.mark.parametrize("y", [[5, 6, 7, 8], [-1, 0, 1, 0], [0.0, 1.0, 0.0, 1.0], ["a", "b", "a", "b"], []])
+def test_labels_without_a_prototype_are_refused(y):
+    """They once gave thresholds of 0, which reject everything, without a word."""
+    n = len(y)
+    with pytest.raises(UserError, match="whole numbers of 0 to 1"):
+        osr.fit_thresholds(np.ones(n), np.zeros((n, 2)), np.array(y), np.zeros((2, 2)), 2)
+
+
 def test_threshold_search_agrees_with_the_quantile():
     values = np.random.default_rng(0).gamma(2, 1, 20_000)
     assert osr.grid_threshold(values) == pytest.approx(np.quantile(values, 0.95), rel=0.01)
@@ -85,6 +93,17 @@ def test_position_leakage_command(tmp_path, leakage_data):
     assert ("cbnm", "reconstruction") not in rows, "a bottleneck has no reconstruction error"
     both = rows["glancenet", "both"]
     assert both["rejected_percent"] > 90 and both["leakage_percent"] < 10
+    kept = {name: rows["glancenet", name]["closed_set_kept_percent"] for name in ("distance", "reconstruction", "both")}
+    assert (
+        kept["both"] <= min(kept["distance"], kept["reconstruction"])
+        and rows["cg-vae", "none"]["closed_set_kept_percent"] == 100
+    )
+    model, data, _ = leakage.load_model(str(out / "checkpoints" / "glancenet_1" / "final"), torch.device("cpu"))
+    with passes.evaluating(model, 1):
+        thresholds, _ = passes.fit_rejection(model, data, torch.device("cpu"), 0.95, False)
+        seen = passes.encode_for_rejection(model, data.val, torch.device("cpu"), False)
+    near = osr.accept(seen.errors, seen.z, thresholds).latent
+    assert kept["distance"] == pytest.approx(100 * near.mean()), "the share of the distance check alone"
     for row in summary:
         assert row["leakage_percent"] == pytest.approx(200 * abs(row["accuracy"] - 0.5))
         assert (row["rejection"] == "none") <= (row["rejected_percent"] == 0)
@@ -99,6 +118,58 @@ def test_position_leakage_command(tmp_path, leakage_data):
     repeated = {(row["model"], row["rejection"]): row["accuracy"] for row in again}
     for key, value in repeated.items():
         assert value == pytest.approx(rows[key]["accuracy"], abs=1e-6)
+
+
+def test_models_are_written_as_they_finish(tmp_path, leakage_data, monkeypatch):
+    """A stop in the second model keeps the first, and --resume auto trains only what is missing."""
+    out, trained = tmp_path / "out", []
+    words = ["--dset_dir", str(leakage_data), "--out", str(out), "--models", "cbnm", "vae", "--seeds", "1", "--device"]
+    after = ["--", *TINY, "--max_epoch", "1", "--file_save", "false"]
+    train = leakage.train_one
+
+    def stopped(key, *rest):
+        if key == "vae" and not trained:
+            trained.append(key)
+            raise KeyboardInterrupt
+        return train(key, *rest)
+
+    monkeypatch.setattr(leakage, "train_one", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        leakage.main([*words, "cpu", *after])
+    assert {row["model"] for row in json.loads((out / "leakage.json").read_text())["summary"]} == {"cbnm"}
+    before, _ = load_weights(out / "checkpoints/cbnm_1/model.safetensors")
+    summary = leakage.main([*words, "cpu", "--resume", "auto", *after])
+    assert {row["model"] for row in summary} == {"cbnm", "vae"}
+    after_it, _ = load_weights(out / "checkpoints/cbnm_1/model.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in after_it.items())
+    with pytest.raises(UserError, match="z_dim"):
+        leakage.main([*words, "cpu", "--resume", "auto", *after, "--z_dim", "6", "--z_class", "6"])
+
+
+def test_the_published_rejection_compares_with_stale_reconstructions():
+    """A model that reconstructs perfectly accepts every training image, and by the published code no test image."""
+    g = torch.Generator().manual_seed(0)
+    digits = [mnist_parity.Digits((torch.rand(400, 784, generator=g) > 0.5).float(), torch.arange(400) % 10)
+              for _ in range(2)]  # fmt: skip
+
+    class Perfect(torch.nn.Module):
+        """Latents are the place in the training set; the decoder looks the image up."""
+
+        def encoder(self, x):
+            mu = torch.zeros(len(x), 10)
+            mu[:, 2] = torch.cdist(x, digits[0].x).argmin(1)
+            return mu, torch.full_like(mu, -60.0)
+
+        def decoder(self, z):
+            return 40 * (2 * digits[0].x[z[:, 2].round().long()] - 1)
+
+        def class_means(self):
+            return torch.zeros(2, 10)
+
+    train_mask, test_mask, _ = mnist_parity.as_published(Perfect(), *digits)
+    own = mnist_parity.encode(Perfect(), digits[0]).errors
+    assert own.max() < 1e-3 and not test_mask.any(), "other images' reconstructions are in the rows"
+    assert train_mask.shape == (400,)
 
 
 def test_leakage_needs_the_leakage_data(glancenet_run):
@@ -138,9 +209,12 @@ def test_parity_command(tmp_path, mnist_root):
     assert both["rejected_percent"] > 90 and both["leakage_percent"] < 10
     assert both["closed_set_kept_percent"] > 60
     assert rows["glancenet", "none"]["leakage_percent"] >= both["leakage_percent"]
+    with pytest.raises(UserError, match=r"epochs \(12 there, None here\)"):
+        mnist_parity.main([*words, "--models", "cbnm", "--reuse", "true"])
+    words += ["--epochs", "12"]
     again = mnist_parity.main([*words, "--models", "cbnm", "--seeds", "0", "1", "--reuse", "true"])
     assert again[0]["accuracy"] == pytest.approx(rows["cbnm", "none"]["accuracy"]), "stored weights are measured alike"
-    mnist_parity.main([*words, "--seeds", "0", "1", "--reuse", "true"])
+    mnist_parity.main([*words, "--seeds", "0", "1", "--resume", "auto"])
     record = json.loads((out / "results.json").read_text())
     assert len(record["runs"]) == 2 * (2 + 4 + 4)
     for name in ("leakage.png", "latents.png", "results.csv", "0/samples/osr_vae.png"):

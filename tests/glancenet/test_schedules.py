@@ -20,7 +20,7 @@ CASES = {
 
 def make(name=None, words=(), warmup=3, lr=0.01):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    return LearningRate(optimizer, lr, warmup, name, parse_scheduler_args(list(words))), optimizer
+    return LearningRate(optimizer, lr, warmup, name, list(words)), optimizer
 
 
 def run(rate, optimizer, epochs, start=0, metric=1.0):
@@ -95,7 +95,8 @@ def test_linear_weight_clips_at_its_target():
 def test_unsupervised_runs_do_not_stop_on_the_latent_loss():
     """masking_fact = 0: only the class loss counts (the published rule also counts an undefined latent loss)."""
     ours = EarlyStopping(1, 1, supervised=False)
-    published = EarlyStopping(1, 1, supervised=False, count_latent=True)
+    published = EarlyStopping(1, 1, supervised=False)
+    published.count_latent = True
     for t in range(20):
         for rule in (ours, published):
             rule.record(0.0, latent=float(t), bce=1.0)

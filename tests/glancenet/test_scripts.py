@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from glancenet import compare, leakage, main, mnist_parity
+from common.options import from_flags
+from glancenet import compare, leakage, mnist_parity
+from glancenet.options import Config, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -47,38 +49,38 @@ def words_of(script: str, folder: Path, *more: str, **environment: str) -> list[
 def test_training_scripts(tmp_path, script):
     words = words_of(script, tmp_path, "--num_workers", "0", SEED="5", MASKING_FACT="25")
     assert Path(words[0]) == ROOT / "glancenet" / "main.py"
-    o = main.parse(words[1:])
+    o = parse(words[1:])
     assert {key: getattr(o, key) for key in TRAINING[script]} == TRAINING[script]
     assert (o.seed, o.masking_fact, o.dset_dir, o.num_workers) == (5, 25, str(tmp_path), 0)
-    assert main.parse(words_of(script, tmp_path, MAX_ITER="7")[1:]).max_iter == 7
-    plain = main.parse(words_of(script, tmp_path)[1:])
+    assert parse(words_of(script, tmp_path, MAX_ITER="7")[1:]).max_iter == 7
+    plain = parse(words_of(script, tmp_path)[1:])
     assert (plain.seed, plain.masking_fact) == (883, 1)
 
 
 def test_position_leakage_script(tmp_path):
     words = words_of("leakage_dsprites.sh", tmp_path, SEED="3 4", MAX_ITER="9")
     split = words.index("--")
-    o = leakage.make_parser().parse(words[1:split])
+    o = from_flags(leakage.Config, words[1:split])[0]
     assert o.models == ["cbnm", "vae", "glancenet"] and o.seeds == [3, 4] and o.dset_dir == str(tmp_path)
     one = words_of("leakage_dsprites.sh", tmp_path, "glancenet", "--max_epoch", "2")
-    assert leakage.make_parser().parse(one[1 : one.index("--")]).models == ["glancenet"]
+    assert from_flags(leakage.Config, one[1 : one.index("--")])[0].models == ["glancenet"]
     for key, flags in leakage.MODELS.items():
-        options = main.parse([*flags, "--dset_dir", str(tmp_path), *words[split + 1 :]])
+        options = parse([*flags, "--dset_dir", str(tmp_path), *words[split + 1 :]])
         assert (options.label_weight, options.latent_weight, options.lr_G, options.max_iter) == (0, 250, 0.0004, 9)
         assert options.conditional_prior == (key == "glancenet")
-    assert main.parse([*leakage.MODELS["glancenet"], "--dset_dir", "."]).max_epoch == 350
+    assert parse([*leakage.MODELS["glancenet"], "--dset_dir", "."]).max_epoch == 350
 
 
 def test_parity_script(tmp_path):
     words = words_of("glancenet_mnist_parity.sh", tmp_path, "--models", "vae", MAX_ITER="11")
-    o = mnist_parity.make_parser().parse(words[1:])
+    o = from_flags(mnist_parity.Config, words[1:])[0]
     assert (o.seeds, o.models, o.max_iter, o.data_root, o.epochs) == ([0, 1, 2], ["vae"], 11, str(tmp_path), None)
 
 
 def test_comparison_script(tmp_path):
     words = words_of("glancenet_fair.sh", tmp_path, SEED="0 1", MAX_ITER="12", DATASET_NAME="sprites")
     split = words.index("--")
-    o = compare.make_parser().parse(words[1:split])
+    o = from_flags(compare.Config, words[1:split])[0]
     assert o.supervision == [1, 10, 100] and o.seeds == [0, 1] and o.dset_name == "sprites"
     assert words[split + 1 :] == ["--max_iter", "12"]
 
@@ -101,11 +103,11 @@ def test_readme_names_what_exists():
     }
     for module in set(re.findall(r"python (glancenet/\w+\.py)", text)):
         assert (ROOT / module).is_file(), module
-    known = {flag for action in main.make_parser()._actions for flag in action.option_strings}
+    known = {f"--{name}" for name in Config.model_fields}
     section = text[text.index("New flags:") : text.index("`--deterministic`")]
     assert set(re.findall(r"--\w+", section)) <= known
     example = text[text.index("    python glancenet/main.py") :].split("\n\n")[0]
-    o = main.parse(shlex.split(example.replace("\\\n", " "))[2:])
+    o = parse(shlex.split(example.replace("\\\n", " "))[2:])
     assert o.dset_name == "sprites" and o.conditional_prior
     for picture in re.findall(r"\]\((pictures/[^)]+)\)", text):
         assert (ROOT / "glancenet" / picture).is_file(), picture
