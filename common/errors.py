@@ -37,7 +37,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def is_web_page(start: bytes) -> bool:
     """Whether the first bytes of a file are those of a web page: a download that was refused, saved under its name."""
-    page = rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype html|html|head)"
+    page = rb"(\xef\xbb\xbf)?\s*(<!--.*?-->\s*)?<(!doctype html|\?xml|html|head)"
     return re.match(page, start[:1024], re.I | re.S) is not None
 
 

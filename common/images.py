@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.checkpoint import atomic_write
-from common.errors import UserError
+from common.errors import UserError, refuse_web_page
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 1 << 26  # of one picture; a small file may claim any size
@@ -25,8 +25,8 @@ P = TypeVar("P", str, Path)
 
 
 def natural_sorted(names: Iterable[P]) -> list[P]:
-    """`names` with 9.png before 10.png, whatever letters and digits they are made of."""
-    return natsorted(names, key=str)
+    """`names` with 9.png before 10.png, whatever letters and digits they are made of, and however they came."""
+    return natsorted(sorted(names, key=str), key=str)
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
@@ -41,25 +41,27 @@ def list_pictures(folder: str | Path) -> list[Path]:
     return [folder / name for name in natural_sorted(names)]
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path, channels: int | None = None) -> Image.Image:
     """A picture file as a PIL image of mode L (grey) or RGB, turned as its EXIF data say, transparency over white.
 
-    The first frame of several. Raises UserError naming a file that is missing, damaged, no picture or above MAX_PIXELS.
+    `channels` 1 or 3 asks for one of the modes, else a grey file is L. The first frame of several. Raises UserError
+    naming a file that is missing, damaged, no picture or above MAX_PIXELS.
     """
     path = Path(path)
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it claims {image.width} x {image.height} pixels")
-            grey = image.mode in ("1", "L", "LA")
+            if image.mode.startswith("I") or image.mode == "F":
+                raise ValueError(f"pixels of type {image.mode} are not read: convert it to 8 bits")
+            grey = image.mode in ("1", "L", "LA") if channels is None else channels == 1
             image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-                raise ValueError(f"pixels of type {image.mode} are not read: convert it to 8 bits")
             return image.convert("L" if grey else "RGB")
     except Exception as error:  # PIL raises many types on damaged files: SyntaxError, EOFError, struct.error ...
+        refuse_web_page(path)
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"cannot read {path} as an image ({reason}); repair it or take it out") from error
 

@@ -26,7 +26,7 @@ class _Dtype:
 
     def __init__(self, code: str, *_: Any):
         self.dtype = np.dtype(code)
-        if self.dtype.kind not in "biuf":
+        if self.dtype.kind not in "biufO":
             raise pickle.UnpicklingError(f"an array of {self.dtype}")
 
     def __setstate__(self, state: tuple) -> None:
@@ -37,10 +37,14 @@ class _Dtype:
 def _array(content: Any, shape: Any, dtype: Any, fortran: Any) -> np.ndarray:
     if isinstance(content, str):  # Python 2 wrote bytes as a latin-1 string
         content = content.encode("latin1")
-    if not isinstance(dtype, _Dtype) or not isinstance(content, (bytes, bytearray)):
-        raise pickle.UnpicklingError("an array of objects")
     if not isinstance(shape, tuple):
         shape = (shape,)
+    if isinstance(content, list) and all(isinstance(item, (int, float, np.number)) for item in content):
+        array = np.array(content)  # numbers held as objects
+        if array.dtype.kind in "biuf":
+            return array.reshape(shape, order="F" if fortran else "C")
+    if not isinstance(dtype, _Dtype) or dtype.dtype.kind == "O" or not isinstance(content, (bytes, bytearray)):
+        raise pickle.UnpicklingError("an array of objects")
     if any(not isinstance(n, int) or n < 0 for n in shape) or math.prod(shape) * dtype.dtype.itemsize != len(content):
         raise pickle.UnpicklingError(f"an array {shape} of {len(content)} bytes")
     return np.frombuffer(bytearray(content), dtype.dtype).reshape(shape, order="F" if fortran else "C")
@@ -54,6 +58,15 @@ class _Array:
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, content = state
         self.array = _array(content, shape, dtype, fortran)
+
+
+class Stated:
+    """Stands for an object of a class that `names` maps to it: what is read is the object's state."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
 def _new_array(*_: Any) -> _Array:
@@ -106,7 +119,7 @@ TENSORS: Names = {
 }
 
 
-class _Bounded:
+class Bounded:
     """A file that refuses to read what it does not hold: a claim of gigabytes would be allocated first."""
 
     def __init__(self, file: IO[bytes], size: int):
@@ -136,7 +149,7 @@ class Unpickler(pickle._Unpickler):
         self, file: IO[bytes], size: int, names: Names, other: Callable[[str, str], Any] | None = None,
         encoding: str = "latin1",
     ):  # fmt: skip
-        super().__init__(_Bounded(file, size), encoding=encoding)
+        super().__init__(Bounded(file, size), encoding=encoding)
         self._names, self._other = names, other
 
     def find_class(self, module: str, name: str) -> Any:
@@ -169,6 +182,8 @@ def _finished(value: Any, seen: dict[int, Any]) -> Any:
     """`value` with arrays in it; a part that stands at many places is finished once."""
     if isinstance(value, _Array):
         return value.array
+    if isinstance(value, Stated):
+        return _finished(value.state, seen)
     if not isinstance(value, (list, tuple, dict)):
         return value
     if id(value) not in seen:

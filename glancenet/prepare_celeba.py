@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from common.datasets.faces import image_folder, list_file, read_list
-from common.datasets.readers import read_image
+from common.datasets.faces import binary, image_folder, list_file, read_list, read_partition
 from common.errors import UserError, run_command
+from common.images import open_picture
 from common.options import Options, Seed, from_flags, option
 from glancenet.cluster import fit_and_save
 from glancenet.labels import CELEBA_ATTRIBUTES, celeba_kept_rows
@@ -50,23 +50,12 @@ def read_attributes(path: Path) -> tuple[list[str], np.ndarray]:
     missing = [name for name in CELEBA_ATTRIBUTES if name not in (columns or ())]
     if missing:
         raise UserError(f"{path} has no attribute {', '.join(missing)} in its header")
-    table = values[:, [columns.index(name) for name in CELEBA_ATTRIBUTES]]
-    if not (np.isin(table, (-1, 1)).all() or np.isin(table, (0, 1)).all()):
-        raise UserError(f"{path}: attributes must be -1 and 1, or 0 and 1, found {np.unique(table)[:5].tolist()}")
-    return files, (table > 0).astype(np.int64)
-
-
-def read_partition(path: Path) -> dict[str, int]:
-    """File name -> 0 (train), 1 (validation), 2 (test). Raises UserError for other values."""
-    _, files, values = read_list(path)
-    if not np.isin(values[:, 0], (0, 1, 2)).all():
-        raise UserError(f"{path}: parts must be 0, 1 or 2, found {np.unique(values[:, 0])[:5].tolist()}")
-    return dict(zip(files, values[:, 0].tolist(), strict=True))
+    return files, binary(path, values[:, [columns.index(name) for name in CELEBA_ATTRIBUTES]])
 
 
 def image(path: Path) -> np.ndarray:
     """The central square of a CelebA image at 64 x 64: uint8 (64, 64, 3)."""
-    picture = read_image(path, 3)
+    picture = open_picture(path, 3)
     left, top = (picture.width - CROP) // 2, (picture.height - CROP) // 2
     if left < 0 or top < 0:
         raise UserError(f"{path} is {picture.width} x {picture.height}; the aligned images are 178 x 218")

@@ -4,7 +4,8 @@
     python glancenet/prepare_mpi3d.py --in data/mpi3d_toy.npz --out data --small 50000     # also mpi3d_toy_small.npz
 
 X: uint8 (1,036,800, 64, 64, 3); Y: factors (1,036,800, 7), row-major over 6 colours, 6 shapes, 2 sizes, 3 camera
-heights, 3 backgrounds, 40 x 40 angles. The classes are the published prototypes; `cluster.py` fits others.
+heights, 3 backgrounds, 40 x 40 angles. The images are unpacked once (12.7 GB): `common.datasets` reads them from this
+file, too. The classes are the published prototypes; `cluster.py` fits others, `prepare_clusters.py` reads a pickle.
 """
 
 import sys
@@ -14,16 +15,18 @@ if __name__ == "__main__":
     sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
     import common.start  # noqa: F401
 
+from collections.abc import Iterable
+
 import numpy as np
 
+from common.datasets.readers import NpzFile
 from common.errors import UserError, run_command
 from common.options import Count, Options, Seed, Whole, from_flags, option
-from glancenet.data import open_npz
 from glancenet.labels import MPI3D_SIZES
 from glancenet.records import write_npz
 
 PIECE = 4096
-DOWNLOAD = "downloading mpi3d_toy.npz of the disentanglement data sets (github.com/rr-learning/disentanglement_dataset)"
+DOWNLOAD = "downloading mpi3d_toy.npz (github.com/rr-learning/disentanglement_dataset), and name it by --in"
 
 
 class Config(Options):
@@ -41,11 +44,11 @@ def factor_rows(sizes: tuple[int, ...], rows: np.ndarray) -> np.ndarray:
     return np.stack(np.unravel_index(rows, sizes), axis=1).astype(np.int64)
 
 
-def write(path: Path, images: np.ndarray, sizes: tuple[int, ...], rows: np.ndarray) -> None:
-    """Images and factors of the given rows."""
-    parts = [rows[i : i + PIECE] for i in range(0, len(rows), PIECE)]
+def write(path: Path, images: Iterable[np.ndarray], sizes: tuple[int, ...], rows: np.ndarray) -> None:
+    """Images (given piece by piece) and factors of the given rows."""
+    parts = (rows[i : i + PIECE] for i in range(0, len(rows), PIECE))
     write_npz(path, {
-        "X": ((len(rows), *images.shape[1:]), np.uint8, (images[part] for part in parts)),
+        "X": ((len(rows), 64, 64, 3), np.uint8, images),
         "Y": ((len(rows), len(sizes)), np.int64, (factor_rows(sizes, part) for part in parts)),
     })  # fmt: skip
     print(f"{path}: {len(rows)} images")
@@ -54,21 +57,23 @@ def write(path: Path, images: np.ndarray, sizes: tuple[int, ...], rows: np.ndarr
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     o, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
-    sizes = tuple(o.sizes)
+    sizes, n = tuple(o.sizes), int(np.prod(o.sizes))
     if any(given > known for given, known in zip(sizes, MPI3D_SIZES, strict=True)):
         raise UserError(f"--sizes {sizes}: at most {MPI3D_SIZES}")
-    images = open_npz(Path(o.source), "images", DOWNLOAD)
-    if images.ndim != 4 or images.shape[1:] != (64, 64, 3) or len(images) != np.prod(sizes):
-        raise UserError(
-            f"{o.source} holds images {images.shape}, expected ({np.prod(sizes)}, 64, 64, 3) for sizes {sizes}"
-        )
-    if o.small > len(images):
-        raise UserError(f"--small {o.small}: the file has {len(images)} images")
-    folder = Path(o.out) / "mpi3d_toy"
-    write(folder / "mpi3d_toy_full.npz", images, sizes, np.arange(len(images)))
+    if o.small > n:
+        raise UserError(f"--small {o.small}: the file has {n} images")
+    if not Path(o.source).is_file():
+        raise UserError(f"{o.source} is missing; get it by: {DOWNLOAD}")
+    archive, folder = NpzFile(Path(o.source)), Path(o.out) / "mpi3d_toy"
+    shape, dtype = archive.header("images")
+    if shape != (n, 64, 64, 3) or dtype != np.uint8:
+        raise UserError(f"{o.source} holds images {dtype} {shape}, expected uint8 {(n, 64, 64, 3)} for sizes {sizes}")
+    full = folder / "mpi3d_toy_full.npz"
+    write(full, archive.blocks("images"), sizes, np.arange(n))
     if o.small:
-        rows = np.sort(np.random.default_rng(o.seed).permutation(len(images))[: o.small])
-        write(folder / "mpi3d_toy_small.npz", images, sizes, rows)
+        rows, images = np.sort(np.random.default_rng(o.seed).permutation(n)[: o.small]), NpzFile(full).mapped("X")
+        pieces = (images[rows[i : i + PIECE]] for i in range(0, len(rows), PIECE))
+        write(folder / "mpi3d_toy_small.npz", pieces, sizes, rows)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ random set. A data set written elsewhere takes part by carrying the same attribu
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,49 +69,23 @@ def _sprites(root: Path, split: str, **options: Any) -> Sprites:
     return sprites
 
 
-def _digits(root: Path, split: str, **options: Any) -> ArraySet:
-    return classic.load_digits(split, **options)
+def _folder(root: Path, split: str, **options: Any) -> files.FileSet:
+    parts = (root / split, root / "val") if split == "valid" else (root / split,)
+    part = files.first_present([path for path in parts if path.is_dir()])
+    if part is None and split in ("valid", "test"):
+        raise UserError(f"folder: {root} has no sub-folder {split!r}; put the images of that split there")
+    part = root if part is None or split == "all" else part
+    return files.FolderSet("folder", part, split, train=root / "train" if part != root else None, **options)
 
 
-def _idx(name: str) -> Callable[..., ArraySet]:
-    return lambda root, split, **options: classic.load_idx(name, root, split, **options)
+def _kept(read: Callable[..., ImageSet]) -> Callable[..., ImageSet]:
+    """`read` with an option `cache`: decode image files once into one array file below `root`, and read that."""
 
+    def kept(root: Path, split: str, cache: bool = False, **options: Any) -> ImageSet:
+        images = read(root, split, **options)
+        return files.cached(images, root / ".cache") if cache and isinstance(images, files.FileSet) else images
 
-def _cifar(name: str) -> Callable[..., ArraySet]:
-    return lambda root, split, **options: classic.load_cifar(name, root, split, **options)
-
-
-def _folder(root: Path, split: str, cache: bool = False, **options: Any) -> ImageSet:
-    part = root / split if split != "all" else root
-    if not part.is_dir() and split == "valid" and (root / "val").is_dir():
-        part = root / "val"
-    if not part.is_dir():
-        if split in ("valid", "test"):
-            raise UserError(
-                f"folder: {root} has no sub-folder {split!r}; give split='all' for the images of {root} itself"
-            )
-        part = root
-    return _kept(files.FolderSet("folder", part, split, **options), root, cache)
-
-
-def _celeba(root: Path, split: str, cache: bool = False, **options: Any) -> ImageSet:
-    return _kept(faces.load_celeba(root, split, **options), root, cache)
-
-
-def _tiny_imagenet(root: Path, split: str, cache: bool = False, **options: Any) -> ImageSet:
-    return _kept(imagenet.load_tiny_imagenet(root, split, **options), root, cache)
-
-
-def _imagenet(name: str) -> Callable[..., ImageSet]:
-    def read(root: Path, split: str, cache: bool = False, **options: Any) -> ImageSet:
-        return _kept(imagenet.load_imagenet(name, root, split, **options), root, cache)
-
-    return read
-
-
-def _kept(images: ImageSet, root: Path, cache: bool) -> ImageSet:
-    """With `cache`, decode image files once into one array file below `root` and read that."""
-    return files.cached(images, root / ".cache") if cache and isinstance(images, files.FileSet) else images
+    return kept
 
 
 def _grid(kind: type) -> Callable[..., FactorSet]:
@@ -121,17 +96,21 @@ ARRAY = ("pad", "image_size", "transform")
 FILES = ("cache", "threads", "transform")
 # name: (reader, options, splits)
 SETS: dict[str, tuple[Callable[..., ImageSet], tuple[str, ...], tuple[str, ...]]] = {
-    "mnist": (_idx("mnist"), ARRAY, LABELLED),
-    "fashion_mnist": (_idx("fashion_mnist"), ARRAY, LABELLED),
+    "mnist": (partial(classic.load_idx, "mnist"), ARRAY, LABELLED),
+    "fashion_mnist": (partial(classic.load_idx, "fashion_mnist"), ARRAY, LABELLED),
     "svhn": (classic.load_svhn, ARRAY, ("train", "test", "extra")),
-    "cifar10": (_cifar("cifar10"), ARRAY, LABELLED),
-    "cifar100": (_cifar("cifar100"), ARRAY, LABELLED),
-    "digits": (_digits, (*ARRAY, "seed", "test_fraction"), ("train", "test", "all")),
-    "celeba": (_celeba, ("image_size", "crop", "channels", *FILES), (*WITH_VALID, "all")),
-    "imagenet32": (_imagenet("imagenet32"), ("image_size", *FILES), WITH_VALID),
-    "imagenet64": (_imagenet("imagenet64"), ("image_size", *FILES), WITH_VALID),
-    "tiny_imagenet": (_tiny_imagenet, ("image_size", *FILES), WITH_VALID),
-    "folder": (_folder, ("image_size", "crop", "channels", *FILES), ANY),
+    "cifar10": (partial(classic.load_cifar, "cifar10"), ARRAY, LABELLED),
+    "cifar100": (partial(classic.load_cifar, "cifar100"), ARRAY, LABELLED),
+    "digits": (
+        lambda root, split, **options: classic.load_digits(split, **options),
+        (*ARRAY, "seed", "test_fraction"),
+        ("train", "test", "all"),
+    ),
+    "celeba": (_kept(faces.load_celeba), ("image_size", "crop", "channels", *FILES), (*WITH_VALID, "all")),
+    "imagenet32": (_kept(partial(imagenet.load_imagenet, "imagenet32")), ("image_size", *FILES), WITH_VALID),
+    "imagenet64": (_kept(partial(imagenet.load_imagenet, "imagenet64")), ("image_size", *FILES), WITH_VALID),
+    "tiny_imagenet": (_kept(imagenet.load_tiny_imagenet), ("image_size", *FILES), WITH_VALID),
+    "folder": (_kept(_folder), ("image_size", "crop", "channels", *FILES), ANY),
     "sprites": (_sprites, ("sizes", "image_size", "transform"), ANY),
     "dsprites": (_grid(grids.DSprites), ("sizes", "transform"), ANY),
     "shapes3d": (_grid(grids.Shapes3D), ("sizes", "transform"), ANY),

@@ -1,7 +1,8 @@
 """Labelled image sets that fit in memory: MNIST, Fashion-MNIST, SVHN, CIFAR-10, CIFAR-100, scikit-learn's digits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from common.datasets.base import ArraySet
 from common.datasets.files import FolderSet, absent, first_present, fit
-from common.datasets.readers import read_array_pickle, read_idx, read_mat
+from common.datasets.readers import read_array_pickle, read_idx, read_mat, whole_labels
 from common.errors import UserError
 
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -21,26 +22,17 @@ IDX_FILES = {
 }
 IDX_FOLDERS = {"mnist": ("MNIST/raw", "mnist"), "fashion_mnist": ("FashionMNIST/raw", "fashion_mnist")}
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-Transform = Callable[[Tensor], Tensor]
 
 
 def _finish(
-    name: str,
-    split: str,
-    images: np.ndarray,
-    targets: np.ndarray,
-    classes: tuple[str, ...] | list[str],
-    source: Path | str,
-    *,
-    pad: int = 0,
-    image_size: int | None = None,
-    transform: Transform | None = None,
-) -> ArraySet:
-    """Check (N, C, H, W) images against their targets, pad them with black and resize them."""
-    if len(images) != len(targets) or not len(images):
-        raise UserError(f"{source}: {len(images)} images and {len(targets)} labels do not make {name}; get it again")
-    if targets.min() < 0 or targets.max() >= len(classes):
-        raise UserError(f"{source}: labels {targets.min()}..{targets.max()}, {name} has {len(classes)} classes")
+    name: str, split: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], source: Path | str, *,
+    pad: int = 0, image_size: int | None = None, transform: Callable[[Tensor], Tensor] | None = None, **facts: Any,
+) -> ArraySet:  # fmt: skip
+    """Check (N, C, H, W) images against their labels, pad them with black and resize them."""
+    if len(images) != len(labels) or not len(images):
+        raise UserError(f"{source}: {len(images)} images and {len(labels)} labels do not make {name}; get it again")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"{source}: labels {labels.min()}..{labels.max()}, {name} has {len(classes)} classes")
     if pad < 0 or (image_size is not None and image_size < 1):
         raise UserError(f"{name}: pad must be at least 0 and image_size at least 1, got {pad} and {image_size}")
     if pad:
@@ -51,25 +43,12 @@ def _finish(
             picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
             small[row] = fit(picture, image_size)
         images = small
-    return ArraySet(
-        name,
-        split,
-        torch.from_numpy(np.require(images, requirements=["C", "W"])),
-        torch.from_numpy(targets.astype(np.int64)),
-        classes=classes,
-        options={"pad": pad, "image_size": image_size},
-        transform=transform,
-    )
+    options = {"pad": pad, "image_size": image_size, **facts}
+    tensors = torch.from_numpy(np.require(images, requirements=["C", "W"])), torch.from_numpy(labels)
+    return ArraySet(name, split, *tensors, classes=classes, options=options, transform=transform)
 
 
-def load_idx(
-    name: str,
-    root: Path,
-    split: str,
-    pad: int = 0,
-    image_size: int | None = None,
-    transform: Transform | None = None,
-) -> ArraySet:
+def load_idx(name: str, root: Path, split: str, **options: Any) -> ArraySet:
     """MNIST or Fashion-MNIST: uint8 (1, 28, 28), from `MNIST/raw` or `FashionMNIST/raw`, files plain or .gz."""
     folders = [root / folder for folder in IDX_FOLDERS[name]]
     paths = []
@@ -78,38 +57,28 @@ def load_idx(
         if path is None:
             raise absent(name, folders[0] / stem)
         paths.append(path)
-    images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
+    images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1).astype(np.int64)
+    if images.shape[1:] != (28, 28):
+        raise UserError(f"{paths[0]} holds images of {images.shape[2]}x{images.shape[1]}, not {name}'s 28x28")
     classes = DIGITS if name == "mnist" else FASHION
-    return _finish(
-        name, split, images[:, None], labels, classes, paths[0], pad=pad, image_size=image_size, transform=transform
-    )
+    return _finish(name, split, images[:, None], labels, classes, paths[0], **options)
 
 
-def load_svhn(
-    root: Path, split: str, pad: int = 0, image_size: int | None = None, transform: Transform | None = None
-) -> ArraySet:
+def load_svhn(root: Path, split: str, **options: Any) -> ArraySet:
     """SVHN's cropped digits: uint8 (3, 32, 32), splits train, test, extra."""
     places = [root / folder / f"{split}_32x32.mat" for folder in ("SVHN", "svhn", "")]
     path = first_present(places)
     if path is None:
         raise absent("svhn", places[0])
     arrays = read_mat(path, ("X", "y"))
-    images, labels = arrays["X"], arrays["y"].reshape(-1).astype(np.int64)
+    images, labels = arrays["X"], whole_labels(arrays["y"], path)
     if images.ndim != 4 or images.shape[:3] != (32, 32, 3) or images.dtype != np.uint8:
         raise UserError(f"{path}: images {images.dtype} {images.shape} are not SVHN's 32x32x3; get it again")
     images = np.ascontiguousarray(images.transpose(3, 2, 0, 1))
-    labels = labels % 10  # the file writes the digit 0 as 10
-    return _finish("svhn", split, images, labels, DIGITS, path, pad=pad, image_size=image_size, transform=transform)
+    return _finish("svhn", split, images, np.where(labels == 10, 0, labels), DIGITS, path, **options)  # 10 means 0
 
 
-def load_cifar(
-    name: str,
-    root: Path,
-    split: str,
-    pad: int = 0,
-    image_size: int | None = None,
-    transform: Transform | None = None,
-) -> ArraySet:
+def load_cifar(name: str, root: Path, split: str, **options: Any) -> ArraySet:
     """CIFAR-10 or CIFAR-100 (fine labels): uint8 (3, 32, 32).
 
     From the published Python batches (`cifar-10-batches-py`, `cifar-100-python`), else from class folders
@@ -118,49 +87,41 @@ def load_cifar(
     ten = name == "cifar10"
     folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
     if not folder.is_dir():
-        # also below a folder of the data set's name
         folder = first_present([root / name / folder.name]) or folder
     if not folder.is_dir():
-        return _cifar_folders(name, root, split, folder, pad=pad, image_size=image_size, transform=transform)
+        return _cifar_folders(name, root, split, folder, **options)
+    files = [split]
     if ten:
         files = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    else:
-        files = [split]
     images, labels = [], []
-    for file in files:
-        if not (folder / file).is_file():
-            raise absent(name, folder / file)
-        batch = read_array_pickle(folder / file)
+    for path in (folder / file for file in files):
+        if not path.is_file():
+            raise absent(name, path)
+        batch = read_array_pickle(path)
         data, fine = batch.get("data"), batch.get("labels" if ten else "fine_labels")
-        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,) or fine is None:
-            raise UserError(f"{folder / file} does not hold {name}'s images and labels; get it again")
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,) \
+                or not isinstance(fine, (list, tuple, np.ndarray)):  # fmt: skip
+            raise UserError(f"{path} does not hold {name}'s images and labels; get it again")
         images.append(data.reshape(-1, 3, 32, 32))
-        labels.append(np.asarray(fine, np.int64))
-    classes = CIFAR_CLASSES if ten else _cifar100_classes(folder)
-    return _finish(
-        name,
-        split,
-        np.concatenate(images),
-        np.concatenate(labels),
-        classes,
-        folder,
-        pad=pad,
-        image_size=image_size,
-        transform=transform,
-    )
+        labels.append(whole_labels(fine, path))
+        if len(labels[-1]) != len(data):
+            raise UserError(f"{path} holds {len(data)} images and {len(labels[-1])} labels; get it again")
+    classes = CIFAR_CLASSES if ten else _cifar100_classes(folder / "meta")
+    return _finish(name, split, np.concatenate(images), np.concatenate(labels), classes, folder, **options)
 
 
-def _cifar100_classes(folder: Path) -> list[str]:
-    if not (folder / "meta").is_file():
-        return [str(i) for i in range(100)]
-    return [str(name) for name in read_array_pickle(folder / "meta").get("fine_label_names", range(100))]
+def _cifar100_classes(meta: Path) -> list[str]:
+    names = read_array_pickle(meta).get("fine_label_names") if meta.is_file() else [str(i) for i in range(100)]
+    if not isinstance(names, list) or len(names) != 100:
+        raise UserError(f"{meta} does not hold the names of cifar100's 100 classes; get it again")
+    return [name.decode("latin1") if isinstance(name, bytes) else str(name) for name in names]
 
 
-def _cifar_folders(name: str, root: Path, split: str, expected: Path, **options) -> ArraySet:
+def _cifar_folders(name: str, root: Path, split: str, expected: Path, **options: Any) -> ArraySet:
     base = first_present([root / place / split for place in (name, f"{name}_jpeg", f"{name}_png")])
     if base is None:
         raise absent(name, expected, f"(or class folders {root / name / split}/<class>/*.jpg)")
-    source = FolderSet(name, base, split, image_size=32)
+    source = FolderSet(name, base, split, train=base.parent / "train", image_size=32)
     found, most = len(source.classes or ()), 10 if name == "cifar10" else 100
     if not 2 <= found <= most:
         raise UserError(f"{base} holds {found} class folder(s), {name} has {most} classes; prepare it again")
@@ -168,14 +129,7 @@ def _cifar_folders(name: str, root: Path, split: str, expected: Path, **options)
     return _finish(name, split, images.numpy(), targets.numpy(), source.classes, base, **options)
 
 
-def load_digits(
-    split: str,
-    image_size: int | None = None,
-    pad: int = 0,
-    seed: int = 0,
-    test_fraction: float = 0.2,
-    transform: Transform | None = None,
-) -> ArraySet:
+def load_digits(split: str, seed: int = 0, test_fraction: float = 0.2, **options: Any) -> ArraySet:
     """scikit-learn's 1,797 digits: uint8 (1, 8, 8) by rounding 255/16 of the values, split stratified by `seed`."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
@@ -188,16 +142,6 @@ def load_digits(
             raise UserError(f"digits: test_fraction must lie between 0 and 1, got {test_fraction}")
         parts = train_test_split(rows, test_size=test_fraction, random_state=seed, stratify=bunch.target)
         rows = np.sort(parts[0 if split == "train" else 1])
-    result = _finish(
-        "digits",
-        split,
-        images[rows],
-        bunch.target[rows],
-        DIGITS,
-        "digits",
-        pad=pad,
-        image_size=image_size,
-        transform=transform,
-    )
-    result.options |= {"seed": seed, "test_fraction": test_fraction}
-    return result
+    facts = {"seed": seed, "test_fraction": test_fraction}
+    labels = bunch.target[rows].astype(np.int64)
+    return _finish("digits", split, images[rows], labels, DIGITS, "digits", **options, **facts)

@@ -1,11 +1,10 @@
 """CelebA from an extracted folder: images, 40 attributes, the official partition."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from common.datasets.files import FileSet, absent, first_present
 from common.datasets.readers import reading
@@ -43,7 +42,10 @@ def read_list(path: Path) -> tuple[list[str] | None, list[str], np.ndarray]:
             rows.append(values)
     if not files:
         raise UserError(f"{path} lists no images; get it again")
-    table = np.array(rows, np.int64)
+    try:
+        table = np.array(rows, np.int64)
+    except OverflowError:
+        raise UserError(f"{path} holds a number of more than 18 digits; get it again") from None
     if columns is not None and len(columns) == table.shape[1] + 1:
         columns = columns[1:]  # the csv form names the column of file names too
     if columns is not None and len(columns) != table.shape[1]:
@@ -72,15 +74,22 @@ def image_folder(folder: Path) -> Path:
     return path
 
 
-def load_celeba(
-    root: Path,
-    split: str,
-    image_size: int | None = 64,
-    crop: int | None = None,
-    channels: int = 3,
-    threads: int | None = None,
-    transform: Callable[[Tensor], Tensor] | None = None,
-) -> FileSet:
+def binary(path: Path, values: np.ndarray) -> np.ndarray:
+    """Attributes of -1 and 1, or 0 and 1, as int64 0 and 1. Raises UserError naming others."""
+    if not (np.isin(values, (-1, 1)).all() or np.isin(values, (0, 1)).all()):
+        raise UserError(f"{path}: attributes must be -1 and 1, or 0 and 1, found {np.unique(values)[:5].tolist()}")
+    return (values > 0).astype(np.int64)
+
+
+def read_partition(path: Path) -> dict[str, int]:
+    """File name -> 0 (train), 1 (valid), 2 (test). Raises UserError for other values."""
+    _, files, values = read_list(path)
+    if not np.isin(values[:, 0], list(PARTS.values())).all():
+        raise UserError(f"{path}: parts must be 0, 1 or 2, found {np.unique(values[:, 0])[:5].tolist()}")
+    return dict(zip(files, values[:, 0].tolist(), strict=True))
+
+
+def load_celeba(root: Path, split: str, image_size: int | None = 64, **options: Any) -> FileSet:
     """CelebA: uint8 (3, S, S), targets the 40 attributes in {0, 1}, int64 (40,); `classes` their names.
 
     Without `crop`: shorter edge to `image_size`, then its centre; with `crop`: that centre, resized. Splits train,
@@ -89,38 +98,22 @@ def load_celeba(
     folder = first_present([root / name for name in FOLDERS])
     if folder is None:
         folder = root if (root / "img_align_celeba").is_dir() else root / FOLDERS[0]
-    images = image_folder(folder)
-    columns, files, values = read_list(list_file(folder, "list_attr_celeba"))
-    if not np.isin(values, (-1, 0, 1)).all():
-        raise UserError(f"{list_file(folder, 'list_attr_celeba')}: attributes must be -1 or 1 (or 0 and 1)")
-    keep = np.ones(len(files), bool)
+    images, attributes = image_folder(folder), list_file(folder, "list_attr_celeba")
+    columns, files, values = read_list(attributes)
+    values, rows = binary(attributes, values), np.arange(len(files))
     if split != "all":
         partition = list_file(folder, "list_eval_partition")
-        _, part_files, parts = read_list(partition)
-        part_of = dict(zip(part_files, parts[:, 0].tolist(), strict=True))
+        part_of = read_partition(partition)
         missing = next((file for file in files if file not in part_of), None)
         if missing is not None:
             raise UserError(f"{partition} does not list {missing}, the attribute list does; get both again")
-        keep = np.array([part_of[file] == PARTS[split] for file in files])
-    if not keep.any():
+        rows = np.flatnonzero([part_of[file] == PARTS[split] for file in files])
+    if not len(rows):
         raise UserError(f"celeba: no image of the lists in {folder} belongs to split {split!r}")
     # a saved list may keep .jpg names while the images became .png
     present = {path.stem: path for path in list_pictures(images)}
-    rows = np.flatnonzero(keep)
     absent_file = next((files[row] for row in rows if Path(files[row]).stem not in present), None)
     if absent_file is not None:
         raise UserError(f"{images} lacks {absent_file}, which the lists name: extract the images again, wholly")
     paths = [present[Path(files[row]).stem] for row in rows]
-    targets = torch.from_numpy((values[rows] > 0).astype(np.int64))
-    return FileSet(
-        "celeba",
-        split,
-        paths,
-        targets,
-        columns,
-        image_size,
-        crop,
-        channels=channels,
-        threads=threads,
-        transform=transform,
-    )
+    return FileSet("celeba", split, paths, torch.from_numpy(values[rows]), columns, image_size, **options)

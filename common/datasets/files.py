@@ -1,9 +1,10 @@
 """Images that stay on disk until asked for: folders, CelebA, Tiny ImageNet, downsampled ImageNet."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from torchvision.transforms.functional import InterpolationMode
 
 from common.checkpoint import atomic_write
 from common.datasets.base import ArraySet, ImageSet
-from common.datasets.readers import read_image, reading
+from common.datasets.readers import map_npy
 from common.errors import MissingDataError, UserError
-from common.images import PICTURE_SUFFIXES, list_pictures, natural_sorted
+from common.images import PICTURE_SUFFIXES, list_pictures, natural_sorted, open_picture
 
 
 def absent(name: str, expected: Path, also: str = "") -> MissingDataError:
@@ -59,33 +60,22 @@ class FileSet(ImageSet):
     """
 
     def __init__(
-        self,
-        name: str,
-        split: str,
-        paths: Sequence[Path],
-        targets: Tensor,
-        classes: Sequence[str] | None = None,
-        image_size: int | None = None,
-        crop: int | None = None,
-        channels: int = 3,
-        threads: int | None = None,
+        self, name: str, split: str, paths: Sequence[Path], targets: Tensor, classes: Sequence[str] | None = None,
+        image_size: int | None = None, crop: int | None = None, channels: int = 3, threads: int | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
-    ):
+    ):  # fmt: skip
         if channels not in (1, 3):
             raise UserError(f"{name}: channels must be 1 or 3, got {channels}")
         if any(size is not None and size < 1 for size in (image_size, crop)):
             raise UserError(f"{name}: image_size and crop must be at least 1, got {image_size} and {crop}")
-        self.paths = paths
-        self._fit = (image_size, crop)
+        self.paths, self._fit, self._channels = paths, (image_size, crop), channels
         self._threads = threads or min(8, os.cpu_count() or 1)
-        self._channels = channels
-        shape = fit(read_image(paths[0], channels), *self._fit).shape
+        self._shape = fit(open_picture(paths[0], channels), *self._fit).shape
         options = {"image_size": image_size, "crop": crop, "channels": channels}
-        super().__init__(name, split, targets, shape, classes, options, transform)
-        self._shape = shape
+        super().__init__(name, split, targets, self._shape, classes, options, transform)
 
     def _read(self, row: int) -> np.ndarray:
-        pixels = fit(read_image(self.paths[row], self._channels), *self._fit)
+        pixels = fit(open_picture(self.paths[row], self._channels), *self._fit)
         if pixels.shape != self._shape:
             raise UserError(
                 f"{self.paths[row]} is {pixels.shape[2]}x{pixels.shape[1]}, the first image "
@@ -95,13 +85,10 @@ class FileSet(ImageSet):
 
     def _fetch(self, rows: np.ndarray) -> Tensor:
         images = np.empty((len(rows), *self._shape), np.uint8)
-        if len(rows) < 16 or self._threads == 1:
-            for i, row in enumerate(rows):
-                images[i] = self._read(row)
-        else:
-            with ThreadPoolExecutor(self._threads) as pool:
-                for i, pixels in enumerate(pool.map(self._read, rows)):
-                    images[i] = pixels
+        with ThreadPoolExecutor(self._threads) as pool:  # threads start with work alone
+            apply = pool.map if len(rows) >= 16 and self._threads > 1 else map
+            for i, pixels in enumerate(apply(self._read, rows)):
+                images[i] = pixels
         return torch.from_numpy(images)
 
 
@@ -118,27 +105,43 @@ def subfolders(folder: Path) -> list[Path]:
     return natural_sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
+def class_names(folder: Path) -> list[str]:
+    """The sub-folders of `folder` that have an image in or below them, in natural order."""
+
+    def files(sub: Path) -> Iterator[str]:
+        for _, _, names in os.walk(sub, followlinks=True):
+            yield from names
+
+    return [sub.name for sub in subfolders(folder) if any(n.lower().endswith(PICTURE_SUFFIXES) for n in files(sub))]
+
+
 class FolderSet(FileSet):
     """Any folder of images. Images in sub-folders: each first-level sub-folder is a class, in natural order.
 
     Images directly in the folder: no classes (`classes` is None) and targets 0. `paths` is in natural order, so that
-    numbered frames are consecutive.
+    numbered frames are consecutive. `train`, the folder of the training images, gives the classes where it is another.
     """
 
-    def __init__(self, name: str, folder: Path, split: str, **options: Any):
+    def __init__(self, name: str, folder: Path, split: str, train: Path | None = None, **options: Any):
         if not folder.is_dir():
             raise UserError(f"{name}: {folder} is not a folder of images; give the folder as root")
         loose = list_pictures(folder)
-        groups = {sub.name: tree(sub) for sub in subfolders(folder)}
-        groups = {key: paths for key, paths in groups.items() if paths}
+        groups = {sub.name: paths for sub in subfolders(folder) if (paths := tree(sub))}
         if loose and groups:
             raise UserError(f"{folder} has images beside sub-folders with images ({next(iter(groups))}): keep one kind")
         if not loose and not groups:
             raise UserError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
-        paths = loose or [path for members in groups.values() for path in members]
-        counts = [len(members) for members in groups.values()] or [len(loose)]
-        targets = torch.from_numpy(np.repeat(np.arange(len(counts)), counts).astype(np.int64))
-        super().__init__(name, split, paths, targets, list(groups) or None, **options)
+        classes = list(groups)
+        if train is not None and train.is_dir() and train.resolve() != folder.resolve():
+            classes = class_names(train)
+            odd = next((key for key in groups if key not in classes), "images without a class" if loose else None)
+            if odd is not None and (classes or groups):
+                raise UserError(f"{folder} has {odd}, which {train} has not: the classes of both must be the same")
+        counts = [len(paths) for paths in groups.values()] or [len(loose)]
+        codes = [classes.index(key) for key in groups] or [0]
+        targets = torch.from_numpy(np.repeat(codes, counts).astype(np.int64))
+        paths = loose or [path for paths in groups.values() for path in paths]
+        super().__init__(name, split, paths, targets, classes or None, **options)
         self.folder = folder
 
 
@@ -146,21 +149,26 @@ def cached(source: FileSet, folder: Path) -> ArraySet:
     """`source` decoded once into an npy file in `folder`, memory-mapped from then on.
 
     The file's name holds a digest of the options and of every file's path, size and time, so a changed folder is
-    decoded anew. Images are stored without the transform, which stays with the returned set.
+    decoded anew, as is a damaged cache. Images are stored without the transform, which stays with the returned set.
     """
     digest = hashlib.sha256(json.dumps([source.name, source.split, source.options], sort_keys=True).encode())
     for path in source.paths:
-        with reading(path, "an image"):
+        try:
             facts = path.stat()
-        digest.update(f"{path}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}); get it again") from error
+        digest.update(os.fsencode(path) + f"\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
     target = folder / f"{source.name}-{source.split}-{digest.hexdigest()[:16]}.npy"
     shape = (len(source), source.channels, source.height, source.width)
-    if not target.is_file():
+    images = None
+    if target.is_file():
+        with contextlib.suppress(UserError):
+            images = map_npy(target)
+    if images is None or images.shape != shape:
         with atomic_write(target) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for start in range(0, len(source), 1024):
                 file.write(source._fetch(np.arange(start, min(start + 1024, len(source)))).numpy().tobytes())
-    with reading(target, "cached images"):
-        images = np.load(target, mmap_mode="r", allow_pickle=False)
+        images = map_npy(target)
     facts = {"classes": source.classes, "options": source.options, "transform": source.transform}
     return ArraySet(source.name, source.split, images, source.targets, **facts)

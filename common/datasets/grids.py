@@ -11,21 +11,16 @@ from torch import Tensor
 from common.checkpoint import atomic_write
 from common.datasets.base import FactorSet
 from common.datasets.files import absent, first_present
-from common.datasets.readers import NpzFile, reading
+from common.datasets.readers import NpzFile, map_npy, reading
 from common.datasets.sprites import FACTORS, SHAPES, LatentGrid, factor_values, open_bits, pack, unpack, write_bits
 from common.errors import UserError
 
 DSPRITES_FILE = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
 SHAPES3D_FACTORS = {"floor_hue": 10, "wall_hue": 10, "object_hue": 10, "scale": 8, "shape": 4, "orientation": 15}
 MPI3D_FACTORS = {
-    "object_color": 6,
-    "object_shape": 6,
-    "object_size": 2,
-    "camera_height": 3,
-    "background_color": 3,
-    "horizontal_axis": 40,
-    "vertical_axis": 40,
-}
+    "object_color": 6, "object_shape": 6, "object_size": 2, "camera_height": 3, "background_color": 3,
+    "horizontal_axis": 40, "vertical_axis": 40,
+}  # fmt: skip
 Transform = Callable[[Tensor], Tensor]
 
 
@@ -43,6 +38,10 @@ def _grid_of(factors: dict[str, int], sizes: Sequence[int] | None) -> dict[str, 
     if len(sizes) != len(factors) or min(sizes) < 1:
         raise UserError(f"sizes must be {len(factors)} positive numbers ({', '.join(factors)}), got {tuple(sizes)}")
     return dict(zip(factors, (int(size) for size in sizes), strict=True))
+
+
+def _options(sizes: Sequence[int] | None) -> dict:
+    return {} if sizes is None else {"sizes": tuple(sizes)}
 
 
 def _check_images(path: Path, shape: tuple[int, ...], dtype: np.dtype, factors: dict[str, int], image: tuple) -> None:
@@ -79,16 +78,8 @@ class DSprites(LatentGrid):
     def __init__(self, root: Path, sizes: Sequence[int] | None = None, transform: Transform | None = None):
         factors = _grid_of(FACTORS, sizes)
         path = find_file("dsprites", root, ("dsprites",), DSPRITES_FILE)
-        options = {} if sizes is None else {"sizes": tuple(sizes)}
-        super().__init__(
-            "dsprites",
-            "all",
-            factors,
-            (1, 64, 64),
-            classes=SHAPES[: factors["shape"]],
-            options=options,
-            transform=transform,
-        )
+        classes = SHAPES[: factors["shape"]]
+        super().__init__("dsprites", "all", factors, (1, 64, 64), classes, _options(sizes), transform)
         self.values = factor_values(self.factor_sizes)
         archive = NpzFile(path)
         shape, dtype = archive.header("imgs")
@@ -130,8 +121,7 @@ class Shapes3D(FactorSet):
     def __init__(self, root: Path, sizes: Sequence[int] | None = None, transform: Transform | None = None):
         factors = _grid_of(SHAPES3D_FACTORS, sizes)
         self.path = find_file("shapes3d", root, ("", "shapes3d", "3dshapes"), "3dshapes.h5")
-        options = {} if sizes is None else {"sizes": tuple(sizes)}
-        super().__init__("shapes3d", "all", factors, (3, 64, 64), options=options, transform=transform)
+        super().__init__("shapes3d", "all", factors, (3, 64, 64), None, _options(sizes), transform)
         self._images = None
         images = self._open()
         try:
@@ -167,34 +157,43 @@ class Shapes3D(FactorSet):
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)[back]))
 
 
-class MPI3D(FactorSet):
-    """MPI3D toy from `mpi3d_toy.npz`: uint8 (3, 64, 64), 1,036,800 images.
+MPI3D_FOLDERS = ("mpi3d_toy", "mpi3d")
+# the images unpacked, memory-mapped: by `prepare`, by the publisher, and with their factors by GlanceNet's preparation
+MPI3D_FILES = {"mpi3d_toy_images.npy": "", "mpi3d_toy.npz": "images", "mpi3d_toy_full.npz": "X"}
 
-    Memory-mapped from the npz when it is stored, else from `mpi3d_toy_images.npy`, which `prepare mpi3d_toy` unpacks.
-    """
+
+def mpi3d_images(root: Path, factors: dict[str, int]) -> np.ndarray:
+    """MPI3D toy's images memory-mapped, uint8 (N, 64, 64, 3). Raises UserError when no file has them uncompressed."""
+    compressed = None
+    for file, key in MPI3D_FILES.items():
+        path = first_present([root / folder / file for folder in (*MPI3D_FOLDERS, "")])
+        if path is None:
+            continue
+        if key:
+            archive = NpzFile(path)
+            _check_images(path, *archive.header(key), factors, (64, 64, 3))
+            images = archive.mapped(key)
+        else:
+            images = map_npy(path)
+            _check_images(path, images.shape, images.dtype, factors, (64, 64, 3))
+        if images is not None:
+            return images
+        compressed = compressed or path
+    if compressed is None:
+        raise absent("mpi3d_toy", root / MPI3D_FOLDERS[0] / "mpi3d_toy.npz")
+    raise UserError(
+        f"{compressed} is compressed, so it cannot be read in parts: unpack it once (12.7 GB) by "
+        "`python -m common.datasets.prepare mpi3d_toy`"
+    )
+
+
+class MPI3D(FactorSet):
+    """MPI3D toy: uint8 (3, 64, 64), 1,036,800 images, memory-mapped from one of `MPI3D_FILES`."""
 
     def __init__(self, root: Path, sizes: Sequence[int] | None = None, transform: Transform | None = None):
         factors = _grid_of(MPI3D_FACTORS, sizes)
-        folders = ("mpi3d_toy", "mpi3d")
-        options = {} if sizes is None else {"sizes": tuple(sizes)}
-        super().__init__("mpi3d_toy", "all", factors, (3, 64, 64), options=options, transform=transform)
-        unpacked = first_present([root / folder / "mpi3d_toy_images.npy" for folder in (*folders, "")])
-        if unpacked is not None:
-            path = unpacked
-            with reading(path, "npy"):
-                images = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            path = find_file("mpi3d_toy", root, folders, "mpi3d_toy.npz")
-            archive = NpzFile(path)
-            _check_images(path, *archive.header("images"), factors, (64, 64, 3))
-            images = archive.mapped("images")
-            if images is None:
-                raise UserError(
-                    f"{path} is compressed, so it cannot be read in parts: unpack it once (12.7 GB) by "
-                    "`python -m common.datasets.prepare mpi3d_toy`"
-                )
-        _check_images(path, images.shape, images.dtype, factors, (64, 64, 3))
-        self._images = images
+        super().__init__("mpi3d_toy", "all", factors, (3, 64, 64), None, _options(sizes), transform)
+        self._images = mpi3d_images(root, factors)
 
     def _fetch(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(self._images[rows].transpose(0, 3, 1, 2)))

@@ -1,5 +1,6 @@
 """Tiny ImageNet and the downsampled ImageNet (32x32, 64x64), from their published layouts."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from common.datasets.base import MAX_BYTES, ImageSet
 from common.datasets.files import FileSet, FolderSet, absent, first_present, tree
-from common.datasets.readers import NpzFile, read_array_pickle, reading
+from common.datasets.readers import NpzFile, read_array_pickle, reading, whole_labels
 from common.errors import UserError
 from common.images import natural_sorted
 
@@ -38,11 +39,9 @@ def _batch(path: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
     """(flat images, labels 0..999) of one batch file, npz or pickle."""
     if path.suffix == ".npz":
         archive = NpzFile(path)
-        labels = archive.read("labels", 1 << 26).reshape(-1)
-        data = archive.mapped("data")
+        labels, data = archive.read("labels", 1 << 26), archive.mapped("data")
         if data is None:
-            shape, _ = archive.header("data")
-            size = int(np.prod(shape))
+            size = math.prod(archive.header("data")[0])
             if size > MAX_BYTES // 4:
                 raise UserError(
                     f"{path} is compressed and takes {size:,} bytes in memory: store it once by "
@@ -51,12 +50,12 @@ def _batch(path: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
             data = archive.read("data")
     else:
         batch = read_array_pickle(path, 1 << 33)
-        data, labels = batch.get("data"), np.asarray(batch.get("labels", ()))
+        data, labels = batch.get("data"), batch.get("labels", ())
+    labels = whole_labels(labels, path) - 1  # published 1..1000
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != (len(labels), 3 * side * side):
         raise UserError(f"{path} does not hold {side}x{side} images and their labels; get it again")
-    labels = labels.astype(np.int64) - 1  # published 1..1000
     if len(labels) and (labels.min() < 0 or labels.max() >= CLASSES):
-        raise UserError(f"{path}: labels must lie in 1..{CLASSES}")
+        raise UserError(f"{path}: labels must lie in 1..{CLASSES}, found {labels.min() + 1}..{labels.max() + 1}")
     return data, labels
 
 
@@ -100,7 +99,7 @@ def load_imagenet(name: str, root: Path, split: str, **options: Any) -> ImageSet
     options = {"image_size": side, **{k: v for k, v in options.items() if v is not None}}
     subs = [p.name for p in folder.iterdir() if p.is_dir()]
     if subs and all(re.fullmatch(r"n\d{8}", sub) for sub in subs):
-        return FolderSet(name, folder, split, **options)
+        return FolderSet(name, folder, split, train=folder.with_name(f"train_{side}x{side}"), **options)
     paths = tree(folder)
     if not paths:
         raise UserError(f"{folder} holds no images; prepare {name} again")
@@ -120,7 +119,7 @@ def load_tiny_imagenet(root: Path, split: str, **options: Any) -> FileSet:
         return FolderSet("tiny_imagenet", _part(folder, "train"), split, **options)
     notes = _part(folder, "val") / "val_annotations.txt"
     if not notes.is_file():
-        return FolderSet("tiny_imagenet", folder / "val", split, **options)
+        return FolderSet("tiny_imagenet", folder / "val", split, train=folder / "train", **options)
     classes = sorted(p.name for p in _part(folder, "train").iterdir() if p.is_dir())
     code = {wnid: i for i, wnid in enumerate(classes)}
     paths, targets = [], []

@@ -1,13 +1,14 @@
-"""Bounded readers of the files that data sets come in: idx, npz, npy, h5, CIFAR's pickles, SVHN's mat, images.
+"""Bounded readers of the files that data sets come in: idx, npz, npy, CIFAR's pickles, SVHN's mat, images.
 
 Each checks what a file claims against what it holds before it allocates, and raises UserError naming the file.
 """
 
-import ast
 import gzip
+import lzma
 import math
 import pickle
 import struct
+import tarfile
 import tokenize
 import zipfile
 import zlib
@@ -17,32 +18,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
-from common.errors import UserError, refuse_web_page
-from common.images import open_picture
-from common.unpickle import ARRAYS, read_pickle
+from common.errors import UserError, disk_full, refuse_web_page
+from common.images import open_picture as read_image  # noqa: F401  the papers' name for it
+from common.unpickle import ARRAYS, Bounded, read_pickle
 
 MAX_ELEMENTS = 1 << 36  # no image set that is read here comes near this many bytes
 # what the readers below raise on damaged or foreign bytes (RuntimeError: an encrypted or unsupported zip member)
 DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    MemoryError,
-    OverflowError,
-    SyntaxError,
-    RuntimeError,
-    struct.error,
-    tokenize.TokenError,
-    zlib.error,
-    zipfile.BadZipFile,
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, MemoryError, OverflowError, SyntaxError,
+    RuntimeError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError,
     pickle.UnpicklingError,
-    Image.DecompressionBombError,
-)
+)  # fmt: skip
 PREPARE_AGAIN = "it is damaged or another kind of file; get it again"
 
 
@@ -55,46 +42,41 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     except UserError:
         raise
     except DAMAGE as error:
+        if disk_full(error):  # of what is written from it
+            raise
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"cannot read {path} as {kind} ({reason}): {PREPARE_AGAIN}") from error
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
     """A uint8 idx file of `dims` axes, plain or gzip (name ending in .gz): uint8 (N, ...), N the first axis."""
-    with reading(path, "idx"):
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as file:
-            header = file.read(4 + 4 * dims)
-            if len(header) != 4 + 4 * dims or header[:4] != bytes([0, 0, 8, dims]):
-                raise ValueError(f"the header is not that of {dims}-dimensional bytes")
-            shape = struct.unpack(f">{dims}I", header[4:])
-            size = math.prod(shape)
-            if size > 1 << 32:
-                raise ValueError(f"the header claims {size:,} values")
-            if path.suffix != ".gz" and path.stat().st_size != len(header) + size:
-                raise ValueError(
-                    f"the header claims {size:,} values, the file holds {path.stat().st_size - len(header):,}"
-                )
-            # a gzip file expands at most to what its header claims, in pieces, so a false claim costs what is there
-            content = bytearray()
-            while len(content) <= size and (piece := file.read(min(1 << 24, size + 1 - len(content)))):
-                content += piece
-            if len(content) != size:
-                raise ValueError(f"the header claims {size:,} values, the file holds {len(content):,}")
+    with reading(path, "idx"), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        header = file.read(4 + 4 * dims)
+        if len(header) != 4 + 4 * dims or header[:4] != bytes([0, 0, 8, dims]):
+            raise ValueError(f"the header is not that of {dims}-dimensional bytes")
+        shape = struct.unpack(f">{dims}I", header[4:])
+        size = math.prod(shape)
+        if size > 1 << 32:
+            raise ValueError(f"the header claims {size:,} values")
+        # in pieces, so that a false claim costs no more than what is there
+        content = bytearray()
+        while len(content) <= size and (piece := file.read(min(1 << 24, size + 1 - len(content)))):
+            content += piece
+        if len(content) != size:
+            more = " or more" if len(content) > size else ""
+            raise ValueError(f"the header claims {size:,} values, the file holds {len(content):,}{more}")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, Fortran order, dtype) of an npy stream, which then stands at its data."""
-    major, _ = np.lib.format.read_magic(file)
-    length = struct.unpack("<H" if major == 1 else "<I", file.read(2 if major == 1 else 4))[0]
-    if length > 100_000:
-        raise ValueError(f"the header claims {length:,} bytes")
-    header = ast.literal_eval(file.read(length).decode("latin1"))
-    shape, dtype = header["shape"], np.dtype(header["descr"])
-    if dtype.hasobject or not isinstance(shape, tuple) or not all(isinstance(n, int) and n >= 0 for n in shape):
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):  # later ones are for headers of more than 65 kB, which no array of numbers has
+        raise ValueError(f"its header is of version {version}")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or min(shape, default=0) < 0:
         raise ValueError(f"holds {dtype} {shape}, not numbers")
-    return shape, bool(header["fortran_order"]), dtype
+    return shape, fortran, dtype
 
 
 def read_array(file: IO[bytes], held: int) -> np.ndarray:
@@ -118,6 +100,12 @@ def read_npy(path: Path, max_bytes: int = 1 << 33) -> np.ndarray:
     """The array of an npy file in memory. Raises UserError for another, a damaged or a larger one."""
     with reading(path, "npy"), open(path, "rb") as file:
         return read_array(file, min(max_bytes, path.stat().st_size))
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """The array of an npy file, memory-mapped. Raises UserError for another or a damaged one."""
+    with reading(path, "npy"):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def read_npz(path: Path, max_bytes: int = 1 << 31, keys: Collection[str] | None = None) -> dict[str, np.ndarray]:
@@ -220,50 +208,44 @@ def read_array_pickle(path: Path, max_bytes: int = 1 << 31) -> dict[str, Any]:
     return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
 
 
-# ---------------------------------------------------------------- mat, images
+def whole_labels(values: Any, source: Path) -> np.ndarray:
+    """Labels as int64 (N,). Raises UserError, naming `source`, unless they are whole numbers in one row or column."""
+    with reading(source, "labels"):
+        labels = np.asarray(values)
+        if labels.size == max(labels.shape, default=0):
+            labels = labels.reshape(-1)
+        if labels.ndim != 1 or labels.dtype.kind not in "iuf" or not (np.isfinite(labels) & (labels % 1 == 0)).all():
+            raise ValueError(f"they are {labels.dtype} {labels.shape}, not one whole number an image")
+        return labels.astype(np.int64)
+
+
+# ---------------------------------------------------------------- mat
 
 
 MAT_MATRIX, MAT_COMPRESSED = 14, 15
-# type of the stored numbers -> dtype; class of the array -> dtype (level 5 MAT-files, tables 1-1 and 1-3)
+MAT_NUMBERS = range(6, 16)  # classes of arrays of numbers (level 5 MAT-files, table 1-3)
+# type of the stored numbers -> dtype (table 1-1)
 MAT_TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-MAT_CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
 
 
-class _Pieces:
-    """Exactly as many bytes as asked for, of a part of a file that may be compressed."""
+class _Inflated:
+    """A compressed part of a file, decompressed as far as it is read."""
 
-    def __init__(self, file: IO[bytes], size: int, compressed: bool):
-        self._file, self._left = file, size
-        self._zlib = zlib.decompressobj() if compressed else None
+    def __init__(self, content: bytes):
+        self._zlib, self._rest = zlib.decompressobj(), content
 
-    def read(self, n: int) -> bytearray:
-        content = bytearray()
-        while len(content) < n:
-            wanted = n - len(content)
-            if self._zlib is None:
-                piece = self._take(wanted)
-            else:
-                piece = self._zlib.decompress(self._zlib.unconsumed_tail or self._take(1 << 16), wanted)
-            content += piece
-            if not piece and not self._left and not (self._zlib and self._zlib.unconsumed_tail):
-                raise EOFError(f"{n:,} bytes are claimed, {len(content):,} are there")
+    def read(self, n: int) -> bytes:
+        content = self._zlib.decompress(self._rest, n) if n else b""
+        self._rest = self._zlib.unconsumed_tail if n else self._rest
         return content
 
-    def _take(self, n: int) -> bytes:
-        piece = self._file.read(min(n, self._left, 1 << 24))
-        if not piece:
-            self._left = 0
-        self._left -= len(piece)
-        return piece
 
-
-def _mat_element(source: _Pieces, order: str, limit: int) -> tuple[int, bytearray]:
+def _mat_element(source: Bounded | _Inflated, order: str, limit: int) -> tuple[int, bytes]:
     """(type, content without padding) of the next element of at most `limit` bytes."""
     tag = source.read(8)
     kind, size = struct.unpack(f"{order}2I", tag)
     if kind >> 16:  # at most four bytes stand in the tag itself
-        kind, size = kind & 0xFFFF, kind >> 16
-        return kind, tag[4 : 4 + min(size, 4)]
+        return kind & 0xFFFF, tag[4 : 4 + (kind >> 16)]
     if size > limit:
         raise ValueError(f"an element claims {size:,} bytes, {limit:,} are expected")
     content = source.read(size)
@@ -271,56 +253,39 @@ def _mat_element(source: _Pieces, order: str, limit: int) -> tuple[int, bytearra
     return kind, content
 
 
-def _mat_array(source: _Pieces, order: str, keys: tuple[str, ...], max_bytes: int) -> tuple[str, np.ndarray] | None:
-    """(name, array) of a matrix element whose tag has been read; None for a name beside `keys`."""
-    _, flags = _mat_element(source, order, 8)
-    _, sizes = _mat_element(source, order, 128)
-    _, name = _mat_element(source, order, 256)
+def _mat_array(source: Bounded | _Inflated, order: str, keys: Collection[str], limit: int) -> dict[str, np.ndarray]:
+    """{name: array} of a matrix element whose tag has been read; empty for a name beside `keys`."""
+    flags, sizes, name = (_mat_element(source, order, most)[1] for most in (8, 128, 256))
     if (key := name.decode("latin1")) not in keys:
-        return None
-    kind = struct.unpack(f"{order}I", flags[:4])[0] & 0xFF
+        return {}
     shape = np.frombuffer(sizes, f"{order}i4").tolist()
-    if kind not in MAT_CLASSES or any(n < 0 for n in shape):
+    if struct.unpack(f"{order}I", flags[:4])[0] & 0xFF not in MAT_NUMBERS or min(shape) < 0:
         raise ValueError(f"'{key}' is no array of numbers")
-    count = math.prod(shape)
-    if count * np.dtype(MAT_CLASSES[kind]).itemsize > max_bytes:
-        raise ValueError(f"'{key}' claims {shape}, more than {max_bytes:,} bytes")
-    tag = source.read(8)
-    stored, size = struct.unpack(f"{order}2I", tag)
-    small = stored >> 16
-    stored, size = (stored & 0xFFFF, small) if small else (stored, size)
-    dtype = np.dtype(MAT_TYPES[stored]).newbyteorder(order)
-    if size != count * dtype.itemsize:
-        raise ValueError(f"'{key}' holds {size:,} bytes for {shape}")
-    content = tag[4 : 4 + size] if small else source.read(size)
-    return key, np.frombuffer(content, dtype).reshape(shape, order="F").astype(MAT_CLASSES[kind], copy=False)
+    kind, content = _mat_element(source, order, min(limit, 8 * math.prod(shape)))
+    return {key: np.frombuffer(content, np.dtype(MAT_TYPES[kind]).newbyteorder(order)).reshape(shape, order="F")}
 
 
-def read_mat(path: Path, keys: tuple[str, ...], max_bytes: int = 1 << 32) -> dict[str, np.ndarray]:
-    """The number arrays `keys` of a level 5 MATLAB file; claimed sizes are checked before memory is taken.
+def read_mat(path: Path, keys: Collection[str], max_bytes: int = 1 << 31) -> dict[str, np.ndarray]:
+    """The number arrays `keys` of a level 5 MATLAB file, as they are stored; sizes are checked before memory is taken.
 
     Written here because scipy.io.loadmat ends the process on some damaged files.
     """
     found: dict[str, np.ndarray] = {}
     with reading(path, "a MATLAB file"), open(path, "rb") as file:
-        head = file.read(128)
+        head, held = file.read(128), path.stat().st_size
         if head[126:] not in (b"IM", b"MI"):
             raise ValueError("the header is not that of a level 5 MAT-file")
         order = "<" if head[126:] == b"IM" else ">"
         while len(found) < len(keys) and len(tag := file.read(8)) == 8:
             kind, size = struct.unpack(f"{order}2I", tag)
             after = file.tell() + size
-            source = _Pieces(file, size, kind == MAT_COMPRESSED)
+            source: Bounded | _Inflated = Bounded(file, min(size, held - file.tell()))
             if kind == MAT_COMPRESSED:
+                source = _Inflated(source.read(min(size, held - file.tell())))
                 kind = struct.unpack(f"{order}2I", source.read(8))[0]
-            if kind == MAT_MATRIX and (array := _mat_array(source, order, keys, max_bytes)) is not None:
-                found[array[0]] = array[1]
+            if kind == MAT_MATRIX:
+                found |= _mat_array(source, order, keys, max_bytes)
             file.seek(after)
         if missing := [key for key in keys if key not in found]:
             raise ValueError(f"it has no array {', '.join(missing)}")
     return found
-
-
-def read_image(path: Path, channels: int) -> Image.Image:
-    """An image file as RGB (3 channels) or L (1)."""
-    return open_picture(path).convert("RGB" if channels == 3 else "L")

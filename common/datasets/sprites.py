@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.checkpoint import atomic_write
 from common.datasets.base import FactorSet
-from common.datasets.readers import reading
+from common.datasets.readers import map_npy
 from common.errors import UserError
 
 SHAPES = ("square", "ellipse", "heart")
@@ -211,6 +211,5 @@ def open_bits(path: Path, n: int, side: int) -> np.ndarray | None:
     """The bits in `path`, memory-mapped; None when the file is not there or is not of `n` images of that side."""
     if not path.is_file():
         return None
-    with reading(path, "bit-packed images"):
-        bits = np.load(path, mmap_mode="r", allow_pickle=False)
+    bits = map_npy(path)
     return bits if bits.dtype == np.uint8 and bits.shape == (n, side * side // 8) else None

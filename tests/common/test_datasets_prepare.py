@@ -8,6 +8,7 @@ import struct
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -16,10 +17,12 @@ import pytest
 from PIL import Image
 
 from common.datasets import load, prepare
+from common.datasets.classic import IDX_FILES
 from common.datasets.download import Remote, fetch
 from common.errors import UserError, is_web_page, run_command
 
 RNG = np.random.default_rng(11)
+IDX_NAMES = sorted(name for pair in IDX_FILES.values() for name in pair)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -276,7 +279,7 @@ def test_prepare_refuses_a_mirror_with_other_content(server, tmp_path):
 def test_prepare_downloads_and_puts_in_place(server, tmp_path, monkeypatch, capsys):
     source = prepare.SOURCES["mnist"]
     remotes = tuple(binary(server, name, content) for name, content in mnist_files().items())
-    monkeypatch.setitem(prepare.SOURCES, "mnist", prepare.Source(source.about, source.place, remotes))
+    monkeypatch.setitem(prepare.SOURCES, "mnist", replace(source, remotes=remotes))
     prepare.main(["mnist", "--root", str(tmp_path)])
     assert "mnist train: 6 images" in capsys.readouterr().out
     assert list((tmp_path / ".downloads").iterdir()) == []
@@ -373,7 +376,7 @@ def everything(root):
 def mnist_archive(path, wrap=False):
     """An archive of four small idx files; with `wrap` each in a folder of its own name, as one mirror has them."""
     with zipfile.ZipFile(path, "w") as archive:
-        for name in sorted(prepare.IDX_NAMES):
+        for name in IDX_NAMES:
             images = "images" in name
             header = bytes([0, 0, 8, 3 if images else 1]) + struct.pack(
                 ">3I" if images else ">I", 4, *[28, 28][: 2 * images]
@@ -384,7 +387,7 @@ def mnist_archive(path, wrap=False):
 
 def test_an_archive_with_a_folder_for_each_file_leaves_files_only(tmp_path):
     prepare.prepare("mnist", tmp_path / "data", [mnist_archive(tmp_path / "a.zip", wrap=True)])
-    assert {path.name for path in (tmp_path / "data" / "MNIST" / "raw").iterdir()} == prepare.IDX_NAMES
+    assert {path.name for path in (tmp_path / "data" / "MNIST" / "raw").iterdir()} == set(IDX_NAMES)
     assert all(path.is_file() for path in (tmp_path / "data" / "MNIST" / "raw").iterdir())
 
 
@@ -417,7 +420,7 @@ def test_what_is_there_stays_when_the_new_one_is_damaged(tmp_path):
     root = tmp_path / "data"
     prepare.prepare("mnist", root, [mnist_archive(tmp_path / "a.zip")])
     before = everything(root)
-    name = sorted(prepare.IDX_NAMES)[0]
+    name = IDX_NAMES[0]
     (tmp_path / name).write_bytes(b"cut off")
     for force in (False, True):
         with pytest.raises(UserError):
