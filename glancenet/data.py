@@ -24,8 +24,9 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from common.checkpoint import atomic_write
+from common.datasets import load
 from common.datasets.readers import NpzFile, reading
-from common.errors import UserError
+from common.errors import MissingDataError, UserError
 from glancenet import labels as rules
 from glancenet.algorithms import Shape
 from glancenet.losses import Batch
@@ -359,8 +360,6 @@ def load_dsprites(o: Config) -> ConceptData:
     """dSprites (the file), its `smaller` variant, or rendered sprites."""
     grid = None
     if o.dset_name == "sprites" or o.d_version == "full":
-        from common.datasets import load
-
         sizes = {} if o.sprites_sizes is None else {"sizes": o.sprites_sizes}
         grid = load("sprites" if o.dset_name == "sprites" else "dsprites", root=o.dset_dir, **sizes)
         rows = np.arange(len(grid))
@@ -469,8 +468,15 @@ def load_mpi3d(o: Config) -> ConceptData:
     folder = Path(o.dset_dir) / "mpi3d_toy"
     path = folder / ("mpi3d_toy_full.npz" if o.d_version == "full" else "mpi3d_toy_small.npz")
     remedy = f"{PREPARE['mpi3d_toy']} --in mpi3d_toy.npz --out {o.dset_dir}"
-    images = image_array(path, "X", remedy)
-    factors = whole_numbers(path, "Y", remedy, 0, np.array(rules.MPI3D_SIZES) - 1)
+    try:
+        whole = None if path.is_file() or o.d_version != "full" else load("mpi3d_toy", root=o.dset_dir)
+    except MissingDataError:
+        whole = None
+    if whole is not None:  # the images as `prepare mpi3d_toy` unpacks them
+        images, factors = Images(whole), whole.targets.numpy()
+    else:
+        images = image_array(path, "X", remedy)
+        factors = whole_numbers(path, "Y", remedy, 0, np.array(rules.MPI3D_SIZES) - 1)
     if len(images) != len(factors):
         raise UserError(
             f"{path}: factors {factors.shape} do not belong to {len(images)} MPI3D images; make it by: {remedy}"
