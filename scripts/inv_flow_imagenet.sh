@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Inverse-Flow on ImageNet at 32x32 or 64x64 pixels (L = 3, K = 32), one process a GPU.
+# Inverse-Flow on ImageNet at 32x32 or 64x64 pixels (L = 2, K = 16), one process a GPU.
 # Environment: RESOLUTION (32), GPUS (number of processes on this machine, 1), LAYER (inverse), SEED (0), DATA_ROOT (<repository>/data),
 # TORCHRUN (torchrun). Further options are passed on. Results land below the current folder, in runs/inv_flow/.
 set -euo pipefail

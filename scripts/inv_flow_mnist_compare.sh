@@ -16,10 +16,8 @@ flags=(--conv1x1 --coupling_width "${WIDTH:-512}" --split_width "${WIDTH:-512}" 
 for seed in "${seeds[@]}"; do
     for layer in "${layers[@]}"; do
         run=$out/mnist_${layer}_w${WIDTH:-512}_$seed
-        resume=()
-        [ -f "$run/checkpoints/last.pt" ] && resume=(--resume)
         "${PYTHON:-python}" "$root/inv_flow/inv_flow_mnist.py" --layer "$layer" --seed "$seed" "${flags[@]}" --out "$run" \
-            ${resume[@]+"${resume[@]}"} "$@"
+            --resume auto "$@"
     done
 done
 for seed in "${seeds[@]}"; do

@@ -33,6 +33,7 @@ class Conv1x1(FlowLayer):
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0])
+        self._inverse: tuple[tuple, Tensor] | None = None  # of the weight as it was at the last `reverse`
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pixels = x.shape[2] * x.shape[3]
@@ -42,7 +43,13 @@ class Conv1x1(FlowLayer):
 
     def reverse(self, z: Tensor) -> Tensor:
         """z -> x. Raises NonFiniteError when W is singular."""
-        return F.conv2d(z, inverse_matrix(self.weight)[:, :, None, None])
+        weight = self.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return F.conv2d(z, inverse_matrix(weight)[:, :, None, None])
+        key = (weight._version, weight.device, weight.dtype, weight.data_ptr())
+        if self._inverse is None or self._inverse[0] != key:  # asking whether it is singular waits for the device
+            self._inverse = key, inverse_matrix(weight.detach())
+        return F.conv2d(z, self._inverse[1][:, :, None, None])
 
 
 class Conv1x1Householder(FlowLayer):

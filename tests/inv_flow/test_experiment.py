@@ -1,15 +1,18 @@
 """The training loop and every script, by the users' own calls, on tiny flows and scikit-learn's digits."""
 
+import contextlib
 import csv
 import importlib
 import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from same_state import same
@@ -17,12 +20,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from common.checkpoint import load_state, save_state
 from common.errors import EXIT_NON_FINITE, NonFiniteError, UserError, run_command
+from common.launch import Distributed
 from inv_flow import classify_mnist, data, inv_flow_mnist, timing, toy_2d
+from inv_flow.layers.conv1x1 import Conv1x1
 from inv_flow.layers.selfnorm import SelfNormConv
 from inv_flow.model import create_model
-from inv_flow.train.config import Config, parse
-from inv_flow.train.evaluation import integer_images, own_rng
-from inv_flow.train.experiment import KIND, Experiment
+from inv_flow.train import launch
+from inv_flow.train.config import Config, layer_choice, parse
+from inv_flow.train.evaluation import integer_images, layer_values, own_rng
+from inv_flow.train.experiment import KIND, Experiment, clip_gradients, scaled_rates
 from inv_flow.train.launch import build
 from inv_flow.train.optim import make_optimizer
 from inv_flow.train.recon import ReconstructionLoss
@@ -161,6 +167,109 @@ def test_resume_refuses_what_would_not_be_the_same_run(tmp_path):
     assert column(tmp_path, "step")[-1] == 6
 
 
+def earlier_layout(path, batch=None):
+    """Rewrite a checkpoint as versions before `Training` wrote it; `batch` batches of its epoch are done."""
+    state = load_state(path, KIND)
+    place, extra, options = state["place"], state["extra"], dict(state["options"])
+    options["autocast"] = options.pop("amp")
+    for later in ("num_layers", "verbose", "tf32", "dry_run"):
+        del options[later]
+    own = {"rng": state["rng"], "loss_sum": torch.as_tensor(extra["loss_sum"]), "loss_count": extra["loss_count"]}
+    kept = {name: state.get(name) for name in ("model", "optimizer", "scheduler", "reconstruction")}
+    epoch = place["epoch"] if batch is None else place["epoch"] - 1
+    place = {"epoch": epoch, "step": place["step"], "batch": place["images"] // 50 if batch is None else batch}
+    rest = {name: extra[name] for name in ("best", "metrics", "epoch_loss", "epoch_count")}
+    save_state(path, KIND, processes=[own], config=options, **kept, **place, **rest)
+
+
+def stopped(folder, step, *more):
+    """A run that a signal stopped after `step` steps."""
+    experiment = build(configured(folder, *more))
+    experiment.loaders["train"] = StopAfter(experiment.loaders["train"], step)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run()
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_exactly(tmp_path):
+    more = ("--log_interval", 4, "--scheduler_name", "Exponential", "--gamma", 0.5)
+    inv_flow_mnist.main(arguments(tmp_path / "whole", *more))
+    stopped(tmp_path / "parts", 2, *more)
+    earlier_layout(tmp_path / "parts/checkpoints/last.pt")
+    inv_flow_mnist.main(arguments(tmp_path / "parts", *more, "--resume"))
+    assert (tmp_path / "parts/metrics.csv").read_bytes() == (tmp_path / "whole/metrics.csv").read_bytes()
+    # those versions could stop between the last step of an epoch and its evaluation
+    inv_flow_mnist.main(arguments(tmp_path / "end", *more, "--epochs", 1))
+    path = tmp_path / "end/checkpoints/last.pt"
+    before = load_state(path, KIND)
+    rows_before = rows(tmp_path / "end")
+    state = dict(before)
+    step = int(before["place"]["step"])
+    state["extra"] = before["extra"] | {"best": math.inf, "metrics": {}, "epoch_count": 150,
+                                        "epoch_loss": 150 * float(rows_before[-1]["train_nll"])}  # fmt: skip
+    state["scheduler"]["last_epoch"], state["scheduler"]["_step_count"] = 0, 1
+    for group in state["optimizer"]["param_groups"]:
+        group["lr"] = group["initial_lr"]
+    save_state(path, KIND, **state)
+    earlier_layout(path, batch=3)
+    (tmp_path / "end/metrics.csv").write_text(
+        "".join((tmp_path / "end/metrics.csv").read_text().splitlines(keepends=True)[:-1])
+    )
+    inv_flow_mnist.main(arguments(tmp_path / "end", *more, "--resume"))
+    assert step == 3
+    for name in ("train_nll", "val_nll", "test_nll", "lr"):
+        assert column(tmp_path / "end", name) == column(tmp_path / "whole", name), name
+
+
+def test_a_damaged_checkpoint_of_an_earlier_version_is_one_line(tmp_path):
+    stopped(tmp_path, 2)
+    path = tmp_path / "checkpoints/last.pt"
+    earlier_layout(path)
+    state = load_state(path, KIND)
+    for name in ("processes", "epoch", "best"):
+        save_state(path, KIND, **{key: value for key, value in state.items() if key != name})
+        with pytest.raises(UserError, match=r"last\.pt is damaged"):
+            inv_flow_mnist.main(arguments(tmp_path, "--resume"))
+    save_state(path, KIND, **state | {"processes": []})
+    with pytest.raises(UserError, match=r"last\.pt is damaged"):
+        inv_flow_mnist.main(arguments(tmp_path, "--resume"))
+
+
+def test_resume_auto_starts_or_goes_on(tmp_path, capsys):
+    inv_flow_mnist.main(arguments(tmp_path, "--epochs", 1, "--resume", "auto"))
+    inv_flow_mnist.main(arguments(tmp_path, "--resume", "auto"))
+    assert column(tmp_path, "step")[-1] == 6
+    before = (tmp_path / "metrics.csv").read_bytes()
+    inv_flow_mnist.main(arguments(tmp_path, "--resume=auto"))  # finished: nothing is left to do
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+
+
+def test_a_changed_learning_rate_takes_effect_and_keeps_its_schedule(tmp_path, capfd):
+    more = ("--scheduler_name", "Exponential", "--gamma", 0.5, "--lr", 0.002, "--lr_inv_conv", 0.1)
+    inv_flow_mnist.main(arguments(tmp_path, *more))
+    capfd.readouterr()
+    more = (*more[:4], "--lr", 0.004, "--lr_inv_conv", 0.2)
+    inv_flow_mnist.main(arguments(tmp_path, *more, "--epochs", 3, "--resume"))
+    said = capfd.readouterr().err
+    assert "changed lr: 0.002 -> 0.004" in said and "changed epochs: 2 -> 3" in said
+    assert column(tmp_path, "lr")[-1] == pytest.approx(0.004 * 0.5**2)
+    groups = load_state(tmp_path / "checkpoints/last.pt", KIND)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([0.004 * 0.5**3, 0.0008 * 0.5**3])
+
+
+def test_a_refused_call_writes_nothing(tmp_path):
+    inv_flow_mnist.main(arguments(tmp_path, "--epochs", 1))
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for more in (
+        ("--resume", "--batch_size", 25),
+        ("--resume", "--layer", "finc"),
+        ("--resume", "auto", "--seed", 7),
+        (),
+    ):
+        with pytest.raises(UserError):
+            inv_flow_mnist.main(arguments(tmp_path, *more))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
 # ------------------------------------------------------------------------------------------------------- the step
 
 
@@ -258,6 +367,167 @@ def test_experiment_takes_ordinary_loaders(tmp_path):
     assert len(column(tmp_path, "batch_nll")) == 4
 
 
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def write_mnist(root, n):
+    """n random images as MNIST's own files."""
+    folder, rng = root / "MNIST/raw", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for stem in ("train", "t10k"):
+        parts = {"images-idx3": rng.integers(0, 256, (n, 28, 28)), "labels-idx1": np.arange(n) % 10}
+        for name, array in parts.items():
+            head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+            (folder / f"{stem}-{name}-ubyte").write_bytes(head + array.astype(np.uint8).tobytes())
+
+
+def test_the_weights_that_ship_are_evaluated_where_mnist_is(tmp_path, monkeypatch, capsys):
+    write_mnist(tmp_path, 12)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--evaluate", "--device", "cpu", "--data_root", str(tmp_path), "--batch_size", "4", "--n_samples", "4"]
+    inv_flow_mnist.main([*argv, "--n_test", "10"])
+    folder = tmp_path / "runs/inv_flow/mnist_released"
+    stored, out = json.loads((folder / "evaluation.json").read_text()), capsys.readouterr().out
+    assert stored["recon_images"] == 10  # all of them, not the first batch
+    assert stored["recon_max_grey"] < 0.1 and stored["sample_ms"] > 0 and "sample_std_ms" in stored
+    assert all(f"{name} " in out for name in ("val_nll", "test_bpd", "recon_max_grey", "float64_relative_error"))
+    assert (folder / "samples/evaluation.png").is_file() and (folder / "recon/evaluation.png").is_file()
+    for name in ("--num_blocks", "--coupling_width"):
+        with pytest.raises(UserError, match="contradicts"):
+            inv_flow_mnist.main([*argv, name, "3"])
+
+
+def test_evaluation_refuses_another_model_than_the_run_has(tmp_path):
+    inv_flow_mnist.main(arguments(tmp_path, "--epochs", 1))
+    argv = ["--evaluate", "--device", "cpu", "--out", str(tmp_path)]
+    for more in (["--num_blocks", "3"], ["--layer", "finc"], ["--dataset", "mnist"], ["--seed", "5"]):
+        with pytest.raises(UserError, match=r"was trained with .*leave --"):
+            inv_flow_mnist.main([*argv, *more])
+    inv_flow_mnist.main([*argv, "--layer", "inverse", "--n_test", "20"])  # what it has is no contradiction
+
+
+def test_what_was_measured_is_kept_when_a_later_part_fails(tmp_path, monkeypatch, capsys):
+    inv_flow_mnist.main(arguments(tmp_path, "--epochs", 1))
+    monkeypatch.setattr(launch, "reconstruction_errors", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        inv_flow_mnist.main(["--evaluate", "--device", "cpu", "--out", str(tmp_path)])
+    assert set(json.loads((tmp_path / "evaluation.json").read_text())) == {"val_nll", "val_bpd", "test_nll", "test_bpd"}
+
+
+def test_timing_table_names_the_epoch_and_the_spread(tmp_path):
+    inv_flow_mnist.main(arguments(tmp_path))
+    with open(tmp_path / "timing.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [row["epoch"] for row in table if row["what"] == "train_step_ms"] == ["1", "2"]
+    values = {row["what"]: float(row["value"]) for row in table}
+    assert values["train_step_ms"] > values["train_step_std_ms"] > 0
+    assert values["sample_ms"] > 0 and values["sample_std_ms"] > 0
+
+
+def test_verbose_logs_every_layer(tmp_path):
+    more = ("--epochs", 1, "--layer", "snf", "--verbose")
+    inv_flow_mnist.main(arguments(tmp_path / "said", *more))
+    model = build(configured(tmp_path / "x", *more)).model
+    with open(tmp_path / "said/metrics.csv", encoding="utf-8") as file:
+        row = next(csv.DictReader(file))
+    shares = [float(value) for name, value in row.items() if name.startswith("log_det/")]
+    assert len(shares) == len(model.layers) and sum(share != 0 for share in shares) > 4
+    recon = [float(value) for name, value in row.items() if name.startswith("recon/")]
+    assert len(recon) == len(model.self_norm_layers()) > 0 and all(value >= 0 for value in recon)
+    inv_flow_mnist.main(arguments(tmp_path / "silent", *more[:-1]))  # and it changes nothing
+    for name in ("batch_nll", "val_nll"):
+        assert column(tmp_path / "said", name) == column(tmp_path / "silent", name)
+
+
+def test_log_determinants_of_the_layers_add_up_to_log_p():
+    torch.manual_seed(0)
+    model = create_model(configure(image_size=(1, 8, 8), block_size=2, coupling_width=8, split_width=8))
+    x = torch.randint(0, 256, (6, 1, 8, 8)).float()
+    model.encode(x)
+    values = layer_values(model.eval(), x, seed=3)
+    with own_rng(x.device, 3):
+        log_det = float(model.encode(x)[1].mean().detach())
+    assert sum(values.values()) == pytest.approx(log_det, rel=1e-5)
+
+
+def test_pictures_do_not_move_the_training(tmp_path):
+    for name, more in (("with", ()), ("without", ("--plot_recon", "false", "--n_samples", 1))):
+        inv_flow_mnist.main(arguments(tmp_path / name, *more))
+    assert column(tmp_path / "with", "batch_nll") == column(tmp_path / "without", "batch_nll")
+
+
+@pytest.fixture
+def rounded_convolutions(monkeypatch):
+    """Convolutions that round as a GPU does with TF32, wherever the flag allows it; what the flags were comes back."""
+    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    plain = torch.nn.functional.conv2d
+
+    def round_mantissa(x):
+        return ((x.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def conv2d(x, weight, *args, **options):
+        if torch.backends.cudnn.allow_tf32 and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            x, weight = round_mantissa(x), round_mantissa(weight)
+        return plain(x, weight, *args, **options)
+
+    torch.backends.cudnn.allow_tf32 = True  # what PyTorch starts with
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
+
+
+def test_likelihoods_and_inverses_are_full_float32_unless_tf32_is_asked_for(tmp_path, rounded_convolutions):
+    inv_flow_mnist.main(arguments(tmp_path, "--conv1x1", "--lr", 0.003))
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    errors = {}
+    for more in ((), ("--tf32",)):
+        torch.backends.cudnn.allow_tf32 = True
+        inv_flow_mnist.main(["--evaluate", "--device", "cpu", "--out", str(tmp_path), *more])
+        errors[more] = json.loads((tmp_path / "evaluation.json").read_text())["recon_max_grey"]
+    assert errors[()] < 1e-3 and errors[("--tf32",)] > 100 * errors[()]
+
+
+# ------------------------------------------------------------------------------------------------------- other devices
+
+
+@pytest.mark.parametrize("layer", ["inverse", "unit", "finc", "emerging", "convexp", "snf", "glow"])
+def test_a_step_and_samples_stay_on_the_device_and_read_nothing(layer, monkeypatch):
+    """The device `meta` refuses both: numbers read by the host, and operands that lie elsewhere."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it knows no meta
+    config = configure(**layer_choice(layer), image_size=(1, 8, 8), block_size=1, coupling_width=8, split_width=8)
+    model = create_model(config)
+    model.encode(torch.zeros(2, 1, 8, 8))  # sets the flag that ActNorm keeps on the host
+    model, dist = model.to("meta"), Distributed(torch.device("meta"))
+    reconstruction, optimizer = (
+        ReconstructionLoss(model.self_norm_layers(), config, dist),
+        make_optimizer(model, config),
+    )
+    x = integer_images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8, device="meta"), model, dist.device)
+    loss = -model(x, dist.rand_like)[1].mean() + reconstruction()
+    loss.backward()
+    norm = clip_gradients(model, config)
+    with scaled_rates(optimizer, 0.5):
+        optimizer.step()
+    assert {loss.device.type, norm.device.type} == {"meta"}
+    assert all(p.grad is None or p.grad.device.type == "meta" for p in model.parameters())
+    for module in model.modules():  # the inverse of a 1x1 is checked once, and kept
+        if isinstance(module, Conv1x1):
+            weight = module.weight
+            key = (weight._version, weight.device, weight.dtype, weight.data_ptr())
+            module._inverse = key, torch.empty_like(weight, requires_grad=False)
+    with torch.no_grad():
+        assert model.eval().sample_images(3).shape == (3, 1, 8, 8)
+        assert model.reconstruct(x).device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("first", "second"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_checkpoint_goes_on_on_another_device(first, second, tmp_path):
+    stopped(tmp_path, 2, "--device", first)
+    inv_flow_mnist.main(arguments(tmp_path, "--device", second, "--resume"))
+    assert column(tmp_path, "step")[-1] == 6
+
+
 # ------------------------------------------------------------------------------------------------------- data
 
 
@@ -284,8 +554,6 @@ def test_splits_and_augmentations(tmp_path):
 
 
 def test_celeba_and_imagenet_are_read_at_the_asked_resolution(tmp_path):
-    import numpy as np
-
     from common.images import save_image
 
     folder, rng = tmp_path / "celeba", np.random.default_rng(0)
@@ -413,8 +681,6 @@ def test_share_of_the_inverse_layers_in_a_step(tmp_path):
 
 @pytest.mark.parametrize("name", toy_2d.DENSITIES)
 def test_toy_densities_lie_in_the_picture(name):
-    import numpy as np
-
     points = toy_2d.sample_density(name, 2000, np.random.default_rng(0))
     assert points.shape == (2000, 2) and points.dtype == np.float32
     assert np.mean(np.abs(points).max(1) < toy_2d.LIMIT) > 0.98

@@ -5,13 +5,16 @@ import importlib
 import pytest
 import torch
 
-from common.errors import UserError
+from common.errors import NonFiniteError, UserError
 from inv_flow.layers.activations import SELU, SmoothLeakyRelu, SmoothTanh, SplineActivation
 from inv_flow.layers.actnorm import ActNorm
+from inv_flow.layers.conv1x1 import Conv1x1
 from inv_flow.layers.coupling import Coupling
+from inv_flow.layers.emerging import SquareAutoRegressiveConv2d
 from inv_flow.layers.flow import FlowSequential
+from inv_flow.layers.inv_conv import InverseConv2d
 from inv_flow.layers.preprocess import preprocessing
-from inv_flow.layers.selfnorm import SelfNormConv
+from inv_flow.layers.selfnorm import SelfNormConv, SelfNormFC
 from inv_flow.model import create_model
 from inv_flow.toy_2d import log_density, make_flow
 from inv_flow.train.config import LAYERS, Config, layer_choice
@@ -229,3 +232,65 @@ def test_published_parameter_counts_of_the_main_scripts():
 def test_impossible_models_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         create_model(tiny(**changes))
+
+
+# a rank-deficient matrix whose float64 inverse exists by rounding alone, and one that is exactly singular
+SINGULAR = [torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.5, 0.7, 0.9]]), torch.tensor([[1.0, 2.0], [2.0, 4.0]])]
+
+
+@pytest.mark.parametrize("weight", SINGULAR)
+def test_a_singular_matrix_has_no_inverse(weight):
+    channels = len(weight)
+    plain, learned = Conv1x1(channels), SelfNormConv(channels, 1)
+    plain.weight.data, learned.weight.data = weight.clone(), weight[:, :, None, None].clone()
+    learned.exact = True
+    z = torch.randn(2, channels, 3, 3)
+    for layer in (plain, learned):
+        with pytest.raises(NonFiniteError, match="singular"), torch.no_grad():
+            layer.reverse(z)
+    kernel = SelfNormConv(channels, 3)
+    kernel.weight.data = torch.zeros_like(kernel.weight)
+    kernel.weight.data[:, :, 1, 1] = weight
+    kernel.exact = True
+    with pytest.raises(NonFiniteError, match="singular"), torch.no_grad():
+        kernel.reverse(z)
+
+
+def test_a_kept_inverse_follows_the_weight():
+    torch.manual_seed(0)
+    layer, z = Conv1x1(4), torch.randn(2, 4, 3, 3)
+    with torch.no_grad():
+        layer.reverse(z)
+        layer.weight += 0.1 * torch.randn(4, 4)
+        assert torch.allclose(layer(layer.reverse(z))[0], z, atol=1e-5)
+        layer.double()
+        assert layer.reverse(z.double()).dtype == torch.float64
+    x = layer.reverse(z.double().requires_grad_())  # with gradients to the weight, too
+    x.sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+def test_the_cap_keeps_emerging_finite_at_64_pixels():
+    torch.manual_seed(0)
+    z = torch.randn(2, 8, 64, 64)
+    for cap, finite in ((None, False), (0.9, True)):
+        layer = SquareAutoRegressiveConv2d(8, 3, cap)
+        with torch.no_grad():
+            layer.weight += 0.6 * torch.randn_like(layer.weight) * layer.mask * (1 - layer.pin)
+            x = layer.reverse(z)
+        assert bool(torch.isfinite(x).all() and x.abs().max() < 1e4) == finite
+    # the certificate, and that the capped layer is a bijection with the log-determinant of its diagonal
+    y = (z - layer.bias.view(1, -1, 1, 1)) / layer.weight[:, :, -1, -1].diagonal().view(1, -1, 1, 1)
+    assert x.abs().max() <= y.abs().max() / (1 - 0.9) * 1.001
+    assert torch.allclose(layer(x)[0], z, atol=1e-3)
+    step = create_model(tiny("emerging", max_row_sum=0.9, if_kernel_size=3, image_size=(1, 8, 8)))
+    assert {m.max_row_sum for m in step.modules() if isinstance(m, SquareAutoRegressiveConv2d)} == {0.9}
+
+
+@pytest.mark.parametrize(("layers", "blocks", "steps"), [(9, 2, 4), (9, 3, 3), (2, 2, 1)])
+def test_num_layers_is_the_published_depth_of_a_cnn(layers, blocks, steps):
+    keys = {"coupling_width": 0, "split_prior": False, "num_blocks": blocks, "first_squeeze": False}
+    model = create_model(tiny("inverse", num_layers=layers, **keys))
+    assert sum(isinstance(layer, InverseConv2d) for layer in model.layers) == blocks * steps
+    model = create_model(tiny("none", fc=True, num_layers=5, num_blocks=1))
+    assert sum(isinstance(layer, SelfNormFC) for layer in model.layers) == 5
