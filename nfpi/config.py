@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from common.errors import UserError, suggest
 from common.options import (
@@ -101,6 +101,13 @@ class Test(Options):
 
     batch_size: Count = change("images a batch of the test")
     uniform_noise_value: Fraction | None = change("null = uniform_noise_value; 0 = noise-free test images")
+
+    @field_validator("uniform_noise_value", mode="before")
+    @classmethod
+    def _is_no_limit(cls, value: Any) -> Any:
+        if str(value).lower() in ("inf", "false"):  # which mean "no limit" where None does
+            raise ValueError("expected a number of at least 0 and of at most 1, or null")
+        return value
 
 
 class FpiInfo(Options):
@@ -564,7 +571,7 @@ def judge(values: DictConfig, name: str = "") -> Config:
     except (OmegaConfBaseException, ValueError) as error:
         raise UserError(f"configuration {name}: {str(error).splitlines()[0]}") from error
     for key, value in flat(values).items():
-        if value == "???":
+        if value in ("???", "<FILE>"):  # hydra's own mark does not win over a value of base.yaml
             raise UserError(f"this configuration needs {key}=FILE")
     if not values.keys() & {"train", "val"}:
         raise UserError(f"configuration {name} begins with defaults: [base, _self_] and holds differences")

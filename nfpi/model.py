@@ -143,7 +143,7 @@ class MultiScaleFlow(nn.Module):
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
-        self.reach: float | None = None  # how far an optimiser's step moves a weight at most; None: not known
+        self.reach: float | None = None  # how far a step of the optimiser moves a weight at most
         self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
         self.blocks, self.split_coupling_priors = nn.ModuleList(), nn.ModuleList()
         c, h, w = config.channels, config.height, config.width
@@ -157,15 +157,15 @@ class MultiScaleFlow(nn.Module):
                     self.split_coupling_priors.append(ZeroConv2d(c, 2 * c))
 
     def _bounds(self) -> list[list[float | None]]:
-        """The norm bounds of all coupling layers. On a CPU, and without gradients, they are read; a training step on a
-        GPU takes those of the step before, which have arrived, plus what one step of the optimiser can add (`reach`).
+        """The norm bounds of all coupling layers, read from the device. With `reach`, in training on a GPU: those of
+        the step before, which have arrived, with what one step of the optimiser can add.
         """
         steps = [step for level in self.blocks for step in level]
         values: list[float | None] = [None] * len(steps)
         if self.config.flow_type == "matrixexp":
             layers = [step.couplinglayer for step in steps]
             now = torch.cat([layer.norm_bound() for layer in layers])
-            if self.reach is None or not torch.is_grad_enabled() or now.device.type == "cpu":
+            if self.reach is None or not torch.is_grad_enabled():
                 values = now.tolist()
             else:
                 values = self._lagging(torch.cat([layer.norm_bound(self.reach) for layer in layers]))

@@ -108,7 +108,7 @@ def train_flow(config: Config, sets: FlowSets, test: Images, training: "FlowTrai
         end_epoch()
         training.open_next_epoch()
     flow.train()
-    flow.reach = REACH * config.train.lr
+    flow.reach = REACH * config.train.lr if device.type == "cuda" else None
     for x, y, noise, count in training.steps(batches, last=batches.steps(config.train.epochs)):
         lr = learning_rate(config, training.step - 1, training.epoch)
         for group in optimizer.param_groups:
@@ -218,7 +218,7 @@ class FlowTraining(Training):
         number = torch.float32 if dist.device.type == "mps" else torch.float64
         self.sums = torch.zeros(3, dtype=number, device=dist.device)
         if self.state is not None:
-            self.sums += torch.as_tensor(self.state["extra"]["sums"]).to(self.sums)
+            self.sums += torch.as_tensor(self.state["extra"]["sums"], dtype=number).to(dist.device)
 
     @property
     def place_after(self) -> Place:

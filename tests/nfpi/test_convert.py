@@ -1,10 +1,14 @@
 """The converter on files written in the published checkpoints' layout, and on files that are not."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from option_table import run_inside
 
+from common.checkpoint import load_weights
 from common.errors import UserError
 from nfpi import convert_checkpoint
 from nfpi.conditional import ConditionalFlow
@@ -145,3 +149,19 @@ def test_foreign_and_damaged_files_are_refused(tmp_path, monkeypatch):
         ConditionalFlow.load(tmp_path / "whole.ckpt")
     with pytest.raises(UserError, match="safetensors"):
         convert_checkpoint.main([str(tmp_path / "whole.ckpt"), str(tmp_path / "x.pt")])
+
+
+@pytest.mark.parametrize("saved", ["hydra", "plain", "none"])
+def test_a_converted_checkpoint_keeps_its_bits(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = published(architecture())[0]
+    cfg = {"hydra": OmegaConf.create({"bits": 5, "train": {"lr": 0.1}}), "plain": {"bits": 5}, "none": {}}[saved]
+    torch.save({"state_dict": state, "hyper_parameters": {"cfg": cfg}}, "a.ckpt")
+    convert_checkpoint.main(["a.ckpt", "a.safetensors"])
+    told = "does not say how many bits" in capsys.readouterr().out
+    assert load_weights("a.safetensors")[1]["bits"] == (8 if saved == "none" else 5) and told is (saved == "none")
+    found = run_inside(convert_checkpoint.main, ["a.ckpt", "b.safetensors", "--bits", "6"])
+    if saved == "none":
+        assert load_weights("b.safetensors")[1]["bits"] == 6
+    else:
+        assert found.code == 2 and "--bits 6" in found.err and not Path("b.safetensors").exists()

@@ -106,6 +106,30 @@ def test_fixed_point_of_the_means_is_stationary():
     )
 
 
+@pytest.mark.parametrize("isotropic", [True, False])
+@pytest.mark.parametrize("sum_trick", [True, False])
+@pytest.mark.parametrize("exp_den_update", [True, False])
+@pytest.mark.parametrize("means", [True, False])
+def test_exact_is_stationary_in_every_combination(isotropic, sum_trick, exp_den_update, means):
+    mean, _, data_mean, data_var = problem(spread=2.0)
+    settings = FixedPoint(
+        strength=5, means=means, variances=True, isotropic=isotropic, sum_trick=sum_trick, alpha=7.0,
+        exp_den_update=exp_den_update, variance_update="exact", epsilon=1e-12, max_iters=20000, damping=0.5,
+    )  # fmt: skip
+    result = solve(data_mean, data_var, data_mean if means else mean, data_var, settings)
+    assert result.converged
+    mean, var = result.mean.clone().requires_grad_(), result.var.clone().requires_grad_()
+    likelihood = -0.5 * ((data_var + (data_mean - mean) ** 2) / var + var.log()).sum()
+    kl = off_diagonal(kl_matrix_ref(mean, var))
+    s = 7.0 * float(kl.detach().mean())
+    phi = math.exp(-1 / 7) / 7 * kl.log() if exp_den_update else -torch.exp(-kl / s)
+    (likelihood + settings.pull(len(mean)) * phi.sum()).backward()
+    assert float(var.grad.abs().max()) < 1e-8
+    assert not means or float(mean.grad.abs().max()) < 1e-8
+    moved = torch.stack([result.mean - data_mean, result.var - data_var]).abs().amax((1, 2))
+    assert float(moved.min()) > 1e-3  # not the start
+
+
 def test_exact_variance_update_is_stationary_and_the_published_one_is_not():
     _, _, data_mean, data_var = problem(spread=2.0)
     for update, small in (("exact", True), ("upstream", False)):

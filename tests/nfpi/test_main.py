@@ -403,7 +403,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, named, capfd):
     [
         (["--config-path=___configs/cifar"], "cifar10"),
         (["--config-path=___configs/cifar10", "--config-name=men"], "'mean'"),
-        (["--config-path=___configs/cifar10", "--config-name=mean_reload"], "nf_load_path"),
+        (["--config-path=___configs/cifar10", "--config-name=mean_reload"], "needs nf_load_path=FILE"),
+        (["--config-path=___configs/cifar10", "--config-name=imagenet_mean"], "needs nf_weights_load_path=FILE"),
     ],
 )
 def test_wrong_configuration_names_are_refused(flags, named, capfd):
