@@ -122,7 +122,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     lists = all(isinstance(state[key], list) and all(isinstance(v, Tensor) for v in state[key])
                 for key in ("codes", "labels"))  # fmt: skip
     nets = all(isinstance(state.get(part), dict) for part in ("enc", "gen"))
-    if not (numbers and losses and lists and nets):
+    place, config = state.get("place", {}), state.get("config", {})
+    places = isinstance(place, dict) and all(isinstance(value, int) and value >= 0 for value in place.values())
+    places &= not place or place.keys() == {"step", "epoch", "images"}
+    if not (numbers and losses and lists and nets and places and isinstance(config, dict)):
         raise UserError(f"{path} is damaged: its entries are not those of an LBAE checkpoint; use an older one")
     for part in ("enc", "gen"):  # DataParallel's names
         state[part] = {str(key).removeprefix("module."): value for key, value in state[part].items()}

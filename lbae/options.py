@@ -3,6 +3,7 @@
 Below the command line lie the experiment's saved configuration, the script's configuration `cfg` and the defaults here.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -34,7 +35,18 @@ def one_of(*values: int) -> Any:
     return Annotated[int, AfterValidator(check), Says(words)]
 
 
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f]*$", max_length=1000), Says("text on one line")]
+def _fits_a_file_system(value: str) -> str:
+    if any(len(os.fsencode(part)) > 255 for part in value.split("/")):
+        raise ValueError("a name in it is longer than 255 bytes")
+    return value
+
+
+Text = Annotated[
+    str,
+    Field(pattern=r"^[^\x00-\x1f]*$", max_length=2000),
+    AfterValidator(_fits_a_file_system),
+    Says("text on one line"),
+]
 Suffix = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]*$", max_length=100), Says("part of a file name")]
 Width = Annotated[int, Field(ge=1, le=1024)]
 DataSet = Literal[tuple(datasets.names())]

@@ -75,3 +75,16 @@ def test_resume_is_exact(two, tmp_path):
     for part in ("enc", "gen"):
         assert all(torch.equal(value, second[part][key]) for key, value in first[part].items())
     assert train_losses(folder) == train_losses(two)
+
+
+@pytest.mark.slow
+def test_a_vae_draws_the_noise_of_one_process(tmp_path):
+    """Losses of training and of the test set, whose last batch (50 of 64 images, then none) is shared unevenly."""
+    keys = ["cfg=mnist_vae", "vae=1", "kl_weight=1", "epochs_max=1", "test_images=33", "batch_size_test=20"]
+    torchrun(*keys, f"exp={tmp_path / 'two'}")
+    mnist.main([*(f"{key}={value}" for key, value in KEYS.items()), *keys, f"exp={tmp_path / 'one'}"])
+    first, second = (torch.tensor(train_losses(tmp_path / name)) for name in ("one", "two"))
+    torch.testing.assert_close(second[0], first[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(second, first, rtol=1e-3, atol=0)
+    tests = [read_checkpoint(tmp_path / name / "models/last.cp")["loss_eval"] for name in ("one", "two")]
+    assert tests[1] == pytest.approx(tests[0], rel=1e-3)
