@@ -62,9 +62,10 @@ def bin_factors(factors: np.ndarray, bins: int) -> np.ndarray:
 
 
 def _table(values: Any, name: str) -> np.ndarray:
-    """A finite numeric (n, k) array on the CPU, float32/float64/integer kept, below 1e100 in size. Raises UserError."""
+    """A finite numeric (n, k) array on the CPU, float32/float64/integer kept, below 1e30 in size. Raises UserError."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
+        values = values.float() if str(values.dtype) == "torch.bfloat16" else values  # unknown to numpy
     values = np.asarray(values)
     if values.dtype.kind not in "fiub":
         raise UserError(f"{name} must be numbers, not {values.dtype}")
@@ -73,18 +74,24 @@ def _table(values: Any, name: str) -> np.ndarray:
     if values.ndim != 2 or values.shape[1] == 0:
         raise UserError(f"{name} must be a table (points, columns), not an array of shape {values.shape}")
     with np.errstate(invalid="ignore"):
-        bad = ~(np.abs(values.astype(np.float64)) < 1e100)  # squares of larger ones overflow
+        bad = ~(np.abs(values.astype(np.float64)) < 1e30)  # with larger ones the solvers do not end
     if bad.any():
         row, column = np.argwhere(bad)[0]
         raise UserError(
             f"{name}[{row}, {column}] is {values[row, column]} ({int(bad.sum())} values that are not finite or above "
-            "1e100): drop these rows or mend the encoder"
+            "1e30): drop these rows or mend the encoder"
         )
     return values
 
 
+def _codes(values: Any, name: str = "codes") -> np.ndarray:
+    """Codes (n, D), float32 or float64: differences of unsigned bytes would wrap around."""
+    values = _table(values, name)
+    return values if values.dtype.kind == "f" else values.astype(np.float64)
+
+
 def _check_pair(codes: Any, factors: Any, suffix: str = "") -> tuple[np.ndarray, np.ndarray]:
-    codes, factors = _table(codes, "codes" + suffix), _table(factors, "factors" + suffix)
+    codes, factors = _codes(codes, "codes" + suffix), _table(factors, "factors" + suffix)
     if len(codes) != len(factors):
         raise UserError(
             f"codes{suffix} has {len(codes)} rows and factors{suffix} has {len(factors)}: "
@@ -237,7 +244,7 @@ class Grid:
     def _encode(self, index: np.ndarray) -> None:
         for start in range(0, len(index), self.batch_size):
             batch = index[start : start + self.batch_size]
-            codes = _table(self.represent(self.data.images_at(batch)), "codes")
+            codes = _codes(self.represent(self.data.images_at(batch)))
             if len(codes) != len(batch):
                 raise UserError(f"representation_function gave {len(codes)} codes for {len(batch)} images")
             if self._table is not None and codes.shape[1] != self._table.shape[1]:

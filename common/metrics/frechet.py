@@ -77,30 +77,36 @@ def _eigen_factor(sigma: np.ndarray) -> np.ndarray:
 
 
 def _moments(mu, sigma) -> tuple[np.ndarray, np.ndarray]:
-    mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+    mu, sigma = (_numbers(part, name) for part, name in ((mu, "the mean"), (sigma, "the covariance")))
+    if mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"expected a mean (d,) and a covariance (d, d), got {mu.shape} and {sigma.shape}")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError("the mean or the covariance holds NaN or infinite values; check the features")
+    if np.diag(sigma).min() < 0:
+        raise UserError("the covariance has negative variances; store numpy.cov(features, rowvar=False)")
     if np.abs(sigma - sigma.T).max(initial=0.0) > 1e-6 * np.abs(sigma).max(initial=0.0):
         raise UserError("the covariance is not symmetric; store numpy.cov(features, rowvar=False)")
     return mu, (sigma + sigma.T) / 2
 
 
-def check_features(features, name: str = "features", least: int = 2) -> np.ndarray:
-    """`features` as a finite float64 array (n, d) with n >= `least`; UserError otherwise."""
-    if hasattr(features, "detach"):  # a torch tensor, possibly on another device
-        features = features.detach().cpu().numpy()
-    array = np.asarray(features)
+def _numbers(values, name: str) -> np.ndarray:
+    """float64 array of numbers that are finite and small enough to be squared; UserError otherwise."""
+    if hasattr(values, "detach"):  # a torch tensor, possibly on another device
+        values = values.detach().cpu().double().numpy()
+    array = np.asarray(values)
     if array.dtype.kind not in "fiub":
         raise UserError(f"{name}: values of type {array.dtype}, expected numbers")
     array = array.astype(np.float64, copy=False)
+    if not (np.abs(array) < 1e100).all():
+        raise UserError(f"{name}: holds NaN, infinite or huge values; check the features")
+    return array
+
+
+def check_features(features, name: str = "features", least: int = 2) -> np.ndarray:
+    """`features` as a finite float64 array (n, d) with n >= `least`; UserError otherwise."""
+    array = _numbers(features, name)
     if array.ndim != 2 or array.shape[1] == 0:
         raise UserError(f"{name}: expected an array (samples, features), got shape {array.shape}")
     if len(array) < least:
         raise UserError(f"{name}: {len(array)} sample(s), at least {least} are needed")
-    if not np.isfinite(array).all():
-        raise UserError(f"{name}: holds NaN or infinite values")
     return array
 
 
@@ -183,6 +189,8 @@ class Statistics:
             raise UserError(f"{path}: no feature statistics (arrays 'mu' and 'sigma'); it holds {sorted(arrays)}")
         try:
             n = int(arrays["n"]) if "n" in arrays else len(arrays.get("activations", ()))
+            if n < 0:
+                raise ValueError(f"n={n}")
             return cls(arrays["mu"], arrays["sigma"], n, str(arrays.get("extractor", "")))
         except (UserError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: {error}") from error

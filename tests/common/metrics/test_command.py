@@ -136,7 +136,10 @@ def test_saved_statistics_and_features(sets, capsys, tmp_path):
         ([*RAW, "--metrics", "prd", "--prd-clusters", "100"], "100 clusters"),
         ([*RAW, "--size", "100000"], "--size=100000: expected a whole number"),
         ([*RAW, "--size", "4096", "--batch-size", "200"], "40 images of 16777216 values"),
-        ([*RAW, "--metrics", "fid", "statistics"], "--metrics=statistics: expected a list, each one of fid, kid, prd, ipr"),
+        (
+            [*RAW, "--metrics", "fid", "statistics"],
+            "--metrics=statistics: expected a list, each one of fid, kid, prd, ipr",
+        ),
         (["--features", "pixel-pca99999999999"], "unknown features"),
     ],
 )

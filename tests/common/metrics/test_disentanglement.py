@@ -225,6 +225,16 @@ def test_tensors_and_arrays_score_alike(data):
     arrays = dis.evaluate(dis.Arrays(data.codes, data.factors), ["mig", "irs"])
     tensors = dis.Arrays(torch.tensor(data.codes, requires_grad=True), torch.tensor(data.factors))
     assert dis.evaluate(tensors, ["mig", "irs"]) == arrays
+    names = ["beta_vae_sklearn", "factor_vae_metric", "irs", "alignment_linear"]
+    levels = np.clip(50 * data.codes + 100, 0, 255).round()
+    for kind in (np.uint8, np.int16, bool):
+        codes = (levels > 110) if kind is bool else levels
+        expected = dis.evaluate(dis.Arrays(codes.astype(float), data.factors), names, num_train=300, num_test=100)
+        found = dis.evaluate(dis.Arrays(codes.astype(kind), data.factors), names, num_train=300, num_test=100)
+        assert found == expected, kind
+    coarse = torch.tensor(data.codes).bfloat16()
+    expected = dis.mig(coarse.float(), data.factors)
+    assert dis.mig(coarse, data.factors) == expected
 
 
 def test_jobs_and_seed(data):

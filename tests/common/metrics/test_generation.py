@@ -139,12 +139,30 @@ def test_statistics_files_of_another_kind(tmp_path):
     np.savez(tmp_path / "b.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
     with pytest.raises(UserError, match="NaN"):
         Statistics.load(tmp_path / "b.npz")
+    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    for wrong in (
+        {"mu": "x"}, {"mu": np.zeros(3) * 1j}, {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, {"sigma": -np.eye(3)},
+        {"mu": np.full(3, 1e200)}, {"n": np.nan}, {"n": [1, 2]}, {"n": -5}, {"activations": 3},
+    ):  # fmt: skip
+        np.savez(tmp_path / "d.npz", **{**good, **wrong})
+        with pytest.raises(UserError, match=r"d\.npz"):
+            Statistics.load(tmp_path / "d.npz")
     np.savez(tmp_path / "c.npz", mu=np.zeros(3), sigma=np.array([object()]))
     with pytest.raises(UserError, match="not a readable"):  # would need pickle
         Statistics.load(tmp_path / "c.npz")
 
 
-@pytest.mark.parametrize("bad", [np.zeros((1, 4)), np.zeros(4), np.full((5, 4), np.inf)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros((1, 4)),
+        np.zeros(4),
+        np.full((5, 4), np.inf),
+        np.full((5, 4), 1e200),
+        np.full((5, 4), "x"),
+        np.zeros((5, 0)),
+    ],
+)
 def test_features_that_no_metric_takes(bad):
     good = np.random.default_rng(0).standard_normal((30, 4))
     for call in (
