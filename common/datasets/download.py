@@ -18,7 +18,9 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Remote:
-    """A published file: its name, its addresses in order of preference, and its digest when one is known."""
+    """A published file: its name, its addresses in order of preference, and its digest (or its first digits) when one
+    is known.
+    """
 
     file: str
     urls: tuple[str, ...]
@@ -79,7 +81,7 @@ def _check(part: Path, remote: Remote, record: Path, url: str) -> None:
         record.write_text(f"{digest_of(part, 'sha256')}  {remote.file}\n")
         return
     found = digest_of(part, algorithm)
-    if found != wanted:
+    if not found.startswith(wanted):
         part.unlink()
         raise UserError(f"{url}: the {algorithm} is {found}, {wanted} was {origin}: the file is not the published one")
 
@@ -94,7 +96,7 @@ def fetch(remote: Remote, folder: Path, mirror: str | None = None, attempts: int
     target, part = folder / remote.file, folder / f"{remote.file}.part"
     record = folder / f"{remote.file}.sha256"
     folder.mkdir(parents=True, exist_ok=True)
-    if target.is_file() and (remote.digest is None or digest_of(target, remote.algorithm) == remote.digest):
+    if target.is_file() and (remote.digest is None or digest_of(target, remote.algorithm).startswith(remote.digest)):
         return target
     urls = (f"{mirror.rstrip('/')}/{remote.file}",) if mirror else remote.urls
     problem = "no address is known"

@@ -12,8 +12,7 @@ import inspect
 import json
 import os
 import re
-import urllib.error
-import urllib.request
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write, load_into, load_tensors, load_weights, save_weights
+from common.datasets.download import Remote, fetch
 from common.errors import UserError, suggest
 from common.launch import pick_device
 from common.metrics.frechet import check_features, read_npz
@@ -501,27 +501,14 @@ def find_weights(name: str, given, urls, sha256: str, download: bool, cache) -> 
     remedy = f"get {urls[0]} and name it as inception weights, or use the features raw, pixel-pca64 or lenet"
     if not download:
         raise UserError(f"features '{name}' need weights that are not in {target.parent}; {remedy}")
-    failures = []
-    for url in urls:
-        try:
-            fetch(url, target, sha256)
-            return target
-        except OSError as error:
-            failures.append(str(error))
-    raise UserError(f"features '{name}' need weights and the download failed ({failures[0][:80]}); {remedy}")
-
-
-def fetch(url: str, target: Path, sha256: str) -> None:
-    """Download `url` to `target`; the file appears only when its digest begins with `sha256` (UserError otherwise)."""
-    with urllib.request.urlopen(url, timeout=20) as answer, atomic_write(target) as file:
-        digest = hashlib.sha256()
-        total = int(answer.headers.get("Content-Length") or 0) or None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=target.name, disable=None) as bar:
-            while block := answer.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-                bar.update(len(block))
-        _check_digest(url, digest.hexdigest(), sha256)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # of this process alone
+            fetch(Remote(target.name, urls, digest=sha256), Path(folder)).replace(target)
+    except UserError as error:
+        reason = str(error).split("; ")[0]
+        raise UserError(f"features '{name}' need weights and the download failed ({reason}); {remedy}") from error
+    return target
 
 
 def _check_digest(source, digest: str, expected: str | None) -> None:

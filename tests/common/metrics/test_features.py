@@ -21,7 +21,7 @@ from common.checkpoint import load_weights
 from common.errors import UserError
 from common.metrics import features as module
 from common.metrics import inputs
-from common.metrics.features import FeatureCache, fetch, file_sha256, find_weights, make_extractor, read_weights
+from common.metrics.features import FeatureCache, file_sha256, find_weights, make_extractor, read_weights
 from common.metrics.inception import FidInception, fid_inception
 from common.metrics.inputs import load_images, open_images
 from common.metrics.resize import resize
@@ -237,14 +237,16 @@ def test_frozen_graph(tmp_path):
 
 
 def test_a_download_appears_only_with_the_right_digest(tmp_path):
-    source, target = tmp_path / "source.pth", tmp_path / "cache" / "w.pth"
+    source, cache = tmp_path / "source.pth", tmp_path / "cache"
     source.write_bytes(b"weights" * 1000)
     digest = file_sha256(source)
-    with pytest.raises(UserError, match="damaged"):
-        fetch(source.as_uri(), target, "0" * 64)
-    assert not any(target.parent.iterdir())
-    fetch(source.as_uri(), target, digest)
-    assert target.read_bytes() == source.read_bytes()
+    with pytest.raises(UserError, match=r"the download failed .*the file is not the published one.*inception weights"):
+        find_weights("inception", None, (source.as_uri(),), "0" * 64, download=True, cache=cache)
+    assert not any(cache.iterdir())
+    for known in (digest, digest[:8]):
+        target = find_weights("inception", None, (source.as_uri(),), known, download=True, cache=cache)
+        assert target.read_bytes() == source.read_bytes() and list(cache.iterdir()) == [target]
+        target.unlink()
 
 
 def test_weights_come_from_the_cache_then_the_network(tmp_path):
