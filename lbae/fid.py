@@ -19,7 +19,7 @@ from pydantic import Field
 
 from common.errors import UserError, run_command
 from common.launch import full_precision, pick_device
-from common.metrics import Statistics, make_extractor, paths_and_options
+from common.metrics import paths_and_options, score
 from common.options import Options, from_flags, option
 from lbae.options import Text
 
@@ -33,13 +33,6 @@ class FidOptions(Options):
     features: Annotated[str, Field(pattern=r"^(|inception(-tf|-tv)?|lenet|raw|pixel-pca[1-9]\d{0,4})$")] = option(
         "", "other features: lenet, pixel-pca<k>, raw, inception-tv")  # fmt: skip
     dry_run: bool = option(False, "check the options, print them as JSON and leave")
-
-
-def statistics(path: Path, extractor) -> Statistics:
-    """Statistics of a folder's images, or those stored in an .npz."""
-    if path.suffix == ".npz":
-        return Statistics.load(path)
-    return Statistics.from_features(extractor.features(path), extractor.fingerprint)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,15 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     full_precision()
     name = options.features or ("inception-tf" if options.inception.endswith(".pb") else "inception")
-    extractor = None
-    if any(path.suffix != ".npz" for path in paths):
-        weights = {"weights": options.inception or None, "download": False} if name.startswith("inception") else {}
-        batch = 8 if options.lowprofile else 64
-        extractor = make_extractor(name, str(device), batch_size=batch, progress=sys.stderr.isatty(), **weights)
-        if paths[0].suffix != ".npz":
-            extractor.fit(paths[0])
-    first, second = (statistics(path, extractor) for path in paths)
-    print(f"FID: {first.distance(second)}")
+    weights = {"weights": options.inception or None, "download": False} if name.startswith("inception") else {}
+    how = {"features": name, "device": str(device), "batch_size": 8 if options.lowprofile else 64, **weights}
+    print(f"FID: {score(paths[1], paths[0], ('fid',), **how, progress=sys.stderr.isatty())['fid']}")
 
 
 if __name__ == "__main__":
