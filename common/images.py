@@ -20,6 +20,8 @@ from common.errors import UserError, refuse_web_page
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 1 << 26  # of one picture; a small file may claim any size
+PIXELS_A_BYTE = 1000  # of a file above 16 kB; a picture that shows something takes more room
+ORIENTATION = 0x0112  # the EXIF tag
 
 P = TypeVar("P", str, Path)
 
@@ -45,21 +47,24 @@ def open_picture(path: str | Path, channels: int | None = None) -> Image.Image:
     """A picture file as a PIL image of mode L (grey) or RGB, turned as its EXIF data say, transparency over white.
 
     `channels` 1 or 3 asks for one of the modes, else a grey file is L. The first frame of several. Raises UserError
-    naming a file that is missing, damaged, no picture or above MAX_PIXELS.
+    naming a file that is missing, damaged, no picture, or too large.
     """
     path = Path(path)
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > min(MAX_PIXELS, PIXELS_A_BYTE * max(path.stat().st_size, 1 << 14)):
                 raise ValueError(f"it claims {image.width} x {image.height} pixels")
             if image.mode.startswith("I") or image.mode == "F":
                 raise ValueError(f"pixels of type {image.mode} are not read: convert it to 8 bits")
             grey = image.mode in ("1", "L", "LA") if channels is None else channels == 1
-            image = ImageOps.exif_transpose(image)
+            image.load()
+            if image.getexif().get(ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return image.convert("L" if grey else "RGB")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            mode = "L" if grey else "RGB"
+            return image if image.mode == mode else image.convert(mode)
     except Exception as error:  # PIL raises many types on damaged files: SyntaxError, EOFError, struct.error ...
         refuse_web_page(path)
         reason = " ".join(str(error).split())[:120] or type(error).__name__
