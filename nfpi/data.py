@@ -101,6 +101,11 @@ def load_split(name: str, root: str | None, split: str) -> Images:
         if not isinstance(content, dict) or split not in content:
             raise UserError(f"{path} has no '{split}' part")
         return from_arrays(content[split], content.get("classes", ()), path)
+    if {"fashionmnist": "fashion_mnist"}.get(name, name) not in datasets.names():
+        raise UserError(
+            f"no data set {name}: expected {path}, which python nfpi/extract_dataset.py {name} --folder FOLDER makes, "
+            f"or one of {', '.join(datasets.names())}"
+        )
     loaded = datasets.load({"fashionmnist": "fashion_mnist"}.get(name, name), root=root, split=split)
     images, targets = loaded.arrays()
     return Images(torch.as_tensor(images), torch.as_tensor(targets).long(), tuple(str(c) for c in loaded.classes or ()))

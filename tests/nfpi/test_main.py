@@ -277,47 +277,6 @@ def test_generated_pickles_from_elsewhere_train_the_classifier():
 
 # ---------------------------------------------------------------- configuration
 
-# what each shipped file says, as the table of the published configurations has it:
-# lambda, identity_diag, interval_mu, interval_sigma, isotropic mean, items per class
-PUBLISHED = {
-    "cifar10/mean": (500_000, True, [0, 200], [-1, -1], 1, 500),
-    "cifar10/mean_reload": (500_000, True, [0, 200], [-1, -1], 1, 500),
-    "cifar10/imagenet_mean": (1_000_000, True, [0, 200], [-1, -1], 1, 500),
-    "cifar10/var": (100_000, False, [-1, -1], [0, 200], 1, 500),
-    "cifar10/mean_var": (300_000, False, [0, 200], [0, 200], 1, 0),
-    "cifar10/data_init": (100_000, False, [-1, -1], [-1, -1], 1, 500),
-    "cifar100/mean": (7_500_000, True, [0, 200], [-1, -1], 0, 500),
-    "cifar100/imagenet_mean": (10_000_000, False, [0, 200], [-1, -1], 1, 0),
-    "cifar100/var": (2_000_000, False, [-1, -1], [0, 200], 1, 50),
-    "cifar100/mean_var": (3_000_000, False, [0, 200], [0, 200], 1, 0),
-    "cifar100/data_init": (1_000_000, False, [-1, -1], [-1, -1], 0, 500),
-    "mnist/mean_and_var": (1, False, [0, 200], [0, 200], 0, 0),
-}
-
-
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_shipped_configurations_are_the_published_ones(name):
-    group, _, stem = name.partition("/")
-    needs = {"mean_reload": ["nf_load_path=x"], "imagenet_mean": ["nf_weights_load_path=x"]}.get(stem, [])
-    cfg = resolve(CONFIGS / group, stem, needs)
-    info = cfg.val.gmm.fpi_info
-    assert (
-        info.lambda_fpi_mu,
-        info.identity_diag,
-        list(info.interval_mu),
-        list(info.interval_sigma),
-        info.use_isotropic_variance_when_training_mean,
-        cfg.dataset_info.items_per_class_train,
-    ) == PUBLISHED[name]
-    assert cfg.dataset_name == group and cfg.dataset_info.items_per_class_val == cfg.dataset_info.items_per_class_train
-    mnist = group == "mnist"
-    assert list(cfg.num_blocks) == ([4, 2, 1] if mnist else [8, 4, 2]) and list(cfg.num_flows) == [8, 8, 8]
-    assert (cfg.train.batch_size, cfg.train.epochs) == ((1024, 300) if mnist else (512, 500))
-    assert (cfg.train.lr, cfg.train.warmup_steps, cfg.train.ema.power, cfg.train.ema.beta) == (0.01, 1000, 0.75, 0.9999)
-    # every file holds differences only
-    assert len((CONFIGS / group / f"{stem}.yaml").read_text().splitlines()) < 30
-
-
 def test_schedules_follow_the_configuration():
     cfg = resolve(
         CONFIGS / "cifar10",

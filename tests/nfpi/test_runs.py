@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from common import training
 from common.checkpoint import load_state, load_weights, read_json, save_state
+from common.released import released
 from nfpi import cnn, data, main, sample
-from nfpi.conditional import STATE_KIND
+from nfpi.conditional import STATE_KIND, ConditionalFlow
 from nfpi.ema import PowerEma
 from nfpi.model import FlowConfig, MultiScaleFlow
 from nfpi.train import FlowTraining
@@ -209,6 +210,12 @@ def test_a_data_set_of_one_s_own():
     assert "classes" in run(*words[:1], "++dataset_info.mine.num_classes=0", "dataset_name=mine", code=2).err
 
 
+def test_a_missing_set_of_one_s_own_names_its_place_and_the_command():
+    words = [f"++dataset_info.mine={MINE}", "++classification.mine={epochs: 1, batch_size: 10, imgs_per_class: 0}"]
+    found = run(*words, "dataset_name=mine", "data_path=sets", code=2)
+    assert "sets/mine/mine.pickle" in found.err and "extract_dataset.py mine --folder" in found.err
+
+
 def test_pickled_sets_are_found_from_the_script_s_own_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("DATA_ROOT", raising=False)
     own_set(tmp_path / "repository")
@@ -335,6 +342,29 @@ def test_rows_wait_on_a_device_and_none_is_lost(monkeypatch):
         run(*FLOW_ONLY, "train.epochs=3", code=130)
     run(*FLOW_ONLY, "train.epochs=3", "resume=auto")
     assert metrics(BASE / "version_0") == metrics(BASE.with_name("whole") / "version_0")
+
+
+def test_tf32_would_move_the_released_flow_s_likelihood(monkeypatch):
+    """Why full float32 is the default: convolutions whose inputs are rounded to 10 bits of mantissa, as on a GPU."""
+    model = ConditionalFlow.load(released("nfpi", sample.RELEASE).path)
+    images, y = model.sample(torch.arange(10).repeat(4), 0.8, torch.Generator().manual_seed(0))
+    x = model.input(images, y, 0.5)
+    convolution = torch.nn.functional.conv2d
+
+    def rounded(t):
+        return ((t.detach().contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    with torch.no_grad():
+        exact, errors = model.flow.double()(x.double()).log_det, {}
+        for name in ("float32", "tf32"):
+            if name == "tf32":
+                monkeypatch.setattr(
+                    torch.nn.functional,
+                    "conv2d",
+                    lambda x, w, *more, **how: convolution(rounded(x), rounded(w), *more, **how),
+                )
+            errors[name] = float((model.flow.float()(x).log_det - exact).abs().max())
+    assert errors["float32"] < 0.005 and errors["tf32"] > 0.02, errors
 
 
 def test_full_float32_is_the_default():

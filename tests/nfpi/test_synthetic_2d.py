@@ -69,6 +69,14 @@ def test_generated_clouds_and_options(tmp_path, capsys):
     assert apart > torch.pdist(data_mean).min()
 
 
+def test_the_planar_data_ship():
+    """`--data cifar10_tsne.npz` is found from anywhere, and has the published classes' statistics."""
+    g = load("nfpi", "fpi_2d")
+    mean, var = synthetic_2d.class_statistics(*synthetic_2d.load_cloud("cifar10_tsne.npz"))
+    np.testing.assert_allclose(mean, g["data_mean"], rtol=1e-6)
+    np.testing.assert_allclose(var, g["data_var"], rtol=1e-6)
+
+
 def test_pickles_and_wrong_files(tmp_path):
     path = tmp_path / "cloud.pickle"
     x, y = synthetic_2d.generated_cloud("blobs", 0, classes=3, count=5)
