@@ -229,7 +229,8 @@ def soft_accuracy(probabilities: Tensor, y: Tensor) -> Tensor:
 
 def one_hot_labels(codes: Tensor, sizes: list[int]) -> Tensor:
     """Integer labels (B, n) -> concatenated one-hot columns (B, sum sizes)."""
-    parts = [F.one_hot(codes[:, i], size) for i, size in enumerate(sizes)]
+    # F.one_hot reads the largest code on the host
+    parts = [codes[:, i, None] == torch.arange(size, device=codes.device) for i, size in enumerate(sizes)]
     return torch.cat(parts, dim=1).to(torch.get_default_dtype())
 
 

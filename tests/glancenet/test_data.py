@@ -314,3 +314,79 @@ def test_compressed_copies_are_renewed(tmp_path):
     np.savez_compressed(path, X=np.ones(3))
     os.utime(path, (copy.stat().st_mtime + 5,) * 2)
     assert open_npz(path, "X", "").tolist() == [1, 1, 1]
+
+
+# ---- files whose content is not what it should be -------------------------------------------------------------------
+
+
+def rewritten(path, **changes):
+    """The npz file with some arrays replaced (a function of the old one)."""
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file.files}
+    np.savez(path, **arrays | {key: change(arrays[key].copy()) for key, change in changes.items()})
+
+
+def put(place, value):
+    def change(array):
+        array = array.astype(np.asarray(value).dtype) if np.asarray(value).dtype.kind == "f" else array
+        array[place] = value
+        return array
+
+    return change
+
+
+WRONG_CELEBA = {
+    "labels of -1 and 1": {"Y": lambda y: 2 * y.astype(np.int64) - 1},
+    "a label of 3": {"Y": put((0, 0), 3)},
+    "a missing label": {"Y": put((0, 0), np.nan)},
+    "half a label": {"Y": put((0, 0), 0.5)},
+    "too few attributes": {"Y": lambda y: y[:, :9]},
+    "fewer labels than images": {"Y": lambda y: y[:-1]},
+    "images as floats": {"X": lambda x: x / np.float32(255)},
+    "images of another size": {"X": lambda x: x[:, :32]},
+    "images with channels first": {"X": lambda x: x.transpose(0, 3, 1, 2)},
+    "splits beyond the end": {"splits": lambda s: s + 1000},
+    "splits the wrong way round": {"splits": lambda s: s[::-1]},
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CELEBA)
+def test_wrong_celeba_values_are_refused(celeba_root, case):
+    path = celeba_root[0] / "celebA" / "celebA64-full-10.npz"
+    load_data(options("celebA", celeba_root[0], "--n_classes", "3"))
+    rewritten(path, **WRONG_CELEBA[case])
+    with pytest.raises(UserError, match=r"celebA64-full-10\.npz.*prepare_celeba\.py"):
+        load_data(options("celebA", celeba_root[0], "--n_classes", "3"))
+
+
+@pytest.mark.parametrize("change", [put((0, 0), -1), put((0, 0), 6), put((0, 6), 40), put((0, 0), np.nan)])
+def test_wrong_mpi3d_factors_are_refused(mpi3d_root, change):
+    rewritten(mpi3d_root / "mpi3d_toy" / "mpi3d_toy_full.npz", Y=change)
+    with pytest.raises(UserError, match=r"mpi3d_toy_full\.npz.*prepare_mpi3d\.py"):
+        load_data(options("mpi3d_toy", mpi3d_root))
+
+
+@pytest.mark.parametrize(
+    ("split", "changes"),
+    [("train", {"X": lambda x: x * 255}), ("test", {"X": lambda x: x * 255}), ("train", {"G": put((0, 0), 0)}),
+     ("train", {"G": put((0, 1), np.nan)}), ("test", {"Y": lambda y: y + 1}), ("train", {"Y": lambda y: y[1:]})],
+)  # fmt: skip
+def test_wrong_leakage_files_are_refused(leakage_data, tmp_path, split, changes):
+    for name in ("train", "test"):
+        (tmp_path / f"dsprites_leakage_{name}.npz").write_bytes(
+            (leakage_data / f"dsprites_leakage_{name}.npz").read_bytes()
+        )
+    rewritten(tmp_path / f"dsprites_leakage_{split}.npz", **changes)
+    with pytest.raises(UserError, match=rf"leakage_{split}\.npz.*prepare_dsprites_leakage\.py"):
+        load_data(options("dsprites_leakage", tmp_path))
+
+
+def test_wrong_dsprites_files_are_refused(dsprites_file):
+    folder, _ = dsprites_file
+    path = folder / "dsprites" / "dsprites_ndarray_co1sh3sc6or40x32y32_64x64_smaller.npz"
+    rewritten(path, imgs=lambda x: x * 255)
+    with pytest.raises(UserError, match="0 and 1 alone"):
+        load_data(options("dsprites", folder, "--d_version", "smaller"))
+    rewritten(path, imgs=lambda x: x // 255, latents_classes=put((0, 1), 3))
+    with pytest.raises(UserError, match="latents_classes"):
+        load_data(options("dsprites", folder, "--d_version", "smaller"))

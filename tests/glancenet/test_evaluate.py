@@ -207,3 +207,53 @@ def test_tables_continue_where_a_resumed_run_stands(tmp_path):
     again = Table(tmp_path / "t.csv", ["iter", "x"], keep_until=("iter", 2))
     again.append({"iter": 3, "x": -1})
     assert [row["x"] for row in read_table(tmp_path / "t.csv")] == ["1", "4", "-1"]
+
+
+def test_one_bad_run_does_not_lose_the_others(tmp_path, capsys):
+    for k in range(3):
+        fake_run(tmp_path / "logs" / str(k), "GlanceNet", 1.0, k, 0.8, 0.6)
+    (tmp_path / "logs" / "1" / "eval_results" / "latents_obtained.npy").write_bytes(b"nothing")
+    (tmp_path / "logs" / "2" / "commandline_args.txt").write_text("{}")
+    with pytest.raises(UserError, match=r"2 of 3 runs are left out: .*latents_obtained.*; .*commandline_args"):
+        evaluate.main([str(tmp_path / "logs"), "--out", str(tmp_path / "out")])
+    assert len(read_table(tmp_path / "out" / "runs.csv")) == 1 and "| sprites |" in capsys.readouterr().out
+
+
+def test_a_measure_without_a_value_is_left_out(tmp_path):
+    """DCI writes null where a factor has too few values; it once ended in a traceback."""
+    fake_run(tmp_path / "run", "GlanceNet", 1.0, 0, 0.8, 0.6)
+    path = tmp_path / "run/eval_results/dci/results/json/evaluation_results.json"
+    path.write_text(json.dumps({"disentanglement": 0.5, "completeness": 0.5, "informativeness_test": None}))
+    (row,) = evaluate.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert row["alignment"] == 0.5 and "explicitness" not in row
+
+
+def test_folders_stand_where_they_used_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake_run(tmp_path / "a", "GlanceNet", 1.0, 0, 0.8, 0.6)
+    fake_run(tmp_path / "b", "GlanceNet", 1.0, 1, 0.8, 0.6)
+    for words in (["a", "b", "--out", "o"], ["--log", "a", "b"], ["a", "--log", "b", "--json"], ["--json", "a"]):
+        assert len(evaluate.parse(words).log) == (1 if words == ["--json", "a"] else 2), words
+
+
+def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
+    """A run that was stopped half-way is taken up where it stands, a finished one is kept, tables are there early."""
+    words = ["--dset_dir", str(tmp_path), "--out", str(tmp_path / "out"), "--settings", "fair_1", "--supervision"]
+    words += ["100", "--seeds", "1", "--device", "cpu", "--", "--sprites_sizes", "3", "2", "2", "4", "4", "--decoder"]
+    words += ["ShallowLinear", "--encoder", "PadlessGaussianConv64", "--max_iter", "4", "--file_save", "false"]
+    words += ["--metric_train", "60", "--metric_eval", "60", "--evaluation_metric", "sap_score", "--mc_samples", "2"]
+    words += ["--ckpt_save_iter", "1"]
+    step, calls = compare.training.train_step, []
+
+    def stopped(*arguments):
+        calls.append(arguments[4])
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(compare.training, "train_step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(words)
+    assert len(read_table(tmp_path / "out/compare.csv")) == 1, "what was measured is there"
+    compare.main(words)
+    assert calls == [0, 1, 2, 3, 0, 1, 2, 2, 3], "only the missing steps"

@@ -1,5 +1,7 @@
 """The shell scripts: each is run from another folder, and the command line it makes is parsed by the real parser."""
 
+import ast
+import itertools
 import json
 import os
 import re
@@ -111,3 +113,43 @@ def test_readme_names_what_exists():
     assert o.dset_name == "sprites" and o.conditional_prior
     for picture in re.findall(r"\]\((pictures/[^)]+)\)", text):
         assert (ROOT / "glancenet" / picture).is_file(), picture
+
+
+COMMANDS = [path for path in sorted((ROOT / "glancenet").glob("*.py")) if "run_command(main)" in path.read_text()]
+HIDDEN = """
+import runpy, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+sys.path = [{folder!r}, *(place for place in sys.path if place not in ("", {root!r}))]
+sys.argv = [{name!r}, "--help"]
+runpy.run_path({name!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_commands_find_the_repository_and_heed_signals_before_heavy_imports(path):
+    body = [node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.Expr)]
+    early = list(itertools.takewhile(lambda node: isinstance(node, (ast.Import, ast.ImportFrom)), body))
+    assert {ast.unparse(node) for node in early} == {"import sys", "from pathlib import Path"}, path.name
+    guard = body[len(early)]
+    assert isinstance(guard, ast.If) and "import common.start" in ast.unparse(guard)
+    assert ast.unparse(body[-1].body[0]) == "sys.exit(run_command(main))"
+
+
+@pytest.mark.parametrize("name", ["main.py", "mnist_parity.py"])
+def test_commands_start_from_their_own_folder_without_an_installation(name):
+    folder = str(ROOT / "glancenet")
+    code = HIDDEN.format(folder=folder, root=str(ROOT), name=name)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--seed" in done.stdout
+
+
+def test_a_signal_during_the_start_ends_with_130(tmp_path):
+    words = [sys.executable, "-X", "importtime", str(ROOT / "glancenet" / "main.py"), "--help"]
+    child = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in child.stderr:
+        if "common.start" in line:
+            break
+    child.terminate()
+    _, rest = child.communicate(timeout=120)
+    assert child.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
