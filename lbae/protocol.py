@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     pick_device(options.device_name)
     root = Path(options.exp)
     given.pop("exp", None)
+    for key in ("data_root", "inception") & given.keys():
+        given[key] = given[key] and str(Path(given[key]).expanduser().resolve())
     if options.dry_run:
         print(json.dumps({**{key: getattr(options, key) for key in given}, "exp": str(root)}, indent=2))
         return

@@ -81,7 +81,7 @@ class LbaeTraining(Training):
     """
 
     def __init__(self, folder: Path, params: Params, dist: Distributed):
-        models, self.params = folder / "models", params
+        self.params, self.best_path = params, folder / "models" / "best.cp"
         source = checkpoint_path(folder, params.reload)
         resumes: bool | str = params.loads or params.resume
         if not resumes and not params.overwrite and (own_files(folder) or (folder / "config.json").exists()):
@@ -91,10 +91,10 @@ class LbaeTraining(Training):
         dist.barrier()  # every process has looked before one writes
         super().__init__(
             folder, KIND, params, dist, resume=resumes, overwrite=params.overwrite, checkpoint=source,
-            read=read_checkpoint, place=self._place, saved_options=lambda state: state.get("config", {}),
+            read=self._read, place=self._place, saved_options=lambda state: state.get("config", {}),
             last_row=lambda state: state["iter"], tensorboard=params.tensorboard, wandb=params.wandb or None,
         )  # fmt: skip
-        self.checkpoint = models / "last.cp"  # whatever was loaded, this is what is written
+        self.checkpoint = self.best_path.with_name("last.cp")  # whatever was loaded, this is what is written
         self.iter, self.best, self.loss_eval = 0, math.inf, None
         self.codes: list[Tensor] = []  # packed bits (B, D / 8), or floats (B, D), of the running epoch
         self.labels: list[Tensor] = []
@@ -104,7 +104,7 @@ class LbaeTraining(Training):
             self.iter, self.loss_eval = self.state["iter"], self.state["loss_eval"]
             self.codes = [part.to(dist.device) for part in self.state["codes"]]
             self.labels = [part.to(dist.device) for part in self.state["labels"]]
-            self.best = self._best_so_far(models / "best.cp")
+            self.best = math.inf if self.state["best"] is None else self.state["best"]
         elif dist.is_main and params.overwrite:
             for path in own_files(folder):
                 path.unlink()
@@ -119,10 +119,11 @@ class LbaeTraining(Training):
             raise UserError(f"epochs_max={self.params.epochs_max}, but {epoch} epochs are done; give a larger one")
         return Place(**state["place"]) if "place" in state else Place(state["iter"] // size, epoch, images)
 
-    def _best_so_far(self, path: Path) -> float:
-        """Also when an earlier epoch is taken up, what is best stays on the disk."""
-        losses = [self.state["best"], read_checkpoint(path)["loss_eval"] if path.is_file() else None, math.inf]
-        return min(loss for loss in losses if loss is not None)
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A checkpoint; also when an earlier epoch is taken up, what is best stays on the disk."""
+        state = read_checkpoint(path)
+        losses = [state["best"], read_checkpoint(self.best_path)["loss_eval"] if self.best_path.is_file() else None]
+        return {**state, "best": min((loss for loss in losses if loss is not None), default=None)}
 
     def restore(self, **parts: Any) -> None:
         """As in `Training`; published checkpoints hold the networks alone, so Adam and the generators start anew."""

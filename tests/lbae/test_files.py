@@ -176,7 +176,7 @@ def test_the_whole_evaluation_of_another_folder_touches_that_one_alone(copy, tra
     other = Path(shutil.copytree(trained, tmp_path / "elsewhere/other"))
     whole(copy, "methods=random", monkeypatch=monkeypatch)
     before = contents(copy)
-    whole(copy, "methods=random", "exp=../elsewhere/other", "gen_imgs=8", monkeypatch=monkeypatch)
+    whole(copy, "methods=random", "exp=../elsewhere/other", "gen_imgs=8", "data_root=.", monkeypatch=monkeypatch)
     assert {name: content for name, content in contents(copy).items() if not name.startswith("cache")} == {
         name: content for name, content in before.items() if not name.startswith("cache")
     }

@@ -172,10 +172,14 @@ def test_an_older_folder_goes_on(copy, stopped, tmp_path):
         ("config", []),
     ],
 )
-def test_a_mutated_checkpoint_is_one_line(copy, key, value):
+def test_a_mutated_checkpoint_is_one_line(copy, stopped, key, value):
     state = load_state(copy / "models/last.cp", "lbae")
     save_state(copy / "models/last.cp", "lbae", **{**state, key: value})
-    before = contents(copy)
-    with pytest.raises(UserError, match=r"last.cp is damaged"):
-        mnist.main(["l", f"exp={copy}", "device=cpu"])
-    assert contents(copy) == before
+    for name in ("last.cp", "best.cp"):  # the best loss is in the latter
+        before = contents(copy)
+        with pytest.raises(UserError, match=rf"{name} is damaged"):
+            mnist.main(["l", f"exp={copy}", "device=cpu", "lr=0.5"])
+        assert contents(copy) == before
+        good = stopped / "models"
+        shutil.copy(good / "last.cp", copy / "models/last.cp")
+        save_state(copy / "models/best.cp", "lbae", **{**state, key: value})
