@@ -135,8 +135,8 @@ def _lines(result: dict) -> list[str]:
     if "active_units" in result:
         units = result["active_units"]
         lines.append(
-            f"active latent units: {units['active']} of {units['units']} (variance of the posterior mean over "
-            f"{units['images']} images above {units['threshold']})"
+            f"active latent units: {units['active']} of {units['units']} (above {units['threshold']} nats about the "
+            f"image, {units['images']} images)"
         )
     if "equivariance" in result:
         lines += _equivariance_lines(result)

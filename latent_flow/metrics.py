@@ -111,16 +111,17 @@ def equivariance(
 
 @torch.no_grad()
 def active_units(model: LatentFlow, source, rows: np.ndarray) -> dict:
-    """How many latent units carry information about x_0: see `objective.active_units`; and, a unit, the mean variance
-    of its posterior and its divergence from N(0, 1) in nats.
+    """How many latent units carry information about x_0 (`objective.active_units`), and of each unit that information,
+    the mean variance of its posterior, and its divergence from N(0, 1) in nats.
     """
     parts = [model.vae.encode(one_transformation(model, source, part, 0, 1)[0]) for part in batches(rows)]
     mean, log_var = (torch.cat(list(one)) for one in zip(*parts, strict=True))
     return {
-        "active": int(objective.active_units(mean)),
+        "active": int(objective.active_units(mean, log_var)),
         "units": mean.shape[1],
         "threshold": objective.ACTIVE,
         "images": len(rows),
+        "information": objective.unit_information(mean, log_var).tolist(),
         "posterior_variance": log_var.exp().mean(0).tolist(),
         "kl": (-0.5 * (1 + log_var - mean**2 - log_var.exp())).mean(0).tolist(),
     }

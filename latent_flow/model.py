@@ -209,7 +209,7 @@ def training_step(
         if with_log_det:
             losses["loss_kl_path"] = objective.path_kl(path, mean, log_var, config.diffusion).sum()
     losses["loss_total"] = sum(value for name, value in losses.items() if name != "loss_total")
-    losses["active_units"] = objective.active_units(mean)
+    losses["active_units"] = objective.active_units(mean, log_var)
     return losses
 
 

@@ -72,15 +72,19 @@ def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     return -0.5 * (1 + log_var - mean**2 - log_var.exp()).sum(-1)
 
 
-ACTIVE = 0.01  # variance of a unit's posterior mean over images above which it counts as used
+ACTIVE = 0.05  # nats about the image above which a latent unit counts as used
 
 
-def active_units(mean: Tensor) -> Tensor:
-    """How many latent units carry information about the image: posterior means (B, D), count as a scalar.
-
-    A unit is active when the variance of its mean over the images exceeds `ACTIVE` (Burda et al. 2016, section 5.2).
+def unit_information(mean: Tensor, log_var: Tensor) -> Tensor:
+    """What each latent unit tells about the image, in nats (D,): log(1 + var mean / mean var) / 2, the information of a
+    Gaussian channel, from the posterior's means and log-variances (B, D). Whatever the scale of a unit; 0 for B = 1.
     """
-    return (mean.var(0, correction=0) > ACTIVE).sum()
+    return 0.5 * torch.log1p(mean.var(0, correction=0) / log_var.exp().mean(0))
+
+
+def active_units(mean: Tensor, log_var: Tensor) -> Tensor:
+    """How many units tell more than `ACTIVE` nats about the image, a scalar."""
+    return (unit_information(mean, log_var) > ACTIVE).sum()
 
 
 def normal_log_prob(z: Tensor, mean: Tensor | float = 0.0, log_var: Tensor | float = 0.0) -> Tensor:

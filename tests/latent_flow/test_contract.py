@@ -330,8 +330,15 @@ def test_unused_units_under_the_marginal_objective():
 
 
 def test_active_units():
-    mean = torch.randn(500, 5) * torch.tensor([1.0, 0.5, 0.01, 0.0, 2.0]) + 3
-    assert objective.active_units(mean) == 3 and objective.active_units(mean[:1]) == 0
+    """By what a unit tells about the image, at any scale: one of variance 4 that hardly follows it is not used."""
+    signal = torch.tensor([1.0, 0.5, 0.28, 0.05, 0.0])
+    mean = torch.randn(4000, 5) * signal + 3
+    log_var = torch.tensor([0.01, 0.3, 4.0, 0.01, 1.0]).log().expand_as(mean)
+    information = objective.unit_information(mean, log_var)
+    torch.testing.assert_close(information, 0.5 * torch.log1p(signal**2 / log_var[0].exp()), rtol=0.1, atol=1e-6)
+    scale = torch.tensor([10.0, 0.1, 3.0, 1.0, 2.0])
+    torch.testing.assert_close(objective.unit_information(mean * scale, log_var + 2 * scale.log()), information)
+    assert objective.active_units(mean, log_var) == 3 and objective.active_units(mean[:1], log_var[:1]) == 0
 
 
 def test_dense_layers_equal_convolutions():
