@@ -1,5 +1,6 @@
 """The plain files of a zip or tar archive, each put where a rule says; nothing leaves the folder, no disk is filled."""
 
+import contextlib
 import gzip
 import shutil
 import tarfile
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from common.datasets.readers import reading
+from common.datasets.readers import DAMAGE, reading
 from common.errors import UserError
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".xz", ".bz2")
@@ -19,7 +20,9 @@ def is_archive(path: Path) -> bool:
     """Whether `path` is a zip or a tar archive, compressed or not (an npz, which is a zip too, does not count)."""
     if path.name.endswith(ENDINGS):
         return True  # whatever it holds: a damaged one is then reported as such
-    return path.suffix != ".npz" and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+    with contextlib.suppress(*DAMAGE):  # the test for a tar reads, and so meets what is damaged
+        return path.suffix != ".npz" and (zipfile.is_zipfile(path) or tarfile.is_tarfile(path))
+    return False
 
 
 def _members(archive: Path) -> Iterator[tuple[str, int, IO[bytes]]]:

@@ -76,12 +76,12 @@ def _check(part: Path, remote: Remote, record: Path, url: str) -> None:
     if remote.digest is not None:
         algorithm, wanted, origin = remote.algorithm, remote.digest, "published"
     elif record.is_file():
-        algorithm, wanted, origin = "sha256", record.read_text().split()[0], f"recorded in {record}"
+        algorithm, wanted, origin = "sha256", record.read_text(errors="replace")[:64], f"recorded in {record}"
     else:
         record.write_text(f"{digest_of(part, 'sha256')}  {remote.file}\n")
         return
     found = digest_of(part, algorithm)
-    if not found.startswith(wanted):
+    if not wanted or not found.startswith(wanted):
         part.unlink()
         raise UserError(f"{url}: the {algorithm} is {found}, {wanted} was {origin}: the file is not the published one")
 
@@ -95,7 +95,10 @@ def fetch(remote: Remote, folder: Path, mirror: str | None = None, attempts: int
     """
     target, part = folder / remote.file, folder / f"{remote.file}.part"
     record = folder / f"{remote.file}.sha256"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {folder} ({error.strerror})") from error
     if target.is_file() and (remote.digest is None or digest_of(target, remote.algorithm).startswith(remote.digest)):
         return target
     urls = (f"{mirror.rstrip('/')}/{remote.file}",) if mirror else remote.urls

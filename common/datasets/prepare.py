@@ -262,7 +262,8 @@ def prepare(
         refuse_web_page(path)
     with _stage(root) as stage:
         for path in sources:
-            if not (unpack if is_archive(path) else put)(path, stage, source.place):
+            take = unpack if source.place(path.name) is None and is_archive(path) else put
+            if not take(path, stage, source.place):
                 raise UserError(f"{path} does not hold {source.expects}")
         if source.settle:
             source.settle(stage)

@@ -214,7 +214,8 @@ def whole_labels(values: Any, source: Path) -> np.ndarray:
         labels = np.asarray(values)
         if labels.size == max(labels.shape, default=0):
             labels = labels.reshape(-1)
-        if labels.ndim != 1 or labels.dtype.kind not in "iuf" or not (np.isfinite(labels) & (labels % 1 == 0)).all():
+        whole = labels.dtype.kind in "iuf" and (np.isfinite(labels) & (labels == np.floor(labels))).all()
+        if labels.ndim != 1 or not whole:
             raise ValueError(f"they are {labels.dtype} {labels.shape}, not one whole number an image")
         return labels.astype(np.int64)
 

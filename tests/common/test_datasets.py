@@ -576,3 +576,164 @@ def test_a_cifar_folder_with_one_class_is_refused(tmp_path):
         Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "cifar10" / part / "cat" / "0.png")
     with pytest.raises(UserError, match="holds 1 class folder"):
         load("cifar10", tmp_path, "train")
+
+
+def test_a_class_that_training_lacks_is_refused(tmp_path):
+    for name in ("train/a", "train/b", "train/c", "test/a", "test/c"):
+        write_png(tmp_path / name / "0.png", pictures(1)[0])
+    test = load("folder", tmp_path, "test")
+    assert test.classes == ["a", "b", "c"] and test.targets.tolist() == [0, 2]  # the codes of the training images
+    write_png(tmp_path / "test" / "d" / "0.png", pictures(1)[0])
+    with pytest.raises(UserError, match="the classes of both must be the same"):
+        load("folder", tmp_path, "test")
+    write_png(tmp_path / "valid" / "0.png", pictures(1)[0])
+    with pytest.raises(UserError, match="images without a class"):
+        load("folder", tmp_path, "valid")
+    for name in ("a", "b"):
+        write_png(tmp_path / "cifar10" / "train" / name / "0.png", pictures(1)[0])
+    write_png(tmp_path / "cifar10" / "test" / "b" / "0.png", pictures(1)[0])
+    assert load("cifar10", tmp_path, "test").targets.tolist() == [1]
+
+
+def test_grey_and_flat_folders(tmp_path):
+    grey = pictures(3, 20, 1)
+    for i, image in enumerate(grey):
+        write_png(tmp_path / "train" / f"{i}.png", image)
+        write_png(tmp_path / "test" / f"{i}.png", 255 - image)
+    for part, expected in (("train", grey), ("test", 255 - grey)):
+        data = load("folder", tmp_path, part, channels=1)
+        np.testing.assert_array_equal(data.arrays()[0], expected)
+        assert data.classes is None
+    colour = load("folder", tmp_path, channels=3, crop=10, image_size=5)
+    assert colour[0][0].shape == (3, 5, 5)
+    np.testing.assert_array_equal(colour[1][0][2], fit(Image.fromarray(grey[1, 0]), 5, 10)[0])
+
+
+def test_links_in_a_circle_end(tmp_path):
+    write_png(tmp_path / "a" / "0.png", pictures(1)[0])
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to(tmp_path / "b")  # a link to itself
+    assert len(load("folder", tmp_path)) == 1
+
+
+def test_names_of_any_characters(tmp_path):
+    images = pictures(3)
+    for name, image in zip(("a b.png", "x\ny.png", "ünïcøde²3.png"), images, strict=True):
+        write_png(tmp_path / "cl ass" / name, image)
+    raw = bytes(tmp_path / "cl ass") + b"/\xff.png"  # no text in any encoding
+    write_png(tmp_path / "y.png", images[0])
+    (tmp_path / "y.png").rename(raw.decode(errors="surrogateescape"))
+    data = load("folder", tmp_path, cache=True)
+    assert len(data.arrays()[0]) == 4 and len(load("folder", tmp_path, cache=True)) == 4
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    images = pictures(3)
+    for i, image in enumerate(images):
+        write_png(tmp_path / f"{i}.png", image)
+    for content in (b"", b"cut off", npy_header((3, 3, 32, 32)), npy_header((1, 3, 32, 32)) + bytes(3072)):
+        load("folder", tmp_path, cache=True)
+        (cache,) = (tmp_path / ".cache").iterdir()
+        cache.write_bytes(content)
+        np.testing.assert_array_equal(load("folder", tmp_path, cache=True).arrays()[0], images)
+
+
+@pytest.mark.parametrize("labels", [[[11], [1]], [[1.5], [2]], [[np.nan], [2]], [[np.inf], [2]], [[-1], [2]], [[1]]])
+def test_labels_of_svhn_are_its_digits(tmp_path, labels):
+    savemat(tmp_path / "test_32x32.mat", {"X": pictures(2).transpose(2, 3, 1, 0), "y": np.array(labels)})
+    with pytest.raises(UserError, match=r"test_32x32\.mat"):
+        load("svhn", tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, None], [0, 0.5], [0, "1"], [[0], [1, 2]], [0, float("nan")], [0, 10], [0, -1], [0], 3, {0: 1},
+               [0, 10**30], [[0, 1], [2, 3]]],
+)  # fmt: skip
+def test_labels_of_cifar_are_its_classes(tmp_path, labels):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": pictures(2).reshape(2, -1), "labels": labels}))
+    with pytest.raises(UserError, match="cifar-10-batches-py"):
+        load("cifar10", tmp_path, "test")
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [1, 1001], [1.5, 2], [np.nan, 1], [True, False], [1, 2, 3]])
+def test_labels_of_imagenet_go_from_1_to_1000(tmp_path, labels):
+    np.savez(tmp_path / "val_data.npz", data=pictures(2).reshape(2, -1), labels=np.array(labels))
+    with pytest.raises(UserError, match=r"val_data\.npz"):
+        load("imagenet32", tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    "images", [np.zeros((2, 3, 32, 32)), np.zeros((2, 3072), np.float32), np.zeros((2, 3072), np.int8), np.zeros(2)]
+)
+def test_images_of_other_numbers_are_refused(tmp_path, images):
+    np.savez(tmp_path / "val_data.npz", data=images, labels=np.array([1, 2]))
+    with pytest.raises(UserError, match=r"val_data\.npz does not hold 32x32 images"):
+        load("imagenet32", tmp_path, "test")
+
+
+def test_mnist_of_another_size_is_refused(tmp_path):
+    write_idx(tmp_path / "MNIST/raw/t10k-images-idx3-ubyte", pictures(2, 32, 1)[:, 0])
+    write_idx(tmp_path / "MNIST/raw/t10k-labels-idx1-ubyte", np.array([1, 2], np.uint8))
+    with pytest.raises(UserError, match="32x32, not mnist's 28x28"):
+        load("mnist", tmp_path, "test")
+
+
+@pytest.mark.parametrize(("old", "new"), [("-1", "3"), (" 1", " 0"), (" 1", " nan"), (" 1", f" {10**30}")])
+def test_attributes_of_celeba_are_two_values(tmp_path, old, new):
+    write_celeba(tmp_path, "txt", pictures(6, 40))
+    path = tmp_path / "celeba" / "list_attr_celeba.txt"
+    path.write_text(path.read_text().replace(old, new, 1) if old != " 1" else path.read_text().replace(old, new, 3))
+    with pytest.raises(UserError, match=r"list_attr_celeba\.txt"):
+        load("celeba", tmp_path)
+
+
+def test_parts_of_celeba_are_three(tmp_path):
+    write_celeba(tmp_path, "txt", pictures(6, 40))
+    path = tmp_path / "celeba" / "list_eval_partition.txt"
+    path.write_text(path.read_text().replace("000002.jpg 0", "000002.jpg 5"))
+    with pytest.raises(UserError, match=r"list_eval_partition\.txt: parts must be 0, 1 or 2"):
+        load("celeba", tmp_path)
+
+
+PAGES = (
+    "<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title>",
+    "<?xml version='1.0'?><Error>AccessDenied",
+)
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    ("name", "file", "split"),
+    [("mnist", "MNIST/raw/train-images-idx3-ubyte", "train"), ("svhn", "SVHN/train_32x32.mat", "train"),
+     ("cifar10", "cifar-10-batches-py/test_batch", "test"), ("shapes3d", "3dshapes.h5", "train"),
+     ("celeba", "celeba/list_attr_celeba.txt", "train"), ("imagenet32", "imagenet32/val_data.npz", "test"),
+     ("imagenet32", "imagenet32/val_data", "test"), ("mpi3d_toy", "mpi3d_toy/mpi3d_toy.npz", "train"),
+     ("mpi3d_toy", "mpi3d_toy/mpi3d_toy_images.npy", "train"), ("folder", "a.jpg", "train"),
+     ("dsprites", "dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz", "train")],
+)  # fmt: skip
+def test_a_web_page_in_the_place_of_a_file_is_called_one(tmp_path, name, file, split, page):
+    (tmp_path / "celeba" / "img_align_celeba").mkdir(parents=True)
+    write_idx(tmp_path / "MNIST/raw/train-labels-idx1-ubyte", np.zeros(2, np.uint8))
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page)
+    with pytest.raises(UserError, match="is a web page"):
+        load(name, tmp_path, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("mnist", "MNIST/raw/train-images-idx3-ubyte"), ("svhn", "SVHN/train_32x32.mat"), ("shapes3d", "3dshapes.h5"),
+     ("cifar10", "cifar-10-batches-py/data_batch_1"), ("celeba", "celeba/list_attr_celeba.txt"),
+     ("mpi3d_toy", "mpi3d_toy/mpi3d_toy.npz"), ("mpi3d_toy", "mpi3d_toy/mpi3d_toy_images.npy"), ("folder", "0.png/x"),
+     ("dsprites", "dsprites/dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"), ("tiny_imagenet", "tiny-imagenet-200"),
+     ("imagenet32", "imagenet32/train_data_batch_1.npz"), ("imagenet32", "train_32x32"), ("cifar10", "cifar10/train")],
+)  # fmt: skip
+def test_a_folder_where_a_file_is_expected_and_empty_folders(tmp_path, name, file):
+    (tmp_path / "celeba" / "img_align_celeba").mkdir(parents=True)
+    write_idx(tmp_path / "MNIST/raw/train-labels-idx1-ubyte", np.zeros(2, np.uint8))
+    (tmp_path / file).mkdir(parents=True)
+    with pytest.raises(UserError):
+        load(name, tmp_path)

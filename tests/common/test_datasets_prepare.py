@@ -442,3 +442,142 @@ def test_a_web_page_under_the_name_of_a_file_is_called_one(tmp_path, name, file)
     with pytest.raises(UserError, match=f"{file} is a web page"):
         prepare.prepare(name, tmp_path / "data", [tmp_path / file])
     assert everything(tmp_path / "data") == {}
+
+
+def cifar_folder(tmp_path, without=()):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in {*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"} - set(without):
+        batch = {b"data": np.zeros((10, 3072), np.uint8), b"labels": list(range(10))}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        archive.add(folder, folder.name)
+    return tmp_path / "c.tar.gz"
+
+
+def test_an_archive_that_lacks_a_batch_is_refused_wholly(tmp_path):
+    with pytest.raises(UserError, match=r"c\.tar\.gz is not complete.*data_batch_4"):
+        prepare.prepare("cifar10", tmp_path / "data", [cifar_folder(tmp_path, ["data_batch_4"])])
+    assert everything(tmp_path / "data") == {}
+
+
+def test_what_is_still_missing_is_said(tmp_path):
+    names = sorted(IDX_NAMES)
+    for name, content in mnist_files().items():
+        (tmp_path / name).write_bytes(content)
+    root = tmp_path / "data"
+    with pytest.raises(UserError, match=r"is in place; still missing: mnist is not there: expected .*ubyte"):
+        prepare.prepare("mnist", root, [tmp_path / f"{names[0]}.gz"])
+    lines = prepare.prepare("mnist", root, [tmp_path / f"{names[1]}.gz"])  # now one of two splits is whole
+    assert lines[0].startswith("mnist test: 4 images") and lines[1].startswith("still missing: ")
+    assert str(root / "MNIST" / "raw" / "train-images-idx3-ubyte") in lines[1]
+    lines = prepare.prepare("mnist", root, [tmp_path / f"{name}.gz" for name in names[2:]])
+    assert [line.split(":")[0] for line in lines] == ["mnist train", "mnist test"]
+
+
+def test_celeba_as_a_mirror_has_it(tmp_path):
+    """Kaggle's: csv lists, further lists, the images a folder deeper; and what a Mac adds to an archive."""
+    names = [f"{i:06}.jpg" for i in range(1, 5)]
+    members = {f"img_align_celeba/img_align_celeba/{name}": png(8) for name in names}
+    members["list_attr_celeba.csv"] = "\n".join(["image_id,A,B", *(f"{name},1,-1" for name in names)])
+    members["list_eval_partition.csv"] = "\n".join(
+        ["image_id,partition", *(f"{name},{i % 3}" for i, name in enumerate(names))]
+    )
+    members["list_bbox_celeba.csv"] = "image_id,x_1\n000001.jpg,3"
+    members["__MACOSX/img_align_celeba/img_align_celeba/._000001.jpg"] = b"Mac OS X"
+    members["img_align_celeba/img_align_celeba/.DS_Store"] = b"Mac OS X"
+    lines = prepare.prepare("celeba", tmp_path / "data", [zip_of(tmp_path / "archive.zip", members)])
+    assert [line.split(",")[0] for line in lines] == [
+        "celeba train: 2 images", "celeba valid: 1 images", "celeba test: 1 images", "celeba all: 4 images",
+    ]  # fmt: skip
+    placed = {path.name for path in (tmp_path / "data" / "celeba" / "img_align_celeba").iterdir()}
+    assert placed == set(names)
+
+
+def test_a_move_that_fails_is_taken_back(tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    prepare.prepare("mnist", root, [mnist_archive(tmp_path / "a.zip")])
+    before = everything(root)
+    files = mnist_files()
+    new = zip_of(tmp_path / "b.zip", files)
+    move, calls = prepare.shutil.move, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == 5:  # two files have given way to new ones, a third has gone
+            raise OSError(5, "Input/output error")
+        return move(source, target)
+
+    monkeypatch.setattr(prepare.shutil, "move", failing)
+    with pytest.raises(UserError, match=r"cannot put .* in place: Input/output error"):
+        prepare.prepare("mnist", root, [new], force=True)
+    assert everything(root) == before
+    monkeypatch.undo()
+    prepare.prepare("mnist", root, [new], force=True)
+    assert len(load("mnist", root)) == 6
+
+
+def test_force_replaces_a_folder_of_images_wholly(tmp_path):
+    root = tmp_path / "data"
+    prepare.prepare("cifar10", root, [zip_of(tmp_path / "a.zip", cifar_members())])
+    few = {name: content for name, content in cifar_members().items() if "0002" not in name}
+    prepare.prepare("cifar10", root, [zip_of(tmp_path / "b.zip", few)], force=True)
+    assert len(load("cifar10", root)) == 4
+    assert not [path for path in root.iterdir() if path.name != "cifar10"]
+
+
+def test_names_of_files_at_hand(tmp_path, capsys):
+    for name in ("a,b.zip", "a b.zip", "ü\n.zip"):
+        archive = mnist_archive(tmp_path / name)
+        prepare.main(["mnist", "--from", str(archive), "--root", str(tmp_path / name[:-4])])
+        assert capsys.readouterr().out.count("4 images") == 2
+    for argv, words in (
+        (["mnist", "--from"], "name the files"),
+        (["mnist", "--from", str(archive), "--mirror", "http://x"], "exclude each other"),
+        (["mnist", "--from", str(archive), "--root", str(archive)], "cannot write into"),
+        (["mnist", "--form", str(archive)], "unknown option"),
+        ([], "name is missing"),
+        (["mnist", "--from", str(archive), str(archive), "--root", str(tmp_path / "twice")], "is given twice"),
+    ):
+        assert run_command(lambda argv=argv: prepare.main(argv)) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+
+
+def test_the_place_of_a_download_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write into"):
+        fetch(Remote("a.bin", ("http://127.0.0.1:9/a.bin",)), tmp_path / "file" / "deeper")
+
+
+def test_a_set_that_is_damaged_in_place_names_the_remedy(tmp_path):
+    root = tmp_path / "data"
+    prepare.prepare("mnist", root, [mnist_archive(tmp_path / "a.zip")])
+    (root / "MNIST" / "raw" / IDX_NAMES[0]).write_bytes(b"cut off")
+    with pytest.raises(UserError, match=f"{IDX_NAMES[0]}.*--force replaces it"):
+        prepare.prepare("mnist", root)
+    prepare.prepare("mnist", root, [tmp_path / "a.zip"], force=True)
+    assert len(load("mnist", root, "test")) == 4
+
+
+def test_a_gzip_that_unpacks_to_more_than_the_disk_is_stopped(tmp_path, monkeypatch):
+    usage = prepare.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("common.datasets.archives.shutil.disk_usage", lambda _: usage._replace(free=10_000_000))
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(30_000_000)))
+    with pytest.raises(UserError, match="free space"):
+        prepare.prepare("mnist", tmp_path / "data", [tmp_path / "train-images-idx3-ubyte.gz"])
+    assert everything(tmp_path / "data") == {}
+
+
+@pytest.mark.parametrize("name", ["train-labels-idx1-ubyte.gz", "train-labels-idx1-ubyte", "m.tar.gz", "m.zip"])
+def test_cut_files_at_hand(tmp_path, name):
+    content = idx(np.arange(100, dtype=np.uint8) % 10)
+    if name.endswith(".gz") and "tar" not in name:
+        content = gzip.compress(content)
+    elif name.startswith("m."):
+        make = zip_of if name.endswith("zip") else partial(tar_of, mode="w:gz")
+        content = make(tmp_path / "whole", {"train-labels-idx1-ubyte": content}).read_bytes()
+    for end in (0, 1, len(content) // 2, len(content) - 9):
+        (tmp_path / name).write_bytes(content[:end])
+        with pytest.raises(UserError):
+            prepare.prepare("mnist", tmp_path / "data", [tmp_path / name])
