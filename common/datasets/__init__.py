@@ -26,7 +26,7 @@ Options by set:
 
 Factor sets (sprites, dsprites, shapes3d, mpi3d_toy) hold every combination of their factors once; they have no splits
 of their own, so every split name gives the whole grid, and `split(...)` makes a held-out part. They add `factor_names`,
-`factor_sizes`, `factors_of(rows)`, `index_of(factors)`, `sample_factors(n, rng)` and `sample(n, rng)`; sprites and
+`factor_sizes`, `factors_of(rows)` and `index_of(factors)`; sprites and
 dsprites also `latents_values(rows)` and `latents_classes(rows)`.
 
 Random sets. `transform=` (any set) takes one uint8 (C, H, W) tensor. A set whose items change from read to read is

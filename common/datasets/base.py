@@ -24,16 +24,13 @@ class ImageSet(Dataset):
     """
 
     def __init__(
-        self,
-        name: str,
-        split: str,
-        targets: Tensor,
-        image_shape: tuple[int, int, int],
-        classes: Sequence[str] | None = None,
-        options: dict[str, Any] | None = None,
+        self, name: str, split: str, targets: Tensor | None, image_shape: tuple[int, int, int],
+        classes: Sequence[str] | None = None, options: dict[str, Any] | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
-    ):
-        self.name, self.split, self.targets = name, split, targets
+    ):  # fmt: skip
+        self.name, self.split = name, split
+        if targets is not None:  # else the class makes them when they are asked for
+            self.targets = targets
         self.channels, self.height, self.width = image_shape
         self.classes = None if classes is None else list(classes)
         self.options = dict(options or {})
@@ -136,18 +133,13 @@ class FactorSet(ImageSet):
         split: str,
         factors: dict[str, int],
         image_shape: tuple[int, int, int],
-        classes: Sequence[str] | None = None,
-        options: dict[str, Any] | None = None,
-        transform: Callable[[Tensor], Tensor] | None = None,
+        *more: Any,
+        **facts: Any,
     ):
         self.factor_names, self.factor_sizes = list(factors), tuple(factors.values())
         if min(self.factor_sizes) < 1:
             raise UserError(f"{name}: every factor needs at least one value, got {self.factor_sizes}")
-        self.name, self.split = name, split
-        self.channels, self.height, self.width = image_shape
-        self.classes = None if classes is None else list(classes)
-        self.options = dict(options or {})
-        self.transform = transform
+        super().__init__(name, split, None, image_shape, *more, **facts)
 
     def __len__(self) -> int:
         return int(np.prod(self.factor_sizes))
@@ -171,27 +163,16 @@ class FactorSet(ImageSet):
             raise ValueError(f"{self.name} has {len(self.factor_sizes)} factors, got vectors of {factors.shape[1]}")
         return np.ravel_multi_index(tuple(factors.astype(np.int64).T), self.factor_sizes)
 
-    def sample_factors(self, n: int, rng: np.random.RandomState | np.random.Generator) -> np.ndarray:
-        """`n` independent uniform factor vectors, int64 (n, F), drawn factor by factor in order."""
-        draw = rng.integers if isinstance(rng, np.random.Generator) else rng.randint
-        return np.stack([draw(size, size=n) for size in self.factor_sizes], axis=1).astype(np.int64)
-
-    def sample(self, n: int, rng: np.random.RandomState | np.random.Generator) -> tuple[np.ndarray, Tensor]:
-        """`n` uniform draws from the grid: (factors int64 (n, F), images uint8 (n, C, H, W))."""
-        factors = self.sample_factors(n, rng)
-        return factors, self.images_at(self.index_of(factors))
-
 
 class Subset(ImageSet):
     """Rows of another set, in the given order (of a factor set with `factor_names`, `factor_sizes`, `factors_of`)."""
 
     def __init__(self, parent: ImageSet, indices: Any, label: str = "subset"):
         self.parent, self.indices = parent, parent.rows(indices)
-        self.name, self.split, self.classes = parent.name, parent.split, parent.classes
-        self.channels, self.height, self.width = parent.channels, parent.height, parent.width
-        self.options = {**parent.options, label: hashlib.sha256(self.indices.tobytes()).hexdigest()[:16]}
-        self.transform = parent.transform
-        if isinstance(parent, FactorSet) or hasattr(parent, "factor_names"):
+        shape = (parent.channels, parent.height, parent.width)
+        options = {**parent.options, label: hashlib.sha256(self.indices.tobytes()).hexdigest()[:16]}
+        super().__init__(parent.name, parent.split, None, shape, parent.classes, options, parent.transform)
+        if hasattr(parent, "factor_names"):
             self.factor_names, self.factor_sizes = parent.factor_names, parent.factor_sizes
 
     def __len__(self) -> int:
@@ -210,51 +191,26 @@ class Subset(ImageSet):
         return self.parent.factors_of(self.indices[self.rows(index)])
 
 
-def subset(
-    dataset: ImageSet, n: int | None = None, n_per_class: int | None = None, seed: int = 0, indices: Any = None
-) -> Subset:
-    """A seeded part of `dataset`: `n` items, or `n_per_class` of each class, or the rows `indices`.
+def subset(dataset: ImageSet, n: int | None = None, seed: int = 0, indices: Any = None) -> Subset:
+    """A part of `dataset`: the rows `indices`, or a seeded choice of `n` items, in ascending order.
 
-    Rows come in ascending order. With one seed a smaller part lies within a larger one. Raises UserError when there are
-    not enough items, or the targets are vectors.
+    With one seed a smaller part lies within a larger one. Raises UserError when there are not enough items.
     """
-    if sum(choice is not None for choice in (n, n_per_class, indices)) != 1:
-        raise UserError("subset() takes exactly one of n, n_per_class and indices")
+    if (n is None) == (indices is None):
+        raise UserError("subset() takes exactly one of n and indices")
     if indices is not None:
         return Subset(dataset, indices)
-    if n is not None:
-        if not 0 < n <= len(dataset):
-            raise UserError(f"{dataset.name} ({dataset.split}) has {len(dataset)} items, not {n}")
-        return Subset(dataset, np.sort(np.random.default_rng(seed).permutation(len(dataset))[:n]))
-    targets = np.asarray(dataset.targets)
-    if targets.ndim != 1:
-        raise UserError(f"{dataset.name} has vectors as targets, not classes: n_per_class does not apply")
-    kept = []
-    for label in np.unique(targets):
-        rows = np.flatnonzero(targets == label)
-        if not 0 < n_per_class <= len(rows):
-            raise UserError(
-                f"class {label} of {dataset.name} ({dataset.split}) has {len(rows)} items, not {n_per_class}"
-            )
-        kept.append(np.random.default_rng([seed, int(label)]).permutation(rows)[:n_per_class])
-    return Subset(dataset, np.sort(np.concatenate(kept)))
+    if not 0 < n <= len(dataset):
+        raise UserError(f"{dataset.name} ({dataset.split}) has {len(dataset)} items, not {n}")
+    return Subset(dataset, np.sort(np.random.default_rng(seed).permutation(len(dataset))[:n]))
 
 
-def split(dataset: ImageSet, sizes: Sequence[int | float], seed: int | None = 0) -> list[Subset]:
-    """Disjoint parts of the given sizes: whole numbers, or fractions that sum to at most 1.
-
-    The rows are permuted by `seed`; None keeps their order (first part = first rows). Fractions that sum to 1 use every
-    item (the last part takes the remainder). Raises UserError when the sizes do not fit.
-    """
-    total = len(dataset)
-    fractions = all(isinstance(size, float) for size in sizes)
-    if not sizes or any(size < 0 for size in sizes) or (not fractions and not all(isinstance(s, int) for s in sizes)):
-        raise UserError(f"sizes must be all whole numbers or all fractions, got {list(sizes)}")
-    counts = [int(size * total + 1e-9) for size in sizes] if fractions else list(sizes)
-    if fractions and abs(sum(sizes) - 1) < 1e-9:
-        counts[-1] = total - sum(counts[:-1])
-    if sum(counts) > total or (fractions and sum(sizes) > 1 + 1e-9):
-        raise UserError(f"parts of {list(sizes)} exceed the {total} items of {dataset.name} ({dataset.split})")
-    order = np.arange(total) if seed is None else np.random.default_rng(seed).permutation(total)
-    ends = np.cumsum(counts)
-    return [Subset(dataset, order[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+def split(dataset: ImageSet, sizes: Sequence[int], seed: int = 0) -> list[Subset]:
+    """Disjoint parts of the given numbers of items, drawn by `seed`. Raises UserError when the sizes do not fit."""
+    if not sizes or min(sizes) < 0 or sum(sizes) > len(dataset):
+        raise UserError(
+            f"parts of {list(sizes)} do not fit the {len(dataset)} items of {dataset.name} ({dataset.split})"
+        )
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    ends = np.cumsum(sizes)
+    return [Subset(dataset, order[end - count : end]) for end, count in zip(ends, sizes, strict=True)]

@@ -114,17 +114,10 @@ def read_npz(path: Path, max_bytes: int = 1 << 31, keys: Collection[str] | None 
     Raises UserError for another or a damaged file, and when the arrays exceed `max_bytes`: a compressed file of a few
     kilobytes may claim any size.
     """
-    arrays = {}
-    with reading(path, "npz"), zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            key = member.filename.removesuffix(".npy")
-            if keys is not None and key not in keys:
-                continue
-            max_bytes -= member.file_size
-            if max_bytes < 0:
-                raise ValueError(f"'{key}' takes {member.file_size:,} bytes, more than is read here")
-            with archive.open(member) as file:
-                arrays[key] = read_array(file, member.file_size)
+    archive, arrays = NpzFile(path), {}
+    for key in archive.names if keys is None else [key for key in archive.names if key in keys]:
+        arrays[key] = archive.read(key, max_bytes)
+        max_bytes -= arrays[key].nbytes
     return arrays
 
 
@@ -135,23 +128,27 @@ class NpzFile:
         self.path = path
         with reading(path, "npz"):
             self._zip = zipfile.ZipFile(path)
-            self._names = {name.removesuffix(".npy"): name for name in self._zip.namelist()}
+            self.names = {info.filename.removesuffix(".npy"): info for info in self._zip.infolist()}
 
     def __contains__(self, key: str) -> bool:
-        return key in self._names
+        return key in self.names
+
+    def _info(self, key: str) -> zipfile.ZipInfo:
+        if key not in self.names:
+            raise UserError(f"{self.path} has no array '{key}', only {', '.join(sorted(self.names)) or 'none'}")
+        return self.names[key]
 
     def header(self, key: str) -> tuple[tuple[int, ...], np.dtype]:
         """(shape, dtype) of array `key`, checked against the number of bytes the archive says it has."""
         return self._open(key)[1:]
 
     def _open(self, key: str) -> tuple[IO[bytes], tuple[int, ...], np.dtype]:
-        if key not in self._names:
-            raise UserError(f"{self.path} has no array '{key}', only {', '.join(sorted(self._names)) or 'none'}")
+        info = self._info(key)
         with reading(self.path, f"npz array '{key}'"):
-            file = self._zip.open(self._names[key])
+            file = self._zip.open(info)
             shape, fortran, dtype = _npy_header(file)
             size = math.prod(shape) * dtype.itemsize
-            held = self._zip.getinfo(self._names[key]).file_size - file.tell()
+            held = info.file_size - file.tell()
             if size != held or size > MAX_ELEMENTS:
                 raise ValueError(f"'{key}' claims {size:,} bytes for {shape}, the archive holds {held:,}")
             if fortran and len(shape) > 1:
@@ -161,7 +158,7 @@ class NpzFile:
     def mapped(self, key: str) -> np.ndarray | None:
         """Array `key` memory-mapped read-only, or None when the archive compressed it."""
         file, shape, dtype = self._open(key)
-        info = self._zip.getinfo(self._names[key])
+        info = self._info(key)
         if info.compress_type != zipfile.ZIP_STORED:
             return None
         with reading(self.path, f"npz array '{key}'"), open(self.path, "rb") as raw:
@@ -188,13 +185,11 @@ class NpzFile:
 
     def read(self, key: str, max_bytes: int = 1 << 33) -> np.ndarray:
         """Array `key` in memory. Raises UserError beyond `max_bytes`."""
-        shape, dtype = self.header(key)
-        if math.prod(shape) * dtype.itemsize > max_bytes:
-            raise UserError(f"{self.path}: array '{key}' {shape} exceeds {max_bytes:,} bytes in memory")
-        if not shape:
-            with reading(self.path, f"npz array '{key}'"):
-                return np.frombuffer(self._open(key)[0].read(), dtype)[0]
-        return np.concatenate(list(self.blocks(key)) or [np.zeros(shape, dtype)])
+        info = self._info(key)
+        if info.file_size > max_bytes:
+            raise UserError(f"{self.path}: array '{key}' takes {info.file_size:,} bytes, more than is read here")
+        with reading(self.path, f"npz array '{key}'"), self._zip.open(info) as file:
+            return read_array(file, info.file_size)
 
 
 # ---------------------------------------------------------------- pickles of arrays

@@ -382,32 +382,35 @@ def test_batches_read_a_set_directly():
     assert torch.equal(images, data.arrays()[0][order[:32]]) and torch.equal(targets, data.targets[order[:32]])
 
 
-def test_subsets_are_seeded_balanced_and_nested():
+def test_subsets_are_seeded_and_nested():
     data = load("digits")
-    small, large = (subset(data, n_per_class=k, seed=4) for k in (5, 20))
-    assert np.bincount(large.targets.numpy()).tolist() == [20] * 10
+    small, large = (subset(data, n=k, seed=4) for k in (10, 50))
     assert set(small.indices) <= set(large.indices) and (np.diff(large.indices) > 0).all()
     assert torch.equal(large.arrays()[0], data.arrays()[0][large.indices])
-    assert set(subset(data, n_per_class=5, seed=5).indices) != set(small.indices)
-    assert set(subset(data, n=10).indices) <= set(subset(data, n=50).indices)
+    assert torch.equal(large.targets, data.targets[large.indices]) and large.classes == data.classes
+    assert set(subset(data, n=10, seed=5).indices) != set(small.indices)
     nested = subset(large, indices=[3, 1])
     assert torch.equal(nested[0][0], data[large.indices[3]][0]) and nested.fingerprint() != large.fingerprint()
-    for wrong in ({"n": 0}, {"n": 5000}, {"n_per_class": 1000}, {}, {"n": 1, "n_per_class": 1}):
+    for wrong in ({"n": 0}, {"n": 5000}, {}, {"n": 1, "indices": [1]}):
         with pytest.raises(UserError):
             subset(data, **wrong)
 
 
 def test_splits_are_disjoint_and_seeded():
     data = load("digits")
-    a, b, c = split(data, [0.5, 0.25, 0.25], seed=3)
-    assert [len(a), len(b), len(c)] == [718, 359, 360]
-    assert sorted(np.concatenate([a.indices, b.indices, c.indices])) == list(range(1437))
-    first, last = split(data, [1000, 100], seed=None)
-    assert first.indices.tolist() == list(range(1000)) and last.indices.tolist() == list(range(1000, 1100))
-    assert split(data, [0.5, 0.5], 1)[0].fingerprint() != split(data, [0.5, 0.5], 2)[0].fingerprint()
-    for wrong in ([0.9, 0.2], [2000], [10, 0.5], [], [-1]):
+    a, b = split(data, [1000, 437], seed=3)
+    assert sorted(np.concatenate([a.indices, b.indices])) == list(range(1437)) and [len(a), len(b)] == [1000, 437]
+    assert split(data, [700, 700], 1)[0].fingerprint() != split(data, [700, 700], 2)[0].fingerprint()
+    for wrong in ([1437, 1], [2000], [], [-1]):
         with pytest.raises(UserError):
             split(data, wrong)
+
+
+def test_a_part_of_a_grid_keeps_its_factors():
+    grid = load("sprites", sizes=(3, 2, 1, 4, 4))
+    part = subset(grid, indices=[90, 3])
+    assert part.factors_of([0, 1]).tolist() == grid.factors_of([90, 3]).tolist() == part.targets.tolist()
+    assert part.factor_sizes == grid.factor_sizes and torch.equal(part[1][0], grid[3][0])
 
 
 def test_wrong_names_and_absent_files_are_named(tmp_path, monkeypatch):

@@ -166,25 +166,6 @@ def test_latents_follow_dsprites(sprites):
     np.testing.assert_allclose(sprites.latents_values([1024])[0, 3], 2 * np.pi / 39)
 
 
-@pytest.mark.parametrize("make", [np.random.RandomState, np.random.default_rng])
-def test_sampling_is_uniform_and_seeded(sprites, make):
-    factors = sprites.sample_factors(20000, make(0))
-    for column, size in zip(factors.T, sprites.factor_sizes, strict=True):
-        counts = np.bincount(column, minlength=size)
-        # chi-square of `size` cells: mean size - 1, standard deviation sqrt(2 (size - 1))
-        chi2 = ((counts - 20000 / size) ** 2 / (20000 / size)).sum()
-        assert chi2 < size - 1 + 6 * np.sqrt(2 * (size - 1))
-    some, images = sprites.sample(7, make(3))
-    np.testing.assert_array_equal(some, sprites.sample_factors(7, make(3)))
-    assert torch.equal(images, sprites.images_at(sprites.index_of(some)))
-
-
-def test_reference_order_of_the_draws(sprites):
-    rng = np.random.RandomState(5)
-    expected = np.stack([rng.randint(size, size=16) for size in (3, 6, 40, 32, 32)], axis=1)
-    np.testing.assert_array_equal(sprites.sample_factors(16, np.random.RandomState(5)), expected)
-
-
 def test_small_grids_and_sizes():
     grid = load("sprites", sizes=(3, 4, 1, 12, 12), image_size=32)
     assert len(grid) == 1728 and grid.image_size == 32
