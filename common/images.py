@@ -32,14 +32,21 @@ def natural_sorted(names: Iterable[P]) -> list[P]:
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files directly in `folder` (not hidden), in natural order. Raises UserError when it is no folder."""
+    """The picture files directly in `folder` (not hidden), in natural order.
+
+    Raises UserError when it is no folder, or cannot be read.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of images")
-    with os.scandir(folder) as entries:  # folders of 200,000 faces: no question to the disk for each name
-        names = [
-            e.name for e in entries if e.name.lower().endswith(PICTURE_SUFFIXES) and e.name[0] != "." and e.is_file()
-        ]
+    try:
+        with os.scandir(folder) as entries:  # folders of 200,000 faces: no question to the disk for each name
+            names = [
+                e.name for e in entries
+                if e.name.lower().endswith(PICTURE_SUFFIXES) and e.name[0] != "." and e.is_file()
+            ]  # fmt: skip
+    except OSError as error:
+        raise UserError(f"cannot read {folder} ({error.strerror}); check its permissions") from error
     return [folder / name for name in natural_sorted(names)]
 
 

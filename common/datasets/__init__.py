@@ -53,7 +53,7 @@ from typing import Any
 from common.datasets import classic, faces, files, grids, imagenet
 from common.datasets.base import ArraySet, FactorSet, ImageSet, Subset, split, subset
 from common.datasets.sprites import BITS_FILE, Sprites
-from common.errors import UserError, suggest
+from common.errors import UserError, disk_full, suggest
 
 __all__ = ["ArraySet", "FactorSet", "ImageSet", "Subset", "data_root", "load", "names", "split", "subset"]
 
@@ -148,4 +148,9 @@ def load(name: str, root: str | Path | None = None, split: str = "train", **opti
     for option in options:
         if option not in known:
             raise UserError(f"{name} has no option {option!r}{suggest(option, known)}; it has {', '.join(known)}")
-    return reader(data_root(root), split, **options)
+    try:
+        return reader(data_root(root), split, **options)
+    except OSError as error:
+        if disk_full(error):  # of a cache that is written
+            raise
+        raise UserError(f"cannot read {error.filename or name} ({error.strerror}); check its permissions") from error

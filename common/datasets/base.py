@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -142,7 +143,7 @@ class FactorSet(ImageSet):
         super().__init__(name, split, None, image_shape, *more, **facts)
 
     def __len__(self) -> int:
-        return int(np.prod(self.factor_sizes))
+        return math.prod(self.factor_sizes)
 
     @cached_property
     def targets(self) -> Tensor:

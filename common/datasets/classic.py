@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.datasets.base import ArraySet
+from common.datasets.base import MAX_BYTES, ArraySet
 from common.datasets.files import FolderSet, absent, first_present, fit
 from common.datasets.readers import read_array_pickle, read_idx, read_mat, whole_labels
 from common.errors import UserError
@@ -33,8 +33,11 @@ def _finish(
         raise UserError(f"{source}: {len(images)} images and {len(labels)} labels do not make {name}; get it again")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"{source}: labels {labels.min()}..{labels.max()}, {name} has {len(classes)} classes")
-    if pad < 0 or (image_size is not None and image_size < 1):
-        raise UserError(f"{name}: pad must be at least 0 and image_size at least 1, got {pad} and {image_size}")
+    side = image_size or images.shape[2] + 2 * pad
+    if pad < 0 or side < 1 or images.shape[0] * images.shape[1] * side * side > MAX_BYTES:
+        raise UserError(
+            f"{name}: pad={pad}, image_size={image_size} must be positive, and the images at most {MAX_BYTES:,} bytes"
+        )
     if pad:
         images = np.pad(images, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
     if image_size and images.shape[2:] != (image_size, image_size):
@@ -138,9 +141,10 @@ def load_digits(split: str, seed: int = 0, test_fraction: float = 0.2, **options
     images = np.floor(bunch.images * (255 / 16) + 0.5).astype(np.uint8)[:, None]
     rows = np.arange(len(images))
     if split != "all":
-        if not 0 < test_fraction < 1:
-            raise UserError(f"digits: test_fraction must lie between 0 and 1, got {test_fraction}")
-        parts = train_test_split(rows, test_size=test_fraction, random_state=seed, stratify=bunch.target)
+        try:
+            parts = train_test_split(rows, test_size=float(test_fraction), random_state=seed, stratify=bunch.target)
+        except ValueError as error:  # every class must be in both parts
+            raise UserError(f"digits: test_fraction={test_fraction} and seed={seed} do not split them") from error
         rows = np.sort(parts[0 if split == "train" else 1])
     facts = {"seed": seed, "test_fraction": test_fraction}
     labels = bunch.target[rows].astype(np.int64)

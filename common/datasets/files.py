@@ -20,7 +20,9 @@ from common.checkpoint import atomic_write
 from common.datasets.base import ArraySet, ImageSet
 from common.datasets.readers import map_npy
 from common.errors import MissingDataError, UserError
-from common.images import PICTURE_SUFFIXES, list_pictures, natural_sorted, open_picture
+from common.images import MAX_PIXELS, PICTURE_SUFFIXES, list_pictures, natural_sorted, open_picture
+
+MAX_SIDE = 8192  # of an image that is asked for
 
 
 def absent(name: str, expected: Path, also: str = "") -> MissingDataError:
@@ -66,16 +68,24 @@ class FileSet(ImageSet):
     ):  # fmt: skip
         if channels not in (1, 3):
             raise UserError(f"{name}: channels must be 1 or 3, got {channels}")
-        if any(size is not None and size < 1 for size in (image_size, crop)):
-            raise UserError(f"{name}: image_size and crop must be at least 1, got {image_size} and {crop}")
+        if any(size is not None and not 1 <= size <= MAX_SIDE for size in (image_size, crop)):
+            raise UserError(f"{name}: image_size and crop must lie in 1..{MAX_SIDE}, got {image_size} and {crop}")
         self.paths, self._fit, self._channels = paths, (image_size, crop), channels
         self._threads = threads or min(8, os.cpu_count() or 1)
-        self._shape = fit(open_picture(paths[0], channels), *self._fit).shape
+        self._shape = self._decoded(paths[0]).shape
         options = {"image_size": image_size, "crop": crop, "channels": channels}
         super().__init__(name, split, targets, self._shape, classes, options, transform)
 
+    def _decoded(self, path: Path) -> np.ndarray:
+        picture, (side, crop) = open_picture(path, self._channels), self._fit
+        if side and not crop and side * side * max(picture.size) > MAX_PIXELS * min(picture.size):
+            raise UserError(
+                f"{path} is {picture.width}x{picture.height}, too long to be resized to {side}; take it out"
+            )
+        return fit(picture, side, crop)
+
     def _read(self, row: int) -> np.ndarray:
-        pixels = fit(open_picture(self.paths[row], self._channels), *self._fit)
+        pixels = self._decoded(self.paths[row])
         if pixels.shape != self._shape:
             raise UserError(
                 f"{self.paths[row]} is {pixels.shape[2]}x{pixels.shape[1]}, the first image "

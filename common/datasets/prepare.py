@@ -256,8 +256,8 @@ def prepare(
                 return [f"{name} is there already", *lines]
         sources = _downloaded(name, source, root, mirror)
     for path in sources:
-        if not path.is_file():
-            kind = f"a folder: put or link it into {root} instead" if path.is_dir() else "not there"
+        if not os.path.isfile(path):
+            kind = f"a folder: put or link it into {root} instead" if os.path.isdir(path) else "not there"
             raise UserError(f"--from {path} is {kind}")
         refuse_web_page(path)
     with _stage(root) as stage:

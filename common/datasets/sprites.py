@@ -153,10 +153,10 @@ class Sprites(LatentGrid):
         transform: Callable[[Tensor], Tensor] | None = None,
     ):
         sizes = tuple(int(size) for size in sizes)
-        if len(sizes) != len(FACTORS) or min(sizes) < 1 or sizes[0] > len(SHAPES):
-            raise UserError(f"sprites: sizes must be 5 positive numbers (at most 3 shapes), got {sizes}")
-        if image_size < 16:
-            raise UserError(f"sprites: image_size must be at least 16, got {image_size}")
+        if len(sizes) != len(FACTORS) or min(sizes) < 1 or sizes[0] > len(SHAPES) or max(sizes) > 10_000:
+            raise UserError(f"sprites: sizes must be 5 numbers of 1 to 10,000 (at most 3 shapes), got {sizes}")
+        if not 16 <= image_size <= 4096:
+            raise UserError(f"sprites: image_size must lie in 16..4096, got {image_size}")
         factors = dict(zip(FACTORS, sizes, strict=True))
         options = {"sizes": sizes, "image_size": image_size}
         shape = (1, image_size, image_size)

@@ -740,3 +740,36 @@ def test_a_folder_where_a_file_is_expected_and_empty_folders(tmp_path, name, fil
     (tmp_path / file).mkdir(parents=True)
     with pytest.raises(UserError):
         load(name, tmp_path)
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write_png(tmp_path / "a" / "0.png", pictures(1)[0])
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", forbidden)
+    with pytest.raises(UserError, match=r"cannot read .* \(Permission denied\)"):
+        load("folder", tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="File name too long"):
+        load("folder", tmp_path / ("x" * 300))
+
+
+def test_sizes_beyond_memory_are_refused(tmp_path):
+    Image.new("L", (60_000, 1)).save(tmp_path / "long.jpg")
+    with pytest.raises(UserError, match=r"long\.jpg is 60000x1, too long to be resized to 64"):
+        load("folder", tmp_path, image_size=64)
+    assert load("folder", tmp_path, image_size=64, crop=8)[0][0].shape == (3, 64, 64)
+    for options in ({"image_size": 10**6}, {"crop": 10**9}, {"image_size": 0}, {"crop": -1}):
+        with pytest.raises(UserError, match=r"must lie in 1\.\.8192"):
+            load("folder", tmp_path, **options)
+    for options in ({"image_size": 10**5}, {"pad": 10**5}, {"pad": -1}, {"image_size": -4}):
+        with pytest.raises(UserError, match="digits: pad="):
+            load("digits", **options)
+    for options in ({"image_size": 10**6}, {"sizes": (3, 10**9, 10**9, 10**9, 10**9)}):
+        with pytest.raises(UserError, match="sprites: "):
+            load("sprites", **options)
+    for options in ({"test_fraction": 1e-6}, {"test_fraction": 1}, {"test_fraction": -1}, {"seed": -1}):
+        with pytest.raises(UserError, match="digits: test_fraction="):
+            load("digits", **options)
