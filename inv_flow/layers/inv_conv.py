@@ -8,9 +8,8 @@ convolution has the two roles swapped. Both maps are unit triangular: the log-de
 import torch
 from torch import Tensor, nn
 
-from inv_flow.utils.inv_conv_cuda import ORDERS, inverse_conv2d, kernel_mask
-from inv_flow.utils.inv_conv_cuda.geometry import Order, order_codes
-from inv_flow.utils.inv_conv_cuda.reference import convolve
+from inv_flow.utils.inv_conv_cuda import ORDERS, inverse_conv2d, kernel_mask, masked_conv2d
+from inv_flow.utils.inv_conv_cuda.geometry import Order
 
 
 def capped(free: Tensor, max_row_sum: float) -> Tensor:
@@ -43,9 +42,9 @@ class _TriangularConv2d(nn.Module):
         self.max_row_sum = max_row_sum
         mask, pin = kernel_mask(channels, self.kernel_size, order, groups)
         # constants of the configuration, so no part of a checkpoint
-        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mask", mask.bool(), persistent=False)
         self.register_buffer("pin", pin, persistent=False)
-        self.weight = nn.Parameter(torch.empty_like(mask))  # (C, C/G, kh, kw), free weights v
+        self.weight = nn.Parameter(torch.empty_like(pin))  # (C, C/G, kh, kw), free weights v where the mask is set
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -53,30 +52,31 @@ class _TriangularConv2d(nn.Module):
         with torch.no_grad():
             self.weight.normal_(0, self.init_std).mul_(self.mask)
 
-    def kernel(self) -> Tensor:
-        """w = v * mask + pin, (C, C/G, kh, kw); with `max_row_sum`, each output channel's free taps scaled to that L1
-        norm at most.
+    def free(self) -> Tensor:
+        """The free taps, (C, C/G, kh, kw), 0 at the pinned entries.
+
+        With `max_row_sum`, those of an output channel are scaled to that L1 norm at most.
         """
-        free = self.weight * self.mask
+        free = torch.where(self.mask, self.weight, 0)
         if self.max_row_sum is not None:
             free = capped(free, self.max_row_sum)
-        return free + self.pin
+        return free
 
-    def row_sums(self) -> Tensor:
-        """sum |w| over the free taps of each output channel, (C,).
+    def kernel(self) -> Tensor:
+        """The whole kernel w, (C, C/G, kh, kw)."""
+        return self.free() + self.pin
 
-        With rho = max(row_sums) < 1, |x| <= |y| / (1 - rho) in the maximum norm. A penalty on it is the soft form of
-        `max_row_sum`.
-        """
-        return (self.kernel() - self.pin).abs().sum(dim=(1, 2, 3))
+    def _weight(self) -> Tensor:
+        # both maps read the free entries alone, so the mask is not needed
+        return self.weight if self.max_row_sum is None else self.free()
 
     def convolve(self, x: Tensor) -> Tensor:
         """The masked convolution, x (B, C, H, W) -> (B, C, H, W)."""
-        return convolve(x, self.kernel(), order_codes(self.order, self.groups), self.groups)
+        return masked_conv2d(x, self._weight(), self.order, self.groups)
 
     def solve(self, y: Tensor) -> Tensor:
         """The inverse of `convolve`, y (B, C, H, W) -> (B, C, H, W)."""
-        return inverse_conv2d(y, self.kernel(), self.order, self.groups)
+        return inverse_conv2d(y, self._weight(), self.order, self.groups)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}, order={self.order}, groups={self.groups}"

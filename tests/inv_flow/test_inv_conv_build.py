@@ -1,19 +1,25 @@
 """What a GPU-less machine can check of the compiled op: the CUDA solver's arithmetic, its build, and the benchmark."""
 
+import importlib.util
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.errors import UserError
-from inv_flow.utils.inv_conv_cuda import benchmark, extension
+from inv_flow.utils.inv_conv_cuda import available_backends, benchmark, extension
+from inv_flow.utils.inv_conv_cuda.ops import choose_backend
 
 OP = Path(benchmark.__file__).parent
+ROOT = OP.parents[2]
 H200 = (132, 227 * 1024)  # multiprocessors, bytes of shared memory for a block
 A100 = (108, 163 * 1024)
 
@@ -80,8 +86,10 @@ NVCC = next(
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-def test_cuda_kernels_compile_for_hopper_without_spilling(tmp_path):
-    flags = ["-O3", "-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings", "-gencode=arch=compute_90,code=sm_90"]
+@pytest.mark.parametrize("capability", [75, 90])
+def test_cuda_kernels_compile_without_spilling(tmp_path, capability):
+    architecture = f"-gencode=arch=compute_{capability},code=sm_{capability}"
+    flags = ["-O3", "-std=c++17", "-Xptxas", "-v", "-Werror", "all-warnings", architecture]
     done = subprocess.run(
         [NVCC, *flags, "-c", str(OP / "csrc" / "cuda_solver.cu"), "-o", str(tmp_path / "solver.o")],
         capture_output=True,
@@ -92,6 +100,170 @@ def test_cuda_kernels_compile_for_hopper_without_spilling(tmp_path):
     spills = [line for line in done.stderr.splitlines() if "spill stores" in line]
     assert len(spills) == 14  # 3 forms x 2 pixels a thread, and the folding, in two dtypes
     assert all("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills
+
+
+@pytest.fixture
+def setup_script(monkeypatch):
+    """The functions of setup.py."""
+    monkeypatch.setenv("INV_CONV_CPU_ONLY", "1")
+    spec = importlib.util.spec_from_file_location("inv_conv_setup", OP / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_architectures(setup_script):
+    """sm_75 and up, one a major number: its code runs on the later ones of the same number."""
+    names = "sm_52 sm_60 sm_70 sm_75 sm_80 sm_86 sm_87 sm_88 sm_89 sm_90 sm_90a sm_100 sm_110 sm_103 sm_120 sm_121"
+    assert setup_script.architectures("\n".join(names.split())) == [75, 80, 90, 100, 110, 120]
+    assert setup_script.architectures("sm_70\nsm_75\nsm_80\nsm_86\nsm_90\n") == [75, 80, 90]
+    if NVCC:
+        told = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+        assert {75, 80, 90} <= set(setup_script.architectures(told))
+
+
+def copied(tmp_path: Path) -> Path:
+    """The op's folder without what was built in it."""
+    return shutil.copytree(OP, tmp_path / "op", ignore=shutil.ignore_patterns("build", "*.so", "__pycache__"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said", "command"),
+    [
+        (None, "there is no C++ compiler", ["install"]),
+        ("c++17 -x", "CXX=c++17 -x is not found", ["build_ext", "--inplace"]),
+    ],
+)
+def test_a_missing_compiler_is_one_line(tmp_path, compiler, said, command):
+    environment = os.environ | {"PATH": str(tmp_path), "INV_CONV_CPU_ONLY": "1"}
+    environment.pop("CXX", None)
+    done = subprocess.run(
+        [sys.executable, "setup.py", *command],
+        cwd=copied(tmp_path),
+        env=environment | ({"CXX": compiler} if compiler else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said in line and "install g++" in line
+    assert "Traceback" not in done.stderr
+
+
+def pip(python: Path, *arguments: str) -> str:
+    """pip of this interpreter on the packages of another one."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def scratch_environment(folder: Path) -> tuple[Path, Path]:
+    """A virtual environment with the packages of this one besides its own: its interpreter and its site-packages."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "packages.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    return folder / "bin" / "python", site
+
+
+def test_pip_lists_and_removes_the_library(tmp_path, setup_script):
+    python, site = scratch_environment(tmp_path / "venv")
+    before = set(site.iterdir())
+    library = tmp_path / f"{extension.LIBRARY}.abi3.so"
+    library.write_bytes(b"a library")
+    for content in (b"a library", b"a newer library"):  # twice: installed over
+        library.write_bytes(content)
+        assert setup_script.install_library(library, site).read_bytes() == content
+    assert re.search(r"^inv[-_]conv[-_]ops +1\.0$", pip(python, "list"), re.MULTILINE)
+    assert library.name in pip(python, "show", "--files", "inv_conv_ops")
+    pip(python, "uninstall", "--yes", "inv_conv_ops")
+    assert set(site.iterdir()) == before
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, setup_script, capsys):
+    occupied = tmp_path / "site"
+    occupied.write_text("no folder")
+    with pytest.raises(SystemExit) as stopped:
+        setup_script.install_library(Path(__file__), occupied)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: cannot write to {occupied}") and "use a virtual environment" in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_install_and_uninstall(tmp_path):
+    """The README's command in a fresh environment: the library is found, listed, removed."""
+    python, _ = scratch_environment(tmp_path / "venv")
+    done = subprocess.run(
+        [python, "setup.py", "install"],
+        cwd=copied(tmp_path),
+        env=os.environ | {"INV_CONV_CPU_ONLY": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list((tmp_path / "op").glob("*.so"))
+    assert loaded_by(python).startswith(f"{tmp_path / 'venv'}: CPU only, torch {torch.__version__}, CPU solver ")
+    assert "inv_conv_ops" in pip(python, "list").replace("-", "_")
+    pip(python, "uninstall", "--yes", "inv_conv_ops")
+    assert not loaded_by(python).startswith(str(tmp_path))
+
+
+LOADED = """
+import torch
+from inv_flow.utils.inv_conv_cuda import extension, inverse_conv2d, masked_conv2d
+y, w = torch.ones(2, 3, 4, 4), 0.1 * torch.ones(3, 3, 2, 2)
+assert (masked_conv2d(inverse_conv2d(y, w), w) - y).abs().max() < 1e-6
+library = extension.load()
+print(library.path and library.path.parents[3], library.description, sep=": ")
+"""
+
+
+def loaded_by(python: Path | str, *folders: Path) -> str:
+    """What a fresh process loads, with `folders` before everything else on its path; its log lines go first."""
+    done = subprocess.run(
+        [python, "-c", LOADED],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*folders, ROOT)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr + done.stdout
+
+
+@pytest.mark.skipif(extension.load().path is None, reason="the compiled op is not built")
+def test_a_library_that_cannot_be_used_does_not_hide_an_older_one(tmp_path):
+    """Whatever is wrong with it; the line names the cause, the library in use and the remedy."""
+    good = extension.load().path
+    content, version = good.read_bytes(), torch.__version__.encode()
+
+    def stamped(old: bytes, new: bytes) -> bytes:
+        assert content.count(old) == 1 and len(old) == len(new)
+        return content.replace(old, new)
+
+    other = b"9" * len(version)
+    spoilt = {
+        "garbage": (b"not a library", "is damaged or from another version"),
+        "empty": (b"", "is damaged"),
+        "cut": (content[: len(content) // 3], "is damaged"),
+        "interface": (stamped(b"library|interface 2|", b"library|interface 1|"), "(interface 1, not 2)"),
+        "torch": (stamped(b"|torch " + version, b"|torch " + other), f"was built for torch {other.decode()}"),
+        # a library that it needs is not there
+        "needs": (content.replace(b"libtorch_cpu.so", b"libtorch_xyz.so"), "does not load (libtorch_xyz.so"),
+    }
+    for name, (bytes_, _) in spoilt.items():
+        broken = tmp_path / name / f"{extension.LIBRARY}.so"
+        broken.parent.mkdir()
+        broken.write_bytes(bytes_)
+        os.utime(broken, (good.stat().st_mtime + 60,) * 2)
+    line, last = loaded_by(sys.executable, *(tmp_path / name for name in spoilt)).splitlines()
+    for name, (_, cause) in spoilt.items():
+        assert re.search(f"{re.escape(str(tmp_path / name))}/[^ ]* [^;]*{re.escape(cause)}", line), (name, line)
+    assert f"{good} is used" in line and extension.BUILD_COMMAND in line
+    assert last.endswith(extension.load().description)
 
 
 @pytest.mark.parametrize("environment", [{"INV_CONV_CPU_ONLY": "1"}, {"CUDA_HOME": "/nowhere", "PATH": "/nowhere"}])
@@ -139,4 +311,52 @@ def test_the_library_in_use_is_the_one_that_was_built():
     built = extension.load()
     if built.path is None:
         pytest.skip(f"the compiled op is not built: {extension.BUILD_COMMAND}")
-    assert built.cpu and f"torch {torch.__version__}" in built.description
+    assert f"torch {torch.__version__}" in built.description
+
+
+BUILT = extension.Extension(Path("op.so"), "CUDA 13.0", "13.0", kernels=(75, 80, 90, 120), ptx=120)
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs"),
+    [
+        ((6, 1), False),
+        ((7, 0), False),
+        ((7, 5), True),
+        ((8, 0), True),
+        ((8, 6), True),
+        ((8, 9), True),
+        ((9, 0), True),
+        ((10, 0), False),
+        ((11, 0), False),
+        ((12, 0), True),
+        ((12, 1), True),
+        ((13, 0), True),
+    ],
+)
+def test_cards_without_kernels_run_on_library_calls(monkeypatch, caplog, capability, runs):
+    """A pretended device: the compiled op where it has code for it, else one line and the torch backend."""
+    monkeypatch.delenv("INV_CONV_BACKEND", raising=False)
+    monkeypatch.setattr(extension, "load", lambda: BUILT)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    extension._obstacle.cache_clear()
+    extension.say_once.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert {choose_backend("cuda:0") for _ in range(3)} == {"cuda" if runs else "torch"}
+        assert available_backends("cuda:0") == (["cuda", "torch"] if runs else ["torch"])
+        lines = [record.getMessage() for record in caplog.records]
+        if runs:
+            assert not lines
+        else:
+            (line,) = lines
+            assert f"no kernels for Card, sm_{capability[0]}{capability[1]} " in line
+            assert (extension.BUILD_COMMAND in line) == (capability >= (7, 5))  # building helps newer cards alone
+            monkeypatch.setenv("INV_CONV_BACKEND", "cuda")
+            with pytest.raises(UserError, match="no kernels for Card"):
+                choose_backend("cuda:0")
+    finally:
+        extension._obstacle.cache_clear()
+        extension.say_once.cache_clear()

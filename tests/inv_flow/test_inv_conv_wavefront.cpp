@@ -165,7 +165,7 @@ int main() {
     s.rows = std::min(s.kh, s.height);
     s.columns = std::min(s.kw, s.width);
     s.transposed = transposed;
-    orders.mixed = mixed;
+    orders.count = mixed ? 4 : 1;
     for (uint32_t& codes : orders.codes) codes = mixed ? 0xe4e4e4e4u : seed % 4;
     if (bits == 64)
       check<double>(s, orders, multiprocessors, size_t(shared_limit), seed);

@@ -1,8 +1,8 @@
 """Time and memory of the inverse convolution against `torch.nn.functional.conv2d` of the same shape.
 
-    python -m inv_flow.utils.inv_conv_cuda.benchmark                       # CPU with 1 and with all threads; GPU if
-    present python -m inv_flow.utils.inv_conv_cuda.benchmark --device cpu --threads 1 --json bench.json python -m
-    inv_flow.utils.inv_conv_cuda.benchmark --shape 100,12,16,16,3 --repeats 50
+    python -m inv_flow.utils.inv_conv_cuda.benchmark     # CPU with 1 and with all threads; GPU if present
+    python -m inv_flow.utils.inv_conv_cuda.benchmark --device cpu --threads 1 --json bench.json
+    python -m inv_flow.utils.inv_conv_cuda.benchmark --shape 100,12,16,16,3 --repeats 50
 
 What is compared runs in turns in one process, so that a busy machine slows all of it alike; a time is the median over
 the rounds, in milliseconds, and a ratio is our median over conv2d's. conv2d has padding k // 2 and no bias. Backward

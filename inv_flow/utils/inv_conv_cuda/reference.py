@@ -1,22 +1,9 @@
-"""The masked convolution and its inverse in plain torch: the specification of the fast paths and the oracle of their
-tests.
-"""
+"""The inverse convolution in plain torch: the specification of the fast paths and the oracle of their tests."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from inv_flow.utils.inv_conv_cuda.geometry import Order, kernel_mask, mirror, order_codes, padding
-
-
-def convolve(x: Tensor, w: Tensor, codes: list[int], groups: int) -> Tensor:
-    """Zero-pad each channel group of `x` (B, C, H, W) on the two sides its order sees, and convolve it with `w`."""
-    kh, kw = w.shape[2:]
-    if len(codes) == 1:
-        return F.conv2d(F.pad(x, padding(codes[0], kh, kw)), w, groups=groups)
-    parts = zip(x.chunk(groups, dim=1), codes, strict=True)
-    padded = [F.pad(part, padding(code, kh, kw)) for part, code in parts]
-    return F.conv2d(torch.cat(padded, dim=1), w, groups=groups)
+from inv_flow.utils.inv_conv_cuda.geometry import Order, kernel_mask, mirror, order_codes
 
 
 def inverse_conv2d_ref(y: Tensor, w: Tensor, order: Order = "TL", groups: int = 1) -> Tensor:
@@ -30,7 +17,7 @@ def inverse_conv2d_ref(y: Tensor, w: Tensor, order: Order = "TL", groups: int = 
     codes = order_codes(order, groups)
     mask, pin = kernel_mask(channels, (kh, kw), order, groups, dtype=w.dtype, device=w.device)
     # everything below is order TL: tap (a, b) stands at [kh - 1 - a, kw - 1 - b]
-    taps = mirror(w * mask + pin, codes).unflatten(0, (groups, size))  # (G, o, i, kh, kw)
+    taps = mirror(torch.where(mask == 1, w, pin), codes).unflatten(0, (groups, size))  # (G, o, i, kh, kw)
     source = mirror(y.transpose(0, 1), codes).unflatten(0, (groups, size))  # (G, o, B, H, W)
     solved: dict[tuple[int, int], Tensor] = {}  # pixel -> (G, i, B)
     for h in range(height):

@@ -1,25 +1,45 @@
 """Builds the compiled inverse convolution: `cd inv_flow/utils/inv_conv_cuda && python setup.py install`.
 
-With nvcc and a CUDA build of torch the library has a CUDA solver (sm_80, sm_90, and PTX for newer ones) and a CPU
-solver, otherwise the CPU solver alone; a line says which, and why. INV_CONV_CPU_ONLY=1 leaves the CUDA solver out.
-`install` puts the library into site-packages and beside this file; `build_ext --inplace` beside this file only. Nothing
-is downloaded.
+With nvcc and a CUDA build of torch the library has a CUDA solver (for every architecture from sm_75 on that nvcc knows,
+and PTX for newer ones) and a CPU solver, otherwise the CPU solver alone; a line says which, and why.
+INV_CONV_CPU_ONLY=1 leaves the CUDA solver out. `install` puts the library into site-packages, where `pip list` shows
+and `pip uninstall inv_conv_ops` removes it; `build_ext --inplace` puts it beside this file. Nothing is downloaded.
 """
 
+import base64
+import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import torch
 from setuptools import Command, setup
 
 HERE = Path(__file__).resolve().parent
 NAME = "_inv_conv_ops"
+PACKAGE, VERSION = "inv_conv_ops", "1.0"
+
+
+def stop(reason: str) -> NoReturn:
+    """One line, exit code 2."""
+    print(f"error: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def find_compiler() -> str:
+    """The C++ compiler: CXX, or the first one on the path."""
+    asked = os.environ.get("CXX")
+    for command in [asked] if asked else ["c++", "g++", "clang++"]:
+        if shutil.which(shlex.split(command)[0]):
+            return command
+    missing = f"CXX={asked} is not found" if asked else "there is no C++ compiler (c++, g++ or clang++)"
+    stop(f"{missing}: install g++ (Debian: apt-get install g++) or name a compiler in CXX; the op runs without, slower")
 
 
 def find_toolkit() -> tuple[Path | None, str]:
@@ -43,6 +63,12 @@ def find_toolkit() -> tuple[Path | None, str]:
     return root, f"{version[1]}.{version[2]}"
 
 
+def architectures(told: str) -> list[int]:
+    """From `nvcc --list-gpu-code`: sm_75 and later, the lowest of each major number, which runs on the others."""
+    codes = sorted(int(code) for code in re.findall(r"^sm_(\d+)$", told, re.MULTILINE) if int(code) >= 75)
+    return [code for n, code in enumerate(codes) if n == 0 or codes[n - 1] // 10 != code // 10]
+
+
 def wheel_folders(kind: str) -> list[str]:
     """`include` or `lib` folders of the installed nvidia wheels, which hold what a slim toolkit lacks."""
     site = Path(torch.__file__).resolve().parents[1]
@@ -54,8 +80,8 @@ def runtime_library(root: Path) -> str:
     folders = [*wheel_folders("lib"), str(root / "lib64"), str(root / "targets" / "x86_64-linux" / "lib")]
     found = [path for folder in folders for path in sorted(Path(folder).glob("libcudart.so*"))]
     if not found:
-        sys.exit(
-            "error: libcudart.so is neither in the CUDA toolkit nor in the nvidia wheels: "
+        stop(
+            "libcudart.so is neither in the CUDA toolkit nor in the nvidia wheels: "
             "install one of them, or set INV_CONV_CPU_ONLY=1"
         )
     return str(found[0])
@@ -80,13 +106,17 @@ def extension():
         return cpp_extension.CppExtension(
             NAME, sources, define_macros=macros, extra_compile_args={"cxx": flags}, **options
         )
+    told = subprocess.run(
+        [toolkit / "bin" / "nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout
+    targets = architectures(told)
     sources += ["csrc/cuda_binding.cpp", "csrc/cuda_solver.cu"]
-    macros += [("INV_CONV_CUDA", f'"{reason}"')]
-    targets = ["80", "90"]
+    kernels = " ".join(map(str, targets))
+    macros += [("INV_CONV_CUDA", f'"{reason}"'), ("INV_CONV_SM", f'"{kernels}"'), ("INV_CONV_PTX", f'"{targets[-1]}"')]
     nvcc = [
         "-O3",
         *(f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in targets),
-        "-gencode=arch=compute_90,code=compute_90",
+        f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}",
     ]
     return cpp_extension.CppExtension(
         NAME,
@@ -100,10 +130,38 @@ def extension():
     )
 
 
-class Install(Command):
-    """Build, then copy the one library to site-packages and beside this file."""
+class Build(cpp_extension.BuildExtension):
+    """`build_ext`, after a look for the compiler."""
 
-    description = "build the library and put it where the package finds it"
+    def run(self) -> None:
+        os.environ["CXX"] = find_compiler()
+        super().run()
+
+
+def install_library(built: Path, site: Path) -> Path:
+    """Copy the library to `site` and register it there, so that pip lists and removes it."""
+    target, info = site / built.name, site / f"{PACKAGE}-{VERSION}.dist-info"
+    try:
+        info.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_suffix(".new")
+        shutil.copy2(built, fresh)
+        fresh.replace(target)  # a running process keeps the old file
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE}\nVersion: {VERSION}\n")
+        (info / "INSTALLER").write_text("setup.py\n")
+        lines = [f"{info.name}/RECORD,,\n"]
+        for path in (target, info / "METADATA", info / "INSTALLER"):
+            digest = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).rstrip(b"=").decode()
+            lines.append(f"{path.relative_to(site).as_posix()},sha256={digest},{path.stat().st_size}\n")
+        (info / "RECORD").write_text("".join(lines))
+    except OSError as error:
+        stop(f"cannot write to {site} ({error}): use a virtual environment, or `python setup.py build_ext --inplace`")
+    return target
+
+
+class Install(Command):
+    """Build, then put the one library into site-packages."""
+
+    description = "build the library and put it into site-packages"
     user_options: ClassVar[list] = []
 
     def initialize_options(self) -> None:
@@ -113,23 +171,18 @@ class Install(Command):
         pass
 
     def run(self) -> None:
-        build = self.reinitialize_command("build_ext", inplace=True)
         self.run_command("build_ext")
-        built = Path(build.get_ext_fullpath(NAME)).resolve()
-        target = Path(sysconfig.get_path("platlib")) / built.name
-        target.unlink(missing_ok=True)  # a running process keeps the old file
-        shutil.copy2(built, target)
-        print(f"installed {target} (and {built})")
+        built = Path(self.get_finalized_command("build_ext").get_ext_fullpath(NAME)).resolve()
+        print(f"installed {install_library(built, Path(sysconfig.get_path('platlib')))}")
 
 
-os.chdir(HERE)
-print(
-    f"inverse convolution: building for {f'CUDA {reason} and CPU' if toolkit else f'CPU only, because {reason}'}",
-    flush=True,
-)
-setup(
-    name="inv_conv_ops",
-    version="1.0",
-    ext_modules=[extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension, "install": Install},
-)
+if __name__ == "__main__":
+    os.chdir(HERE)
+    what = f"CUDA {reason} and CPU" if toolkit else f"CPU only, because {reason}"
+    print(f"inverse convolution: building for {what}", flush=True)
+    setup(
+        name=PACKAGE,
+        version=VERSION,
+        ext_modules=[extension()],
+        cmdclass={"build_ext": Build, "install": Install},
+    )

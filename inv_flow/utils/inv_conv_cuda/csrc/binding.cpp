@@ -11,10 +11,17 @@
 #include "check_inputs.h"
 #include "cpu_solver.h"
 
+// What extension.py reads from the file before it runs any of it. The interface changes with the schema below.
+#ifndef INV_CONV_CUDA
+#define INV_CONV_CUDA ""
+#define INV_CONV_SM ""
+#define INV_CONV_PTX ""
+#endif
+extern "C" __attribute__((used, visibility("default"))) const char inv_conv_stamp[] =
+    "inv_conv library|interface 2|torch " INV_CONV_TORCH "|cuda " INV_CONV_CUDA "|sm " INV_CONV_SM "|ptx " INV_CONV_PTX "|";
+
 namespace inv_conv {
 namespace {
-
-constexpr int kInterface = 1;  // extension.py expects the same number
 
 enum class Isa { generic, avx2, avx512 };
 
@@ -109,22 +116,12 @@ at::Tensor solve_cpu(const at::Tensor& y, const at::Tensor& w, at::IntArrayRef o
   return x;
 }
 
-// "interface; cpu or cuda; what it was built with and what it runs on"
-std::string build() {
-#ifdef INV_CONV_CUDA
-  const std::string kind = "cuda; CUDA " INV_CONV_CUDA ", ";
-#else
-  const std::string kind = "cpu; CPU only, ";
-#endif
-  return std::to_string(kInterface) + "; " + kind + "torch " INV_CONV_TORCH ", CPU solver " + isa_name();
-}
-
 }  // namespace
 }  // namespace inv_conv
 
 TORCH_LIBRARY(inv_conv, m) {
   m.def("solve(Tensor y, Tensor w, int[] orders, int groups, bool transposed) -> Tensor");
-  m.def("build() -> str", &inv_conv::build);
+  m.def("cpu_solver() -> str", [] { return std::string(inv_conv::isa_name()); });
   m.def("scratch_bytes() -> int", &inv_conv::scratch_bytes);
 }
 

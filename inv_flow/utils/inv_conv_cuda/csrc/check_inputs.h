@@ -13,7 +13,7 @@ inline void check_inputs(const at::Tensor& y, const at::Tensor& w, at::IntArrayR
   TORCH_CHECK(groups >= 1 && y.size(1) % groups == 0 && w.size(0) == y.size(1) && w.size(1) == y.size(1) / groups,
               "inv_conv::solve: kernel ", w.sizes(), " does not fit ", y.size(1), " channels in ", groups, " groups");
   TORCH_CHECK(w.numel() > 0 || y.size(1) == 0, "inv_conv::solve: empty kernel ", w.sizes());
-  TORCH_CHECK(orders.size() == 1 || static_cast<int64_t>(orders.size()) == groups, "inv_conv::solve: ", orders.size(),
+  TORCH_CHECK(orders.size() > 0 && groups % static_cast<int64_t>(orders.size()) == 0, "inv_conv::solve: ", orders.size(),
               " orders for ", groups, " groups");
   for (const int64_t code : orders) TORCH_CHECK(code >= 0 && code < 4, "inv_conv::solve: order code ", code);
   TORCH_CHECK(y.scalar_type() == w.scalar_type(), "inv_conv::solve: image ", y.scalar_type(), ", kernel ", w.scalar_type());

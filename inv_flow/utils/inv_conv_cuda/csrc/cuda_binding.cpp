@@ -26,8 +26,8 @@ void solve_typed(const wave::Shape& shape, const wave::Orders& orders, const at:
 
 at::Tensor solve(const at::Tensor& y, const at::Tensor& w, at::IntArrayRef codes, int64_t groups, bool transposed) {
   check_inputs(y, w, codes, groups);
-  TORCH_CHECK(codes.size() == 1 || groups <= wave::kMostMixedGroups, "inv_conv::solve: at most ", wave::kMostMixedGroups,
-              " groups can have orders of their own on CUDA, not ", groups);
+  TORCH_CHECK(codes.size() <= wave::kMostOrders, "inv_conv::solve: at most ", wave::kMostOrders,
+              " groups can have orders of their own on CUDA, not ", codes.size());
   const c10::cuda::CUDAGuard guard(y.device());
   const at::Tensor in = y.contiguous(), kernel = w.contiguous();
   at::Tensor x = at::empty_like(in, at::MemoryFormat::Contiguous);
@@ -44,7 +44,7 @@ at::Tensor solve(const at::Tensor& y, const at::Tensor& w, at::IntArrayRef codes
   shape.columns = std::min(shape.kw, shape.width);
   shape.transposed = transposed;
   wave::Orders orders{};
-  orders.mixed = codes.size() > 1;
+  orders.count = static_cast<int>(codes.size());
   for (size_t g = 0; g < codes.size(); ++g) orders.codes[g / 16] |= static_cast<uint32_t>(codes[g]) << (2 * (g % 16));
   if (y.scalar_type() == at::kFloat)
     solve_typed<float>(shape, orders, in, kernel, x);

@@ -1,6 +1,10 @@
 // The CUDA solver: persistent blocks, each with one channel group, going through the batch. See wavefront.h for the parts.
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "cuda_solver.h"
 
 namespace inv_conv {
@@ -99,16 +103,46 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 }
 
 struct Device {
-  int multiprocessors;
+  int id, multiprocessors;
   size_t shared_limit;
 };
 
+// The current device. What it can do is asked once a device.
 cudaError_t describe(Device& device) {
+  static std::mutex lock;
+  static std::map<int, Device> known;
   int id = 0, multiprocessors = 0, shared = 0;
   cudaError_t error = cudaGetDevice(&id);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> guard(lock);
+  const auto found = known.find(id);
+  if (found != known.end()) {
+    device = found->second;
+    return cudaSuccess;
+  }
+  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-  device = Device{multiprocessors, size_t(shared)};
+  device = Device{id, multiprocessors, size_t(shared)};
+  if (error == cudaSuccess) known[id] = device;
+  return error;
+}
+
+// How many blocks of a kernel fit on a multiprocessor at once; asked once for each way to launch it.
+cudaError_t find_resident(const Device& device, const void* kernel, const Plan& plan, int& resident) {
+  static std::mutex lock;
+  static std::map<std::tuple<int, const void*, int, size_t>, int> known;
+  const auto key = std::make_tuple(device.id, kernel, plan.threads, plan.shared_bytes);
+  const std::lock_guard<std::mutex> guard(lock);
+  const auto found = known.find(key);
+  if (found != known.end()) {
+    resident = found->second;
+    return cudaSuccess;
+  }
+  // the device's limit, so that it holds for every later launch of the kernel, too
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(device.shared_limit));
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.shared_bytes);
+  if (error == cudaSuccess) known[key] = resident;
   return error;
 }
 
@@ -149,10 +183,8 @@ cudaError_t solve_cuda(const Shape& shape, const Orders& orders, const T* y, con
     if (error != cudaSuccess) return error;
   }
   const Kernel<T> kernel = kernel_of<T>(plan);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes));
-  if (error != cudaSuccess) return error;
   int resident = 0;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.threads, plan.shared_bytes);
+  error = find_resident(device, reinterpret_cast<const void*>(kernel), plan, resident);
   if (error != cudaSuccess) return error;
   // as many blocks as run at once, a whole number a group
   const int64_t units = (int64_t(shape.batch) + plan.images - 1) / plan.images;

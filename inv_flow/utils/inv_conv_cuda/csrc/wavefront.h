@@ -48,14 +48,14 @@ struct Shape {
   INV_CONV_BOTH int plane() const { return height * width; }
 };
 
-// The order of each group, two bits each (bit 0: mirrored in the width; bit 1: in the height).
-constexpr int kMostMixedGroups = 4096;
+// The orders that the groups take in turn, two bits each (bit 0: mirrored in the width; bit 1: in the height).
+constexpr int kMostOrders = 4096;
 struct Orders {
-  bool mixed;  // else all groups have the first one
-  uint32_t codes[kMostMixedGroups / 16];
+  int count;
+  uint32_t codes[kMostOrders / 16];
 
   INV_CONV_BOTH int of(int group) const {
-    const int g = mixed ? group : 0;
+    const int g = group % count;
     return int(codes[g / 16] >> (2 * (g % 16)) & 3);
   }
 };
