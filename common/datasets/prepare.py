@@ -10,6 +10,9 @@ name. All files are put in order and read in a temporary folder first: all take 
 already there is overwritten without --force.
 """
 
+if __name__ == "__main__":
+    import common.start  # noqa: F401
+
 import contextlib
 import os
 import re
@@ -20,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torchvision.datasets as published
@@ -35,7 +38,7 @@ from common.datasets.readers import NpzFile, reading
 from common.datasets.sprites import BITS_FILE, Sprites, write_bits
 from common.errors import MissingDataError, UserError, refuse_web_page, run_command, suggest
 from common.images import PICTURE_SUFFIXES
-from common.options import Options, from_flags, option
+from common.options import Options, Says, from_flags, option
 
 OPTIONAL = ("extra", "all")  # splits that a prepared set may lack
 
@@ -374,7 +377,7 @@ class Config(Options):
 
     name: str = option(..., "the data set", min_length=1)
     root: str | None = option(None, "folder of all data sets (default: DATA_ROOT, else data/)")
-    sources: list[Path] = option([], "files at hand", flags=("--from",))
+    sources: Annotated[list[Path], Says("one or more files")] = option([], "files at hand", flags=("--from",))
     mirror: str | None = option(None, "address to download every file from, instead of the published ones")
     force: bool = option(False, "replace what is there")
 
