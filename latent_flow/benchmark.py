@@ -8,9 +8,9 @@
 
 A step is forward, backward and Adam. `ref` is `reference.training_step_ref` with one Adam a part and, as published,
 anomaly detection for the supervised variant. `same` is the fast step with `--objective upstream`, `paper` the default
-objective, `amp` the default objective with `--amp`. Each runs in a process of its own, the fast ones with the memory
-setting of the training loop. Two lines a variant: CPU seconds of that process, which other load changes least, and
-seconds on the clock.
+objective, `amp` the default objective with `--amp`. Each runs in a process of its own, all with the memory setting of
+the training loop. Two lines a variant: CPU seconds of that process, which other load changes least, and seconds on
+the clock.
 """
 
 import copy
@@ -105,14 +105,14 @@ def benchmark_case(
     """Seconds of one step of one case, as `seconds` gives them."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    if keep_memory:
+        keep_freed_memory()
     config = Config(variant=variant, latent_size=latent, objective="upstream" if case in ("ref", "same") else "paper")
     model = LatentFlow(config)
     frames = torch.rand(config.steps + 1, batch, config.channels, config.image_size, config.image_size)
     noise = noise_for(model, config.steps, batch)
     if case == "ref":
         return seconds(reference_step(model, frames, noise), repeat)
-    if keep_memory:
-        keep_freed_memory()
     return seconds(fast_step(model, frames, noise, case == "amp"), repeat)
 
 
@@ -194,7 +194,7 @@ class BenchmarkOptions(Options):
     threads: Annotated[int, Ge(1), Le(1024)] = option(torch.get_num_threads(), "threads of PyTorch")
     logdet: bool = option(False, "time the log-determinants")
     errors: bool = option(False, "errors of float32 gradients, five random models")
-    keep_memory: bool = option(True, "give the fast steps the memory setting of the training loop")
+    keep_memory: bool = option(True, "give all steps the memory setting of the training loop")
     dry_run: bool = option(False, "check and print the options, and stop")
 
 
