@@ -91,9 +91,9 @@ class InverseConv2d(_TriangularConv2d):
     """Inverse of a masked convolution as a flow layer: `forward` solves, `reverse` convolves.
 
     channels C >= 1; kernel_size k or (kh, kw); order TL, TR, BL, BR, or one of them a group; groups divides C. Init:
-    identity plus N(0, init_std^2). max_row_sum = rho in (0, 1) rescales each output channel's free taps to sum |w| <=
-    rho, which certifies |x|_inf <= |y|_inf / (1 - rho); without it large weights make the solve explode while the
-    log-determinant stays 0. Raises ValueError for arguments that do not fit.
+    identity plus N(0, init_std^2). max_row_sum = rho in (0, 1) rescales each output channel's free taps so that the sum
+    of |w| is rho at most, which certifies |x|_inf <= |y|_inf / (1 - rho); without it large weights make the solve
+    explode while the log-determinant stays 0. Raises ValueError for arguments that do not fit.
     """
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,8 +106,9 @@ class InverseConv2d(_TriangularConv2d):
 
 
 class MaskedConv2d(_TriangularConv2d):
-    """Masked convolution as a flow layer (FInC Flow): `forward` convolves, `reverse` solves. Arguments as
-    `InverseConv2d`.
+    """Masked convolution as a flow layer (FInC Flow): `forward` convolves, `reverse` solves.
+
+    Arguments as in `InverseConv2d`.
     """
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +121,7 @@ class MaskedConv2d(_TriangularConv2d):
 
 
 class InverseConvUnit(nn.Module):
-    """The four orders TL, TR, BL, BR: one inverse convolution after the other on all channels, undone in the opposite
-    order.
+    """The four orders TL, TR, BL, BR: one inverse convolution after the other on all channels, undone backwards.
 
     split=True is FInC Flow's unit instead: each quarter of the channels has its own order, and one call solves all four
     (C must be a multiple of 4). `options` go to `InverseConv2d`. Raises ValueError for arguments that do not fit.

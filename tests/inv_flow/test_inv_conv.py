@@ -22,6 +22,7 @@ from inv_flow.utils.inv_conv_cuda import (
     inverse_conv2d_ref,
     kernel_mask,
     masked_conv2d,
+    torch_backend,
 )
 from inv_flow.utils.inv_conv_cuda.ops import choose_backend
 
@@ -381,6 +382,19 @@ def inverse_conv2d_adjoint(g: Tensor, w: Tensor, order: str) -> Tensor:
     """A^-T g through the dense matrix."""
     matrix = dense_matrix(w.detach().cpu(), order, 1, *g.shape[2:])
     return torch.linalg.solve(matrix.T, g.cpu().flatten(1).T).T.view_as(g).to(g.device)
+
+
+def test_the_weight_gradient_is_cut_into_parts_on_a_cpu_alone(monkeypatch):
+    """There the library's copies would take memory; elsewhere each part is launches of its own."""
+    real, calls = torch.nn.grad.conv2d_weight, []
+    monkeypatch.setattr(torch.nn.grad, "conv2d_weight", lambda *a, **o: calls.append(a[0].shape[0]) or real(*a, **o))
+    arguments = ([3, 3], [0], 1, False)
+    image = torch.zeros(100, 4, 4, 4)
+    torch_backend.convolution(image, None, image, *arguments)
+    assert len(calls) > 1 and sum(calls) == 100
+    calls.clear()
+    torch_backend.convolution(image.to("meta"), None, image.to("meta"), *arguments)
+    assert calls == [100]
 
 
 def test_two_runs_are_bit_equal_and_batch_elements_do_not_mix(device):

@@ -48,10 +48,9 @@ def pinned_tap(code: int, kh: int, kw: int) -> tuple[int, int]:
 
 
 def mirror(x: Tensor, codes: Sequence[int]) -> Tensor:
-    """Flip the last two axes of each channel group of `x` (axis 1 of a tensor, axis 0 of a kernel), TL <-> its order.
+    """Flip the image axes 2 and 3 of each channel group of `x`, TL <-> its order.
 
-    `codes` holds one code, or one a group. The grouped axis is axis 0 of what is passed here, axes 2 and 3 are the
-    image.
+    The channels are axis 0, so an image comes as (C, B, H, W); `codes` holds one code, or one a group.
     """
     if len(codes) == 1:
         return x.flip(_FLIPPED_AXES[codes[0]]) if codes[0] else x
