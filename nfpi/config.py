@@ -27,6 +27,7 @@ from common.options import (
     NonNegative,
     Options,
     Positive,
+    Says,
     Seed,
     Whole,
     all_names,
@@ -48,6 +49,7 @@ Depth = Annotated[int, Field(ge=0, le=256)]
 Width = Annotated[int, Field(ge=1, le=8192)]
 Side = Annotated[int, Field(ge=1, le=4096)]
 Epoch = Annotated[int, Field(ge=-1, le=1_000_000_000)]
+Interval = Annotated[list[Epoch], Field(min_length=2, max_length=2), Says("two epochs of at least -1, [first, last]")]
 Factor = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=100)]
 Schedule = Literal["lin", "geom"]
@@ -92,7 +94,7 @@ class Train(Options):
     step_size: list[Whole] = change("epochs at which lr is multiplied by lr_decay")
     warmup_steps: Whole = change("steps of the linear warm-up")
     center_warmup_epochs: Whole = same("first epoch after which the Gaussians may move")
-    ema_name: Literal["ema", ""] = same("'' = no average of the weights")
+    ema_name: Annotated[Literal["ema", ""], Says("ema, or ''")] = same("'' = no average of the weights")
     ema: Average = same("the average of the weights")
 
 
@@ -121,9 +123,8 @@ class FpiInfo(Options):
     epsilon_convergence: NonNegative = same("stop when no mean and no variance moves further (L2)")
     use_isotropic_variance_when_training_mean: bool = same("mean update with averaged variances")
     sum_mu_diffs_arr_square: bool = same("variance update with summed squares of the means' differences")
-    interval_mu: list[Epoch] = same("epochs, inclusive, in which the means move; [-1, -1] = never",
-                                    min_length=2, max_length=2)  # fmt: skip
-    interval_sigma: list[Epoch] = same("the same of the variances", min_length=2, max_length=2)
+    interval_mu: Interval = same("epochs, inclusive, in which the means move; [-1, -1] = never")
+    interval_sigma: Interval = same("the same of the variances")
     pw_kld_factors_scale: Annotated[float, Field(ge=1e-3, le=1e9)] = same("alpha")
     variance_update: Literal["upstream", "exact"] = same(
         "upstream: the published sqrt(A B)/A; exact: stationary in means and variances, without the two approximations "
@@ -281,7 +282,9 @@ class Config(Options):
     variant: str = call("part of the run folder's name")
     extra: str = call("last part of the run folder's name")
     dry_run: bool = call("check everything that needs no data, print the options as JSON, and leave")
-    resume: Literal["", "auto"] = call("auto: go on with this command's newest unfinished run, else start one")
+    resume: Annotated[Literal["", "auto"], Says("auto, or ''")] = call(
+        "auto: go on with this command's newest unfinished run, else start one"
+    )
     train_nf: bool = call("train the flow")
     test_nf_alone: bool = call("test it (Bayes' rule, bits/dim)")
     num_test_alone: Annotated[int, Field(ge=1, le=10**6)] = call("tests, each with other dequantisation noise")
@@ -561,6 +564,8 @@ def composed(folder: Path, name: str, overrides: list[str]) -> DictConfig:
             yaml.YAMLError) as error:  # fmt: skip
         text = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         hint = "; a new entry is written ++KEY=VALUE" if "is not in struct" in text else ""
+        if "Could not find 'level_method/" in text:
+            hint = f" (there: {', '.join(sorted(path.stem for path in (CONFIGS / 'level_method').iterdir()))})"
         raise UserError(f"configuration {name}: {text}{hint}") from error
 
 

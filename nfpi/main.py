@@ -33,7 +33,9 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from common.checkpoint import read_json, write_json
 from common.errors import NonFiniteError, UserError, disk_full, run_command
@@ -303,9 +305,16 @@ def main(argv: list[str] | None = None) -> None:
         extra.append("hydra.output_subdir=null")
     before = sys.argv
     sys.argv = [str(Path(__file__)), *flags, *overrides, *extra]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra would print its own mistakes as tracebacks and leave
     try:
         GlobalHydra.instance().clear()
         hydra.main(version_base="1.3", config_path=str(folder), config_name=name)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    except OSError as error:
+        if disk_full(error):
+            raise
+        raise UserError(f"cannot write the output folder {error.filename}: {error.strerror}") from error
     finally:
         sys.argv = before
     if failures:

@@ -412,6 +412,7 @@ def options_of(words: list[str], folder: Path, monkeypatch) -> dict:
         from nfpi import main as module
 
         monkeypatch.setattr(module, "experiment", reached)
+        monkeypatch.setattr(module, "resumed_state", lambda config: None)
         run = module.main
     with pytest.raises(Reached) as caught:
         run(words[2:])

@@ -277,6 +277,7 @@ def test_generated_pickles_from_elsewhere_train_the_classifier():
 
 # ---------------------------------------------------------------- configuration
 
+
 def test_schedules_follow_the_configuration():
     cfg = resolve(
         CONFIGS / "cifar10",

@@ -76,6 +76,17 @@ def test_the_command_refuses_before_anything_is_written(word):
     assert not list(Path.cwd().iterdir())
 
 
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [("hydra.run.dir=/proc/none", "/proc/none"), ("level_method=nope", "spcb"), ("~train.lr", "train.lr"),
+     ("train=3", "group of options"), ("dataset_info.items_per_clas_train=3", "items_per_class_train"),
+     ("++dataset_info.mine=3", "dataset_info.mine"), ("val.gmm.fpi_info.interval_mu=[5]", "two epochs")],
+)  # fmt: skip
+def test_what_hydra_would_trip_over_is_one_line(word, named):
+    found = run_inside(main.main, [*DIGITS[:3], word])
+    assert found.code == 2 and named in found.err and len(found.err.strip().splitlines()) == 1, found
+
+
 def test_dry_run_prints_the_resolved_options():
     found = run_inside(main.main, [*DIGITS, "bits=5", "train.ema.beta=0.5"])
     values = json.loads(found.out)
