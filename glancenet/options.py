@@ -26,6 +26,7 @@ from common.options import (
     option,
 )  # fmt: skip
 from glancenet.architectures import DECODERS, DISCRIMINATORS, ENCODERS, LABEL_TILERS
+from glancenet.schedules import LinearWeight, check_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -308,6 +309,8 @@ def resolve(o: Config, given: Mapping[str, Any] | None = None) -> Config:
     )  # fmt: skip
     for message in _contradictions(o):
         raise UserError(message)
+    check_scheduler(o.lr_G, o.lr_scheduler, o.lr_scheduler_args)
+    LinearWeight.of(o.w_recon, o.w_recon_scheduler, o.w_recon_scheduler_args)
     for name, needed in _idle(o, given or {}):
         log.warning("--%s does nothing here: it %s", name, needed)
     pick_device(o.device)

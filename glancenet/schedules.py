@@ -37,7 +37,23 @@ def parse_scheduler_args(words: list[str]) -> dict[str, Any]:
         if not sign or not key:
             raise UserError(f"scheduler argument {word!r}: expected name=value")
         parsed[key] = value(text)
+        if any(isinstance(one, float) and not np.isfinite(one) for one in np.atleast_1d(parsed[key]).tolist()):
+            raise UserError(f"scheduler argument {word!r}: expected a finite number")
     return parsed
+
+
+def check_scheduler(lr: float, name: str | None, args: list[str]) -> None:
+    """Try a few steps of a schedule. Raises UserError for one that fails or leads to a rate below 0."""
+    rate = LearningRate(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr), lr, 0, name, args)
+    try:
+        rates = [rate.current()]
+        for _ in range(3):
+            rate.step(1.0)
+            rates.append(rate.current())
+    except (ArithmeticError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"--lr_scheduler {name} with --lr_scheduler_args {' '.join(args)}: {error}") from error
+    if not all(isinstance(one, (int, float)) and 0 <= one < 1e12 for one in rates):
+        raise UserError(f"--lr_scheduler_args {' '.join(args)}: the learning rate becomes {rates[-1]}")
 
 
 def _linear_decay(total: float = 100, start: float = 0):
@@ -75,6 +91,8 @@ class LearningRate:
                 args.setdefault("cycle_momentum", False)
             if name == "MultiStepLR" and not isinstance(args.get("milestones"), list):
                 args["milestones"] = [args["milestones"]]
+            if not all(isinstance(step, int) for step in args.get("milestones", ())):
+                raise ValueError("milestones must be whole numbers")
             return getattr(lr_scheduler, name)(self._shadow, **args)
         except (TypeError, ValueError, KeyError) as error:
             raise UserError(f"--lr_scheduler {name}: {error}; set --lr_scheduler_args name=value ...") from error

@@ -92,6 +92,30 @@ ISSUE = ["--lr_G -1", "--lr_G nan", "--beta1 1.5", "--beta2 1", "--seed -5", "--
          "--sprites_sizes 3 2 2 4", "--include_labels -1", "--device cuda:99", "--image_size 32"]  # fmt: skip
 
 
+SCHEDULES = ["ExponentialLR gamma=nan", "ExponentialLR gamma=inf", "ExponentialLR gamma=-1", "ExponentialLR gamma=abc",
+             "StepLR step_size=0", "CosineAnnealingLR T_max=0", "StepLR", "ExponentialLR 0.9", "LambdaLR total=x",
+             "MultiStepLR milestones=a gamma=0.1", "CyclicLR base_lr=-1 max_lr=1", "ReduceLROnPlateau factor=2",
+             "ExponentialLR gamma=0.9 gama=1", "CyclicLR base_lr=x max_lr=y"]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", SCHEDULES)
+def test_schedules_that_cannot_work_are_refused(words):
+    name, *args = words.split()
+    outcome = dry(main, [*BASE, "--lr_scheduler", name, *(["--lr_scheduler_args", *args] if args else [])])
+    assert outcome.code == 2 and len(outcome.err.strip().splitlines()) == 1, outcome.err
+    assert dry(main, [*BASE, "--lr_scheduler", "ExponentialLR", "--lr_scheduler_args", "gamma=0.9"]).code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["target_value=-1 epochs=3", "target_value=nan epochs=3", "epochs=3", "target_value=1", "target_value=1 epochs=0",
+     "target_value=a epochs=2"],
+)  # fmt: skip
+def test_weight_schedules_that_cannot_work_are_refused(words):
+    flags = ["--w_recon_scheduler", "LinearScheduler", "--w_recon_scheduler_args", *words.split()]
+    assert dry(main, [*BASE, *flags]).code == 2
+
+
 @pytest.mark.parametrize("words", ISSUE)
 def test_values_that_once_failed_late(words):
     outcome = dry(main, [*BASE, *words.split()])
