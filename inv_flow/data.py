@@ -14,7 +14,7 @@ from inv_flow.train.config import Config
 
 TRAIN_SIZES = {"mnist": 50_000, "cifar10": 40_000}  # the rest of the training file is the validation split
 IMAGENET_VAL = 20_000
-HELD_BYTES = 2_000_000_000
+HELD_BYTES = 4_000_000_000  # CelebA at 64 pixels takes half of it
 
 
 class RandomCrop:

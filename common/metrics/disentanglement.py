@@ -108,26 +108,12 @@ def _bin_edges(column: np.ndarray, bins: int) -> np.ndarray:
 
 def discretize(values: np.ndarray, bins: int = BINS) -> np.ndarray:
     """Bin numbers 1..bins (n, k) of values (n, k): equal intervals over each column's own range, left edges closed."""
-    binned = np.empty(values.shape, np.int64)
-    for k, column in enumerate(values.T):
-        edges = _bin_edges(column, bins)
-        scaled = (column.astype(np.float64) - float(edges[0])) * (bins / max(float(edges[-1] - edges[0]), 1e-300))
-        guess = np.clip(scaled.astype(np.int64), 0, bins - 1)
-        # the product rounds, so the edges decide; a guess is one bin off at most unless the edges themselves are coarse
-        guess -= column < edges[guess]
-        guess += (column >= edges[guess + 1]) & (guess < bins - 1)
-        exact = (column >= edges[guess]) & ((column < edges[guess + 1]) | (guess == bins - 1))
-        binned[:, k] = guess + 1 if exact.all() else np.digitize(column, edges[:-1])
-    return binned
+    return np.stack([np.digitize(column, _bin_edges(column, bins)[:-1]) for column in values.T], axis=1)
 
 
-def _ranks(column: np.ndarray) -> tuple[np.ndarray, int]:
-    """Small non-negative integers that tell the values of an integer column (n,) apart, and their upper bound."""
-    low, high = int(column.min()), int(column.max())
-    if high - low < 4 * len(column):
-        return column - low, high - low + 1
-    values, ranks = np.unique(column, return_inverse=True)
-    return ranks, len(values)
+def _ranks(column: np.ndarray) -> np.ndarray:
+    """0, 1, ... for the values of a column (n,), in their order."""
+    return np.unique(column, return_inverse=True)[1]
 
 
 def _entropy(counts: np.ndarray) -> float:
@@ -139,20 +125,15 @@ def _entropy(counts: np.ndarray) -> float:
 
 def mutual_information(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Mutual information in nats (D, F) of every column of integers (n, D) with every column of integers (n, F)."""
-    right = [_ranks(column) for column in second.T]
-    marginal = entropies(first)[:, None] + entropies(second)
-    joint = np.empty_like(marginal)
-    for i, column in enumerate(first.T):
-        a, num_a = _ranks(column)
-        for j, (b, num_b) in enumerate(right):
-            joint[i, j] = _entropy(np.bincount(b * num_a + a, minlength=num_a * num_b))
-    information = marginal - joint
+    left, right = ([_ranks(column) for column in table.T] for table in (first, second))
+    joint = [[_entropy(np.bincount(b * (a.max() + 1) + a)) for b in right] for a in left]
+    information = entropies(first)[:, None] + entropies(second) - np.array(joint)
     return np.where(information < 1e-12, 0.0, information)  # rounding leaves about 1e-15 for independent columns
 
 
 def entropies(columns: np.ndarray) -> np.ndarray:
     """Entropy in nats (k,) of every column of integers (n, k)."""
-    return np.array([_entropy(np.bincount(_ranks(column)[0])) for column in columns.T])
+    return np.array([_entropy(np.bincount(_ranks(column))) for column in columns.T])
 
 
 def best_gap(scores: np.ndarray) -> np.ndarray:
@@ -196,9 +177,8 @@ def _auc(probability: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> fl
 def _explicitness_of(codes: np.ndarray, classes: np.ndarray, codes_test: np.ndarray, classes_test: np.ndarray):
     """Areas on training and held-out points of a logistic regression of standardised codes."""
     mean, std = codes.mean(axis=0, dtype=np.float64), codes.std(axis=0, dtype=np.float64)
-    # a constant code stays out; its standard deviation may round to 1e-17 of its value
-    inverse = np.where(np.ptp(codes, axis=0) > 0, 1 / np.where(std > 0, std, np.inf), 0)
-    train, test = ((part - mean) * inverse for part in (codes, codes_test))
+    std[(np.ptp(codes, axis=0) == 0) | (std == 0)] = np.inf  # that of a constant code may round to 1e-17 of its value
+    train, test = ((part - mean) / std for part in (codes, codes_test))
     model = LogisticRegression(max_iter=1000).fit(train, classes)
     return tuple(_auc(model.predict_proba(x), model.classes_, y) for x, y in ((train, classes), (test, classes_test)))
 

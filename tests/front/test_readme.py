@@ -281,7 +281,8 @@ def check_python(folder: str, words: list[str]) -> None:
         assert spec is not None, f"there is no module {name}"
         name = f"{name}.__main__" if spec.submodule_search_locations else name
     else:
-        places = [Path(os.path.normpath(ROOT / place / words[0])) for place in (folder, ".", "lbae/exp")]
+        homes = (folder, ".", "lbae/exp", "inv_flow/utils/inv_conv_cuda")
+        places = [Path(os.path.normpath(ROOT / home / words[0])) for home in homes]
         path = next((place for place in places if place.is_file()), places[0])
         assert path.is_file(), f"there is no {words[0]}"
         argv, name = words[1:], path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
