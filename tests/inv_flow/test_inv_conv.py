@@ -246,6 +246,8 @@ def emulate_tf32(monkeypatch):
                 arguments = [rounded(a) if n in positions else a for n, a in enumerate(arguments)]
             else:
                 assert not torch.backends.cuda.matmul.allow_tf32  # raises where the settings contradict each other
+                if torch.backends.fp32_precision == "none":
+                    assert torch.backends.cudnn.allow_tf32 in (True, False)  # so does this
             return real(*arguments, **options)
 
         monkeypatch.setattr(owner, name, product)
@@ -266,6 +268,7 @@ def precision():
     torch.set_float32_matmul_precision("highest")
     for setting, value in zip(settings, before, strict=True):
         setting.fp32_precision = value
+    torch.backends.cudnn.allow_tf32 = True  # of convolutions and recurrent layers, as PyTorch starts
 
 
 TF32 = {

@@ -24,9 +24,13 @@ def full_float32() -> Iterator[None]:
     """
     # convolutions on CUDA use TF32 unless they are told not to
     products = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    settings = (torch.backends.cudnn.conv, torch.backends.mkldnn.conv, *products)
+    settings = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.conv, *products)
+    older = older_cudnn = None
+    if torch.backends.fp32_precision == "none":  # nothing is inherited; then the older names may be in use
+        with suppress(RuntimeError):
+            older_cudnn = torch.backends.cudnn.allow_tf32
+            torch.backends.cudnn.allow_tf32 = False
     rounding = [(setting, value) for setting in settings if (value := setting.fp32_precision) not in ("ieee", "none")]
-    older = None
     if any(setting in products for setting, _ in rounding):
         # the older name of the same; it raises where it does not know what the newer one says, and so is not in use
         with suppress(RuntimeError):
@@ -39,6 +43,8 @@ def full_float32() -> Iterator[None]:
     finally:
         if older is not None:
             torch.set_float32_matmul_precision(older)
+        if older_cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = older_cudnn
         for setting, value in rounding:
             setting.fp32_precision = "none"  # as its parent says
             if setting.fp32_precision != value:
