@@ -185,21 +185,20 @@ class Stream:
     of the flow's input, images of the batch over all processes).
 
     The set stays on the device. Random numbers are a function of (seed, use, epoch, batch), drawn for the whole batch,
-    of which a process keeps its rows. From epoch `joins` on the images are those of `merged`. `test`: no transforms but
-    black padding. `whole` leaves out a last batch with fewer images than processes.
+    of which a process keeps its rows. `use` TRAIN shuffles, leaves out a last batch with fewer images than processes,
+    and takes the images of `merged` from `merged_from` on; TEST has no transforms but black padding.
     """
 
     def __init__(
-        self, images: Images, config: Config, dist: Distributed, use: int, batch_size: int, *, shuffle: bool = False,
-        test: bool = False, whole: bool = False, merged: Images | None = None, joins: int = 0,
-    ):  # fmt: skip
+        self, images: Images, config: Config, dist: Distributed, use: int, batch_size: int, merged: Images | None = None
+    ):
         self.config, self.dist, self.use, self.batch_size = config, dist, use, batch_size
-        self.shuffle, self.test, self.whole = shuffle, test, whole
-        self.images, self.merged, self.joins = images, merged, joins
+        self.images, self.merged, self.joins = images, merged, config.merged_from
+        self.trains, self.test = use == Use.TRAIN, use == Use.TEST
         self.recipe = augment.RECIPES[config.dataset.augmentation]
         self.noise = 0.0
         if self.recipe.noise:
-            apart = config.test.uniform_noise_value if test else None
+            apart = config.test.uniform_noise_value if self.test else None
             self.noise = config.uniform_noise_value if apart is None else apart
         self._held: tuple[Images, Batches] | None = None
         self._epoch = 0
@@ -214,7 +213,7 @@ class Stream:
     def _sizes(self, epoch: int) -> list[int]:
         count = len(self._at(epoch))
         sizes = [min(self.batch_size, count - start) for start in range(0, count, self.batch_size)]
-        return sizes[:-1] if self.whole and sizes[-1] < self.dist.world else sizes
+        return sizes[:-1] if self.trains and sizes[-1] < self.dist.world else sizes
 
     def batches(self, epoch: int) -> int:
         """Batches of an epoch."""
@@ -230,7 +229,7 @@ class Stream:
         self._epoch, images, config, dist = epoch, self._at(epoch), self.config, self.dist
         if self._held is None or self._held[0] is not images:
             self._held = images, Batches(
-                images, self.batch_size, config.seed, self.shuffle, drop_last=False, rank=dist.rank, world=dist.world,
+                images, self.batch_size, config.seed, self.trains, drop_last=False, rank=dist.rank, world=dist.world,
                 device=dist.device, hold=True,
             )  # fmt: skip
         sizes = self._sizes(epoch)

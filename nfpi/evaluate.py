@@ -14,7 +14,7 @@ from nfpi.gaussians import bits_per_dim, top_k_correct
 def test_stream(images: Images, config: Config, dist: Distributed) -> Stream:
     """The test images in batches, without random transforms."""
     batch_size = dist.world * max(1, config.test.batch_size // dist.world)
-    return Stream(images, config, dist, Use.TEST, batch_size, test=True)
+    return Stream(images, config, dist, Use.TEST, batch_size)
 
 
 @torch.no_grad()

@@ -67,8 +67,7 @@ def train_flow(config: Config, sets: FlowSets, test: Images, training: "FlowTrai
     flow, gaussians = model.flow.to(device), model.gaussians.to(device)
     optimizer = OPTIMIZERS[config.train.optimizer](flow.parameters(), lr=config.train.lr)
     moments = GlemMoments(config)
-    batches = Stream(sets.train, config, dist, Use.TRAIN, config.train.batch_size, shuffle=True, whole=True,
-                     merged=sets.merged, joins=config.merged_from)  # fmt: skip
+    batches = Stream(sets.train, config, dist, Use.TRAIN, config.train.batch_size, sets.merged)
     latent_batch = dist.world * max(1, config.val.batch_size // dist.world)
     latents = Stream(sets.fit, config, dist, Use.LATENTS, latent_batch)
     tests = test_stream(test, config, dist)
