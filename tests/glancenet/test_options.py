@@ -86,7 +86,7 @@ def test_dry_run_prints_the_options_and_help_the_defaults(script):
         assert text.code == 0 and all(f"--{name}" in text.out for name in options_of(model))
 
 
-ISSUE = ["--lr_G -1", "--lr_G nan", "--beta1 1.5", "--beta2 1", "--seed -5", "--w_kld -1", "--warmup_epochs -3",
+ONCE_LATE = ["--lr_G -1", "--lr_G nan", "--beta1 1.5", "--beta2 1", "--seed -5", "--w_kld -1", "--warmup_epochs -3",
          "--metric_jobs 0", "--metric_train 5", "--show_loss 0.5", "--batch_size 0", "--max_iter 0", "--max_epoch inf",
          "--osr_quantile 1", "--traverse_spacing 0", "--size_layer_disc 0", "--num_layer_disc 1", "--n_classes 1",
          "--sprites_sizes 3 2 2 4", "--include_labels -1", "--device cuda:99", "--image_size 32"]  # fmt: skip
@@ -116,7 +116,7 @@ def test_weight_schedules_that_cannot_work_are_refused(words):
     assert dry(main, [*BASE, *flags]).code == 2
 
 
-@pytest.mark.parametrize("words", ISSUE)
+@pytest.mark.parametrize("words", ONCE_LATE)
 def test_values_that_once_failed_late(words):
     outcome = dry(main, [*BASE, *words.split()])
     assert outcome.code == 2 and words.split()[0].lstrip("-") in outcome.err, outcome.err
