@@ -1,0 +1,152 @@
+"""Judge the tests by mutants: single changes of the method's code, made by cosmic-ray, that a test should notice.
+
+Places are drawn with a fixed seed from all those where cosmic-ray's operators can change a file, one operator for each
+place, so that long formulas do not crowd out the rest. Each mutant is judged by one pytest run of the closest tests of
+its file, in a copy of the tree; a run that fails, or takes five times as long as the unchanged one, kills it.
+`bash scripts/mutation.sh PAPER` is the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# the files that hold each method, and the tests closest to them (arguments of pytest)
+JUDGES: dict[str, dict[str, str]] = {
+    "lbae": {
+        "lbae/model.py": "tests/lbae/test_golden.py tests/lbae/test_model.py",
+        "lbae/train.py": "tests/lbae/test_model.py tests/lbae/test_commands.py",
+        "lbae/sampler.py": "tests/lbae/test_golden.py tests/lbae/test_sampler.py",
+        "lbae/generate.py": "tests/lbae/test_sampler.py tests/lbae/test_commands.py",
+        "lbae/reconstruct.py": "tests/lbae/test_commands.py",
+        "lbae/eval.py": "tests/lbae/test_scores.py tests/lbae/test_commands.py",
+    },
+    "glancenet": {
+        "glancenet/losses.py": "tests/glancenet/test_golden.py tests/glancenet/test_losses.py",
+        "glancenet/algorithms.py": "tests/glancenet/test_golden.py tests/glancenet/test_main.py",
+        "glancenet/osr.py": "tests/glancenet/test_golden.py tests/glancenet/test_evaluate.py",
+        "glancenet/leakage.py": "tests/glancenet/test_leakage.py",
+        "glancenet/main.py": "tests/glancenet/test_main.py",
+    },
+    "latent_flow": {
+        "latent_flow/objective.py": "tests/latent_flow/test_golden.py tests/latent_flow/test_contract.py",
+        "latent_flow/rollout.py": "tests/latent_flow/test_golden.py tests/latent_flow/test_contract.py",
+        "latent_flow/fields.py": "tests/latent_flow/test_golden.py tests/latent_flow/test_contract.py",
+        "latent_flow/spikes.py": "tests/latent_flow/test_golden.py tests/latent_flow/test_contract.py",
+        "latent_flow/train.py": "tests/latent_flow/test_scripts.py",
+        "latent_flow/metrics.py": "tests/latent_flow/test_contract.py tests/latent_flow/test_scripts.py",
+    },
+    "inv_flow": {
+        "inv_flow/layers/*.py": "tests/inv_flow/test_golden.py tests/inv_flow/test_layers.py",
+        "inv_flow/model.py": "tests/inv_flow/test_golden.py tests/inv_flow/test_experiment.py",
+        "inv_flow/train/experiment.py": "tests/inv_flow/test_experiment.py",
+        "inv_flow/train/evaluation.py": "tests/inv_flow/test_experiment.py",
+        "inv_flow/train/optim.py": "tests/inv_flow/test_experiment.py",
+        "inv_flow/utils/inv_conv_cuda/torch_backend.py": "tests/inv_flow/test_inv_conv.py",
+    },
+    "nfpi": {
+        "nfpi/fpi.py": "tests/nfpi/test_golden.py tests/nfpi/test_gaussians.py",
+        "nfpi/gaussians.py": "tests/nfpi/test_golden.py tests/nfpi/test_gaussians.py",
+        "nfpi/conditional.py": "tests/nfpi/test_golden.py tests/nfpi/test_gaussians.py",
+        "nfpi/train.py": "tests/nfpi/test_runs.py",
+        "nfpi/cnn.py": "tests/nfpi/test_main.py",
+    },
+    "common": {
+        "common/batches.py": "tests/common/test_batches.py",
+        "common/checkpoint.py": "tests/common/test_checkpoint.py",
+        "common/metrics/*.py": "tests/common/metrics",
+    },
+}
+
+
+def places(files: dict[str, str], number: int, seed: int) -> list:
+    """`number` places that cosmic-ray can change, drawn without repetition, with one of their operators each."""
+    from cosmic_ray.commands import init
+    from cosmic_ray.work_db import WorkDB
+
+    database = WorkDB(":memory:", WorkDB.Mode.create)
+    init(sorted(files), database, {})
+    operators = defaultdict(list)
+    for item in sorted(database.work_items, key=lambda item: str(item.mutations[0])):
+        [change] = item.mutations
+        if "BitOr" not in change.operator_name:  # `int | None`: an annotation, not the method
+            operators[str(change.module_path), change.start_pos, change.end_pos].append(change)
+    draw = random.Random(seed)
+    return [draw.choice(operators[place]) for place in draw.sample(sorted(operators), min(number, len(operators)))]
+
+
+def tree_copy(folder: Path) -> None:
+    """The files that git lists or would list, as they are now."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, stdout=-1
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("paper", choices=sorted(JUDGES))
+    parser.add_argument("--mutants", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="FILE", help="a file of the table, to look at that one alone")
+    parser.add_argument("--json", metavar="FILE", help="where every mutant's verdict and change are written")
+    args = parser.parse_args()
+    try:
+        from cosmic_ray.mutating import mutate_and_test
+    except ModuleNotFoundError:
+        parser.error("cosmic-ray is not installed: pip install -e .[dev]")
+
+    verdicts: list[dict] = []
+    with tempfile.TemporaryDirectory(prefix="mutation_") as folder:
+        tree_copy(Path(folder))
+        os.chdir(folder)
+        judges = JUDGES[args.paper].items()
+        files = {str(path): tests for pattern, tests in judges for path in sorted(Path().glob(pattern))}
+        files = {path: tests for path, tests in files.items() if args.only in (None, path)}
+        if not files:
+            parser.error(f"{args.only} is not in the table of {Path(__file__).name}")
+        judge = f"{shlex.quote(sys.executable)} -m pytest -x -q -n 0 -p no:cacheprovider "
+        limits: dict[str, float] = {}
+        for change in places(files, args.mutants, args.seed):
+            path = str(change.module_path)
+            command = judge + files[path]
+            if files[path] not in limits:
+                start = time.monotonic()
+                if subprocess.run(shlex.split(command), stdout=-1).returncode:
+                    parser.error(f"these tests fail without a mutant: {command}")
+                limits[files[path]] = 60 + 5 * (time.monotonic() - start)
+            start = time.monotonic()
+            result = mutate_and_test((change,), command, limits[files[path]])
+            verdict = str(result.test_outcome.value if result.test_outcome else result.worker_outcome.value)
+            verdicts.append({"file": path, "line": change.start_pos[0], "verdict": verdict, "change": result.diff})
+            seconds = time.monotonic() - start
+            print(f"{len(verdicts):3} {verdict:11} {path}:{change.start_pos[0]} ({seconds:.0f} s)", flush=True)
+            if verdict == "survived":
+                print(result.diff, flush=True)
+    if args.json:
+        Path(ROOT, args.json).write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")
+    for path in sorted({verdict["file"] for verdict in verdicts}):
+        print(path, dict(Counter(verdict["verdict"] for verdict in verdicts if verdict["file"] == path)))
+    count = Counter(verdict["verdict"] for verdict in verdicts)
+    killed = f"{count['killed']} of {len(verdicts)} mutants killed, {count['survived']} survived"
+    print(f"{args.paper}: {killed} (seed {args.seed})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
