@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,11 @@ def full_precision(tf32: bool = False) -> None:
     """
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def autocast(device: torch.device, amp: bool) -> AbstractContextManager:
+    """bfloat16 convolutions and matrix products where `amp` says so; without it nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16) if amp else nullcontext()
 
 
 def keep_freed_memory() -> bool:
