@@ -204,14 +204,6 @@ class Distributed:
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(part.view(gradient.shape))
 
-    def mean_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average the gradients over the processes, in place: of equal shares of a batch, that of the whole."""
-        parameters = list(parameters)
-        self.sum_gradients(parameters)
-        for parameter in parameters if self.world > 1 else ():
-            if parameter.grad is not None:
-                parameter.grad /= self.world
-
     def any(self, flag: "bool | StopSignal") -> bool:
         """True on every process when it is true on one: ranks leave a loop together."""
         return bool(flag) if self.world == 1 else bool(self.sum(float(bool(flag))) > 0)
