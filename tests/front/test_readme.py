@@ -199,7 +199,7 @@ def check(call: Call) -> None:
         elif script == "scripts/quickstart.sh":
             check_python(".", ["scripts/quickstart.py", *words[1:]])
         elif script == "scripts/setup.sh":
-            assert len(words) == 1
+            assert set(words[1:]) <= {"--cpu", "--light", "--dry-run"}, words
     elif program == "script":
         check_lbae_script(*words)
     elif program == "cd":
