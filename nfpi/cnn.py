@@ -51,6 +51,11 @@ def temperatures(config: Config) -> list[float]:
     return [config.T] if config.only_T else list(TEMPERATURES)
 
 
+def spelled(temperature: float) -> str:
+    """A temperature as folders and results name it: with one decimal, or all that it has."""
+    return f"{temperature:.1f}" if round(temperature, 1) == temperature else f"{temperature:g}"
+
+
 def normalised(pixels: Tensor, config: Config) -> Tensor:
     """uint8 -> float in [-1, 1], cut to `bits` bits and padded where asked."""
     if config.do_k_bits_posterize_transform:
@@ -165,7 +170,7 @@ def train_cnn(
     folder: Path,
 ) -> float:  # fmt: skip
     """Train a ResNet by the configured strategy at `temperature`; returns its accuracy on the real test images."""
-    strategy, folder = config.classifier_nf_strategy, folder / f"0_exp_0_T{temperature:.1f}"
+    strategy, folder = config.classifier_nf_strategy, folder / f"0_exp_0_T{spelled(temperature)}"
     if config.cnn_run.imgs_per_class:
         rng = torch.Generator().manual_seed(config.seed)
         real = real.subset(items_per_class(real.targets, config.cnn_run.imgs_per_class, rng))

@@ -449,7 +449,7 @@ _CNN = ("classification.", "classifier_nf_strategy", "only_T", "mixing_nbr", "nu
         "do_all_classifications", "dataset_classification", "do_k_bits_posterize_transform",
         "sample_seed_start")  # fmt: skip
 _TRAINING = ("train.", "val.", "label_encoder.", "nf_weights_load_path", "gaussians_load_path", "torch_compile",
-             "save_", "test_every", "temperature_sampling", "activation_", "resume",
+             "save_", "test_every", "temperature_sampling", "activation_",
              "dataset_info.items_per_class")  # fmt: skip
 _GLEM = tuple(f"val.gmm.{name}" for name, field in Gmm.model_fields.items() if field.description.startswith("glem"))
 

@@ -24,8 +24,8 @@ from pydantic import Field, StringConstraints
 from torch import Tensor
 
 from common import datasets
-from common.datasets.readers import read_image
 from common.errors import UserError, run_command
+from common.images import PICTURE_SUFFIXES, natural_sorted, open_picture
 from common.options import Options, Says, from_flags, option
 from nfpi.data import write_pickle
 
@@ -36,7 +36,6 @@ TORCHVISION = {
     "cifar100": "CIFAR100",
     "svhn": "SVHN",
 }
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
 def as_part(data, targets) -> dict[str, Tensor]:
@@ -91,13 +90,6 @@ def from_common(name: str, root: Path) -> dict:
     return {**parts, "classes": [str(c) for c in classes or range(count)]}
 
 
-def _image(path: Path, size: int) -> np.ndarray:
-    image = read_image(path, 3)
-    if size and image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
-
-
 def _listing(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """(file, label) of a folder of class folders, or of TinyImageNet's val folder with its annotations."""
     notes = folder / "val_annotations.txt"
@@ -106,42 +98,56 @@ def _listing(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         if bad := [row for row in rows if len(row) < 2 or row[1] not in classes]:
             raise UserError(f"{notes}: {' '.join(bad[0])[:60]!r} names no file and class of the training images")
         return [(folder / "images" / row[0], classes.index(row[1])) for row in rows]
+    if unknown := set(_folders(folder)) - set(classes):
+        raise UserError(f"{folder / min(unknown)}: no such class among the training images; take the folder out")
     found = []
     for label, name in enumerate(classes):
-        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = [path for path in (folder / name).rglob("[!.]*") if path.suffix.lower() in PICTURE_SUFFIXES]
         if not files:
-            raise UserError(f"{folder / name} holds no images ({', '.join(SUFFIXES)})")
-        found += [(path, label) for path in files]
+            raise UserError(f"{folder / name} holds no images ({', '.join(PICTURE_SUFFIXES)})")
+        found += [(path, label) for path in natural_sorted(files)]
     return found
 
 
+def _folders(folder: Path) -> list[str]:
+    return natural_sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
 def from_folder(folder: Path, size: int) -> dict:
-    """Images of class folders below `train` and `test` (or `val`), resized to `size` (0 keeps them)."""
+    """Images of class folders below `train` and `test` (or `val`), resized to `size` (0 keeps them); labels in natural
+    order of the classes' names. Grey where all pictures are.
+    """
     train = folder / "train"
     test = next((folder / name for name in ("test", "val") if _has_labels(folder / name)), None)
     if not train.is_dir() or test is None:
         raise UserError(f"{folder}: expected train/<class>/ and test/<class>/ (or val/) with images")
-    classes = sorted(p.name for p in train.iterdir() if p.is_dir())
-    parts = {}
+    classes, rows, images = _folders(train), {}, {}
     for split, place in (("train", train), ("test", test)):
-        rows = _listing(place, classes)
-        images = [_image(path, size) for path, _ in rows]
-        if len({image.shape for image in images}) > 1:
-            raise UserError(f"{place}: the images differ in size; give --size")
-        parts[split] = as_part(np.stack(images), [label for _, label in rows])
+        rows[split] = _listing(place, classes)
+        images[split] = [open_picture(path) for path, _ in rows[split]]
+        if size:
+            images[split] = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images[split]]
+    sizes = {image.size for part in images.values() for image in part}
+    if len(sizes) > 1:
+        raise UserError(f"{folder}: the images differ in size ({min(sizes)} and {max(sizes)}); give --size")
+    mode = "L" if all(image.mode == "L" for part in images.values() for image in part) else "RGB"
+    parts = {
+        split: as_part(np.stack([np.asarray(image.convert(mode)) for image in part]), [k for _, k in rows[split]])
+        for split, part in images.items()
+    }
     return {**parts, "classes": classes}
 
 
 def _has_labels(folder: Path) -> bool:
     if (folder / "val_annotations.txt").is_file():
         return True
-    return folder.is_dir() and any(p.is_dir() and p.name != "images" for p in folder.iterdir())
+    return folder.is_dir() and any(name != "images" for name in _folders(folder))
 
 
 class Config(Options):
     """The options."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$"), Says("a name without slashes")] = option(
+    name: Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$"), Says("a name without slashes")] = option(
         ..., "name of the set; also of the folder and file that are written")  # fmt: skip
     root: str = option("", "where sets lie, and where the pickle goes (default: DATA_ROOT, else data/)")
     folder: str = option("", "take the images of this folder")
@@ -161,13 +167,15 @@ def main(argv: list[str] | None = None) -> None:
         print(args.model_dump_json(indent=2))
         return
     root = datasets.data_root(args.root)
+    path = root / args.name / f"{args.name}.pickle"
+    if path.exists():
+        raise UserError(f"{path} is there already; move it away, or name another set")
     if args.folder:
         content = from_folder(Path(args.folder), args.size)
     elif args.download:
         content = from_torchvision(args.name, root)
     else:
         content = from_common(args.name, root)
-    path = root / args.name / f"{args.name}.pickle"
     write_pickle(path, content)
     shapes = {split: tuple(content[split]["data"].shape) for split in ("train", "test")}
     print(f"wrote {path}: {shapes}, {len(content['classes'])} classes")

@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
     import common.start  # noqa: F401
 
+import hashlib
 import itertools
 import json
 import os
@@ -40,7 +41,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.checkpoint import read_json, write_json
 from common.errors import NonFiniteError, UserError, disk_full, run_command
 from common.launch import Distributed, full_precision, pick_device, seed_everything
-from common.options import check_resume, compare
+from common.options import check_resume, compare, flat
 from nfpi import augment, cnn
 from nfpi.conditional import ConditionalFlow
 from nfpi.config import (
@@ -60,6 +61,18 @@ from nfpi.data import Images, flow_sets, load_generated, load_split
 from nfpi.evaluate import repeated, test_stream
 from nfpi.train import FlowTraining, read_state, train_flow
 
+# options that say which stages run, and how a call is made, not what a stage gives
+STAGE_SWITCHES = {
+    "test_nf_alone",
+    "train_classifier",
+    "only_T",
+    "T",
+    "resume",
+    "nf_ckpt_path",
+    "dry_run",
+    "device",
+    "wandb",
+}
 HYDRA_ONLY = ("--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p")
 
 
@@ -107,20 +120,56 @@ def newest_state(folder: Path) -> Path | None:
 
 
 def is_finished(folder: Path, config: Config) -> bool:
-    """Whether all stages of a run have ended, and as many epochs as are asked now."""
+    """Whether all stages that are asked now have ended in `folder`, with as many epochs."""
     results = folder / "results.json"
     if not results.is_file():
         return False
     content = read_json(results)
+    if not config.train_nf and content.get("weights") != weights_of(config):
+        return False
     epochs = content.get("config", {}).get("train", {}).get("epochs", 0)
-    return content.get("finished", True) and epochs >= config.train.epochs
+    tested = "nf" in content or not config.test_nf_alone
+    cnns = {cnn.spelled(t) for t in cnn.temperatures(config)} if config.train_classifier else set()
+    enough = epochs >= config.train.epochs or not config.train_nf
+    return content.get("finished", True) and enough and tested and cnns <= content.get("cnn", {}).keys()
 
 
 def of_same_command(base: Path, config: Config) -> list[Path]:
     """The version folders that were made with these settings, the newest first."""
     found = [p for p in base.glob("version_*") if p.name[8:].isdigit() and (p / "config.json").is_file()]
-    found = [p for p in found if not compare(read_json(p / "config.json"), config)["same"]]
-    return sorted(found, key=lambda p: -int(p.name[8:]))
+    return sorted((p for p in found if _made_by(read_json(p / "config.json"), config)), key=lambda p: -int(p.name[8:]))
+
+
+def _made_by(old: dict[str, Any], config: Config) -> bool:
+    """Whether saved options are those of a run that `config` may go on with: a training with the same settings, or the
+    same tests of the same weights.
+    """
+    if not config.train_nf:
+        return _same_stages(old, config)
+    return bool(old.get("train_nf", True)) and not compare(old, config)["same"]
+
+
+def _same_stages(old: dict[str, Any], config: Config) -> bool:
+    """Whether saved options lead to the same figures."""
+    before, now = flat(old), flat(config.as_dict())
+    return all(before.get(name, now[name]) == now[name] for name in now.keys() - STAGE_SWITCHES)
+
+
+def weights_of(config: Config) -> str | None:
+    """The digest of the weights that are tested with train_nf=0."""
+    if config.train_nf or not config.nf_load_path:
+        return None
+    with open(config.nf_load_path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def figures_so_far(folder: Path, config: Config) -> dict[str, Any]:
+    """The figures of stages that an interrupted run with the same options and weights has finished."""
+    path = folder / "results.json"
+    content = read_json(path) if path.is_file() else {}
+    if not _same_stages(content.get("config", {"seed": None}), config) or content.get("weights") != weights_of(config):
+        return {}
+    return {stage: content[stage] for stage in ("nf", "cnn") if stage in content}
 
 
 def version_folder(base: Path, config: Config, dist: Distributed) -> Path:
@@ -129,7 +178,7 @@ def version_folder(base: Path, config: Config, dist: Distributed) -> Path:
     """
     number = 0
     if dist.is_main:
-        earlier = of_same_command(base, config) if config.resume and config.train_nf else []
+        earlier = of_same_command(base, config) if config.resume else []
         unfinished = [p for p in earlier if not is_finished(p, config)]
         if chosen := unfinished[:1] or earlier[:1]:
             number = int(chosen[0].name[8:])
@@ -175,16 +224,19 @@ def _stages(config: Config, output: Path, given: list[str], state: dict[str, Any
         how["checkpoint"] = config.nf_ckpt_path
     else:
         folder, how = version_folder(output, config, dist), {}
-        if config.resume and config.train_nf and (folder / "config.json").is_file():
+        if config.resume and (folder / "config.json").is_file():
             if is_finished(folder, config):
                 print(f"{folder} is finished")
                 return read_json(folder / "results.json")
             how = {"resume": "auto", "checkpoint": newest_state(folder)}
-    results: dict[str, Any] = {"config": config.as_dict(), "folder": str(folder), "finished": False}
+    results: dict[str, Any] = {"config": config.as_dict(), "folder": str(folder), "finished": False,
+                               "weights": weights_of(config)}  # fmt: skip
+    done = figures_so_far(folder, config) if how else {}
     with FlowTraining(folder, config, dist, state, wandb=config.wandb or None, **how) as training:
         run = training.run
         for line in (f"device {dist.device}, {dist.world} process(es), writing to {folder}", *notes):
             run.info(line)
+        keep(results | done, dist)
         if config.train_nf:
             try:
                 weights = train_flow(config, flow_sets(real, config), test, training, dist)
@@ -192,14 +244,16 @@ def _stages(config: Config, output: Path, given: list[str], state: dict[str, Any
                 run.info(f"go on with resume=auto, or with nf_ckpt_path={training.checkpoint}")
                 raise
             model = ConditionalFlow.load(weights, dist.device)
-        if config.test_nf_alone:
+        results |= done
+        if config.test_nf_alone and "nf" not in done:
             results["nf"] = repeated(model, test_stream(test, config, dist), config.num_test_alone, dist, run)
             keep(results, dist)
         for t in cnn.temperatures(config) if config.train_classifier else ():
-            accuracy = cnn.train_cnn(model, config, cnn_images, test, t, dist, folder)
-            results.setdefault("cnn", {})[f"{t:.1f}"] = accuracy
-            run.info(f"CNN ({config.classifier_nf_strategy}, T={t:.1f}): test accuracy {accuracy:.4f}")
-            keep(results, dist)
+            name = cnn.spelled(t)
+            if name not in results.setdefault("cnn", {}):
+                results["cnn"][name] = cnn.train_cnn(model, config, cnn_images, test, t, dist, folder)
+                run.info(f"CNN ({config.classifier_nf_strategy}, T={name}): test accuracy {results['cnn'][name]:.4f}")
+                keep(results, dist)
         results["finished"] = True
         keep(results, dist)
         if dist.is_main:

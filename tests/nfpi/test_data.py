@@ -147,6 +147,7 @@ def test_extraction_from_folders(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         write_images(source / split, "ant", count, 10)
         write_images(source / split, "bee", count, 200)
+    (source / "train" / ".hidden").mkdir()
     extract_dataset.main(["insects", "--root", str(tmp_path), "--folder", str(source), "--size", "4"])
     train = data.load_split("insects", str(tmp_path), "train")
     assert train.images.shape == (6, 3, 4, 4) and train.classes == ("ant", "bee")
@@ -161,6 +162,44 @@ def test_extraction_from_folders(tmp_path):
     assert data.load_split("tiny", str(tmp_path), "test").targets.tolist() == [1, 0]
     (source / "train" / "ant" / "0.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"0\.png"):
-        extract_dataset.main(["insects", "--root", str(tmp_path), "--folder", str(source)])
+        extract_dataset.main(["damaged", "--root", str(tmp_path), "--folder", str(source)])
+    write_images(source / "train", "ant", 1, 10)
+    write_images(source / "test", "wasp", 1, 10)
+    with pytest.raises(UserError, match="wasp: no such class"):
+        extract_dataset.main(["wasps", "--root", str(tmp_path), "--folder", str(source)])
     with pytest.raises(UserError, match="train/<class>"):
         extract_dataset.main(["none", "--root", str(tmp_path), "--folder", str(tmp_path / "none")])
+
+
+def test_extraction_takes_every_kind_of_picture_in_natural_order(tmp_path):
+    """Classes and files 2 before 10; grey sets stay grey; every ending that the other papers read."""
+    for split in ("train", "test"):
+        for label in ("2", "10"):
+            for name, value in (("2.bmp", 20), ("10.tif", 100), ("B.JPEG", 200), (".0.png", 0)):
+                path = tmp_path / "grey" / split / label / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((4, 4), value + int(label), np.uint8)).save(path)
+    extract_dataset.main(["grey", "--root", str(tmp_path), "--folder", str(tmp_path / "grey")])
+    train = data.load_split("grey", str(tmp_path), "train")
+    assert train.classes == ("2", "10") and train.images.shape == (6, 1, 4, 4)
+    levels = train.images[:, 0, 0, 0].int()
+    assert (levels - torch.tensor([22, 102, 202, 30, 110, 210])).abs().max() <= 2  # lossy pictures
+    (tmp_path / "grey/test/10/B.JPEG").unlink()
+    write_images(tmp_path / "grey/test", "10", 1, 9, side=4)
+    extract_dataset.main(["mixed", "--root", str(tmp_path), "--folder", str(tmp_path / "grey")])
+    assert data.load_split("mixed", str(tmp_path), "train").images.shape == (6, 3, 4, 4)
+    write_images(tmp_path / "grey/test", "10", 1, 9, side=5)
+    with pytest.raises(UserError, match="--size"):
+        extract_dataset.main(["sizes", "--root", str(tmp_path), "--folder", str(tmp_path / "grey")])
+
+
+@pytest.mark.parametrize("name", ["digits", ".."])
+def test_extraction_overwrites_nothing(name, tmp_path):
+    root = tmp_path / "sets"
+    root.mkdir()
+    there = root / name / f"{name}.pickle"
+    there.parent.mkdir(exist_ok=True)
+    there.write_bytes(b"mine")
+    with pytest.raises(UserError, match="is there already" if name == "digits" else "name"):
+        extract_dataset.main([name, "--root", str(root)])
+    assert there.read_bytes() == b"mine"

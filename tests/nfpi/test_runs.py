@@ -238,19 +238,51 @@ def test_a_loaded_flow_keeps_its_architecture_and_bits():
     assert config["bits"] == 5 and config["num_flows"] == [1, 1] and config["hidden_channels"] == [4, 4]
 
 
-def test_figures_are_kept_when_a_later_stage_fails(monkeypatch):
-    real = cnn.train_cnn
+def test_finished_figures_are_kept_and_resume_does_the_rest(monkeypatch):
+    trained = []
 
-    def fails_at_the_second(model, config, images, test, temperature, *rest):
-        if temperature != 1.2:
+    def fails_once(model, config, images, test, temperature, *rest):
+        trained.append(temperature)
+        if trained == [1.2, 1.1]:
             raise KeyboardInterrupt
-        return real(model, config, images, test, temperature, *rest)
+        return temperature / 2
 
-    monkeypatch.setattr(cnn, "train_cnn", fails_at_the_second)
-    run("train.epochs=1", "only_T=0", "num_imgs_scale=0.05", "classification.digits.epochs=1",
-        "classification.stem=imagenet", code=130)  # fmt: skip
+    monkeypatch.setattr(cnn, "train_cnn", fails_once)
+    words = ["train.epochs=1", "only_T=0", "num_imgs_scale=0.05", "resume=auto"]
+    run(*words, code=130)
+    first = read_json(BASE / "version_0/results.json")
+    assert first["cnn"] == {"1.2": 0.6} and first["nf"]["bpd"] > 0 and first["finished"] is False
+    monkeypatch.setattr(main, "repeated", None)  # the test of the flow is not repeated
+    run(*words)
     results = read_json(BASE / "version_0/results.json")
-    assert set(results["cnn"]) == {"1.2"} and results["nf"]["bpd"] > 0 and results["finished"] is False
+    assert trained == [1.2, 1.1, 1.1, 1.0, 0.9, 0.8, 0.7] and results["finished"] and results["nf"] == first["nf"]
+    assert results["cnn"] == {f"{t:.1f}": t / 2 for t in trained if t}
+    run(*words, "only_T=1", "T=0.75")  # a stage that has not run, and only that
+    assert trained[7:] == [0.75] and not (BASE / "version_1").exists()
+
+
+def test_a_changed_option_repeats_the_stages_that_depend_on_it(monkeypatch):
+    trained = []
+    monkeypatch.setattr(cnn, "train_cnn", lambda *how: trained.append(how[4]) or 0.5)
+    run("train.epochs=1", "only_T=1", "resume=auto")
+    run("train.epochs=1", "only_T=1", "resume=auto")
+    assert len(trained) == 1
+    run("train.epochs=2", "only_T=1", "resume=auto")
+    assert len(trained) == 2 and len(metrics(BASE / "version_0")) > 6
+
+
+def test_a_test_of_weights_is_resumed_and_never_taken_for_a_training():
+    run(*FLOW_ONLY, "train.epochs=1")
+    weights = BASE / "version_0/checkpoints/flow.safetensors"
+    load = ["train_nf=0", f"nf_load_path={weights}", "train_classifier=0", "resume=auto"]
+    run(*load)
+    first = read_json(BASE / "version_1/results.json")
+    assert first["nf"]["bpd"] > 0 and "is finished" in run(*load).out
+    run(*FLOW_ONLY, "train.epochs=2", "resume=auto")
+    assert len([row for row in metrics(BASE / "version_0") if row["loss"]]) == 6  # not in the folder of the test
+    assert read_json(BASE / "version_1/results.json") == first
+    run(*load)  # the weights are others now
+    assert read_json(BASE / "version_1/results.json")["nf"]["bpd"] != first["nf"]["bpd"]
 
 
 # ---------------------------------------------------------------- signals
