@@ -89,6 +89,8 @@ def image_array(path: Path, key: str, remedy: str, binary: bool = False) -> "Ima
     step = 4096
     if binary and any(array[start : start + step].max(initial=0) > 1 for start in range(0, len(array), step)):
         raise UserError(f"{path}: {key} must hold 0 and 1 alone; make it again by: {remedy}")
+    if not binary and len(array) and array[:step].max() <= 1:
+        raise UserError(f"{path}: {key} must hold 0 to 255, not 0 and 1 alone; make it again by: {remedy}")
     return Images(array, scale=255 if binary else 1)
 
 

@@ -25,9 +25,11 @@ if __name__ == "__main__":
     import common.start  # noqa: F401
 
 import csv
+import functools
 import io
 import itertools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -73,9 +75,13 @@ def linear_scores(z: np.ndarray, concepts: np.ndarray) -> dict[str, float]:
 
 
 def celeba_scores(z: np.ndarray, concepts: np.ndarray) -> dict[str, float]:
-    """The published CelebA recipe on sigmoids of all sampled latents (n, >= 10) and attributes (n, 10)."""
+    """The published CelebA recipe on sigmoids of all sampled latents (n, >= 10) and attributes (n, 10); nothing where
+    --include_labels left attributes out.
+    """
     from glancenet.dci_celeba import dci_celeba
 
+    if concepts.shape[1] != 10:
+        return {}
     scores = dci_celeba(z, concepts)
     return {name: scores[name] for name in ("alignment", "completeness", "explicitness")}
 
@@ -90,8 +96,24 @@ def dci_scores(run: Path) -> dict[str, float]:
     return {name: float(scores[key]) for name, key in names.items() if scores.get(key) is not None}
 
 
-def run_scores(run: Path) -> dict[str, Any]:
-    """One row: what was run, and its measures (missing ones are absent). Raises UserError for an unfinished run."""
+def class_scores(run: Path) -> dict[str, float]:
+    """The accuracy of the saved predictions."""
+    _, y, prediction = load_arrays(run / "eval_results" / "downstream_obtained.npy", 3)
+    return {"accuracy": float((y == prediction).mean())}
+
+
+def last_metrics(run: Path) -> dict[str, float]:
+    """The last row of dis_metrics.csv, if there is one."""
+    path = run / "eval_results" / "dis_metrics.csv"
+    table = read_table(path) if path.is_file() else []
+    return {k.removeprefix("eval_"): float(v) for k, v in table[-1].items() if v and k != "eval_dci"} if table else {}
+
+
+def run_scores(run: Path, problems: list[str] | None = None) -> dict[str, Any]:
+    """One row: what was run, and its measures (missing ones are absent). Raises UserError for an unfinished run.
+
+    A measure that cannot be taken is said in `problems` where that is given, and the others stay.
+    """
     options = read_json(run / "commandline_args.txt")
     try:
         row: dict[str, Any] = {
@@ -106,19 +128,20 @@ def run_scores(run: Path) -> dict[str, Any]:
         raise UserError(f"{evaluation / 'test_metrics.csv'} has no row yet: the run has not reached its first test")
     row["iterations"] = int(last[-1]["iter"])
     row["reconstruction"] = float(last[-1]["rec"])
+    parts: list[Callable[[], dict[str, float]]] = [lambda: dci_scores(run), lambda: last_metrics(run)]
     if "latent" in last[-1]:
         row["concept_error"] = float(last[-1]["latent"])
-        _, y, prediction = load_arrays(evaluation / "downstream_obtained.npy", 3)
-        row["accuracy"] = float((y == prediction).mean())
-        _, z, concepts = load_arrays(evaluation / "latents_obtained.npy", 3)
-        row |= linear_scores(z, concepts)
-        if row["dataset"] == "celebA" and concepts.shape[1] == 10:
-            row |= celeba_scores(z, concepts)
-    row |= dci_scores(run)
-    if (evaluation / "dis_metrics.csv").is_file():
-        table = read_table(evaluation / "dis_metrics.csv")
-        values = table[-1] if table else {}
-        row |= {k.removeprefix("eval_"): float(v) for k, v in values.items() if v and k != "eval_dci"}
+        saved = functools.cache(lambda: load_arrays(evaluation / "latents_obtained.npy", 3)[1:])
+        parts[:0] = [lambda: class_scores(run), lambda: linear_scores(*saved())]
+        if row["dataset"] == "celebA":
+            parts.insert(2, lambda: celeba_scores(*saved()))
+    for measure in parts:
+        try:
+            row |= measure()
+        except UserError as error:
+            if problems is None:
+                raise
+            problems.append(f"{run}: {error}")
     return row
 
 
@@ -274,7 +297,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     runs, rows, problems = find_runs(o.log), [], []
     for run in runs:
         try:
-            rows.append(run_scores(run))
+            rows.append(run_scores(run, problems))
         except UserError as error:
             problems.append(str(error))
     rows = chosen(o, rows)
@@ -293,7 +316,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         plot_run(Path(row["run"]), out if len(rows) == 1 else out / folder)
     print(json.dumps(table, indent=2) if o.as_json else markdown(table), end="", flush=True)
     if problems:
-        raise UserError(f"{len(problems)} of {len(runs)} runs are left out: {'; '.join(problems)}")
+        raise UserError(f"not measured: {'; '.join(problems)}")
     return table
 
 

@@ -5,6 +5,7 @@ total), `final` (where the training ended or was stopped) and `model.safetensors
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from glancenet.report import Files
 from glancenet.schedules import EarlyStopping, LearningRate, LinearWeight
 
 KIND = "glancenet"
+WRITTEN = ("last", "best", "final", "model.safetensors", "model.json")  # in <ckpt_dir>/<name>
 SAVED_TRAIN_ROWS = 10_000
 
 
@@ -67,6 +69,16 @@ class Progress:
         self.epoch_sum, self.epoch_steps, self.epoch_latents = torch.zeros_like(self.epoch_sum), 0, []
 
 
+def log_of(state: dict[str, Any], source: Path) -> Path | None:
+    """The log folder of the run that `source` holds, wherever it was moved with it; None where it is gone."""
+    named, beside = Path(state.get("log", "")), source.parent / state.get("log_place", "")
+    if os.path.abspath(named) == os.path.abspath(beside):
+        return named if named.is_dir() else None
+    return next(
+        (Path(os.path.relpath(place)) for place in (beside, named) if (place / "run/config.json").is_file()), None
+    )
+
+
 def newest(folder: Path) -> Path | None:
     """The newer of `final` and `last` in a checkpoint folder."""
     found = [folder / name for name in ("last", "final") if (folder / name).is_file()]
@@ -95,10 +107,18 @@ class GlanceTraining(Training):
         state = load_state(source, KIND) if wanted else None
         if o.ckpt_load and not goes_on:
             load_networks(state, source, model, self.optimizers if o.ckpt_load_optim else {})
-        same_log = state.get("log") if state and o.resume and not o.out_path else None
-        self.files = Files.of(o, Path(same_log) if same_log else None, discard)
+        same_log = log_of(state, source) if state and o.resume and not o.out_path else None
+        self.files = Files.of(o, same_log, discard)
         self._checkpoints_lock = FolderLock(folder) if dist.is_main else None
         try:
+            goes_on_there = state is not None and (goes_on or o.resume) and source.resolve().parent == folder.resolve()
+            earlier = [] if goes_on_there or not dist.is_main else \
+                [folder / name for name in WRITTEN if (folder / name).is_file()]  # fmt: skip
+            if earlier and not (o.overwrite or o.resume):
+                raise UserError(
+                    f"{folder} already holds checkpoints of a run: --resume auto goes on with it, --overwrite true "
+                    "replaces it, another --name keeps it"
+                )
             super().__init__(
                 self.files.log / "run", KIND, o, dist, resume=True if goes_on else o.resume, overwrite=o.overwrite,
                 checkpoint=source, read=lambda path: state, place=self._restore,
@@ -108,6 +128,11 @@ class GlanceTraining(Training):
             self._unlock()
             raise
         self.checkpoint = self.files.checkpoints / "final"
+        for path in earlier:  # of the run that this one replaces
+            if path.resolve() != source.resolve():
+                path.unlink()
+        if self.state is not None and o.resume and not o.out_path and same_log is None:
+            self.run.info(f"the log folder {state.get('log')} of {source} is gone; going on in {self.files.log}")
 
     def _restore(self, state: dict[str, Any]) -> Place:
         """Everything that a checkpoint holds, its settings being accepted; nothing has been written yet."""
@@ -149,7 +174,8 @@ class GlanceTraining(Training):
         p, own = self.progress, super().full_state()
         return {
             "iter": own["place"]["step"], "epoch": own["place"]["epoch"], "options": own["options"], "rng": own["rng"],
-            "place": own["place"], "log": str(self.files.log), "model": self.model.state_dict(),
+            "place": own["place"], "log": str(self.files.log),
+            "log_place": os.path.relpath(self.files.log, self.files.checkpoints), "model": self.model.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "rate": self.rate.state(), "stopping": self.stopping.state(), "best_total": p.best_total,
             "w_recon": self.model.w.w_recon, "recon_steps": self.recon_weight.steps if self.recon_weight else 0,

@@ -343,6 +343,7 @@ WRONG_CELEBA = {
     "too few attributes": {"Y": lambda y: y[:, :9]},
     "fewer labels than images": {"Y": lambda y: y[:-1]},
     "images as floats": {"X": lambda x: x / np.float32(255)},
+    "images of 0 and 1": {"X": lambda x: x // 255},
     "images of another size": {"X": lambda x: x[:, :32]},
     "images with channels first": {"X": lambda x: x.transpose(0, 3, 1, 2)},
     "splits beyond the end": {"splits": lambda s: s + 1000},

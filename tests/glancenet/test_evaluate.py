@@ -214,9 +214,27 @@ def test_one_bad_run_does_not_lose_the_others(tmp_path, capsys):
         fake_run(tmp_path / "logs" / str(k), "GlanceNet", 1.0, k, 0.8, 0.6)
     (tmp_path / "logs" / "1" / "eval_results" / "latents_obtained.npy").write_bytes(b"nothing")
     (tmp_path / "logs" / "2" / "commandline_args.txt").write_text("{}")
-    with pytest.raises(UserError, match=r"2 of 3 runs are left out: .*latents_obtained.*; .*commandline_args"):
+    with pytest.raises(UserError, match=r"not measured: .*latents_obtained.*; .*commandline_args"):
         evaluate.main([str(tmp_path / "logs"), "--out", str(tmp_path / "out")])
-    assert len(read_table(tmp_path / "out" / "runs.csv")) == 1 and "| sprites |" in capsys.readouterr().out
+    rows = read_table(tmp_path / "out" / "runs.csv")
+    assert [row["seed"] for row in rows] == ["0", "1"] and "| sprites |" in capsys.readouterr().out
+    assert rows[1]["accuracy"] and not rows[1]["alignment_linear"], "what the damaged file does not hold is there"
+
+
+def test_one_measure_that_fails_does_not_lose_the_others(tmp_path):
+    """The CelebA recipe needs every attribute to vary, which a short test set may not give."""
+    rng, run = np.random.default_rng(0), tmp_path / "run"
+    fake_run(run, "GlanceNet", 1.0, 0, 0.8, 0.6)
+    config = json.loads((run / "commandline_args.txt").read_text()) | {"dset_name": "celebA"}
+    (run / "commandline_args.txt").write_text(json.dumps(config))
+    concepts = np.zeros((200, 10))
+    concepts[np.arange(200), rng.integers(1, 3, 200)] = 1
+    concepts[:, 6:9] = rng.random((200, 3)) > 0.5
+    save_arrays(run / "eval_results/latents_obtained.npy", 1, rng.random((200, 10)), concepts)
+    with pytest.raises(UserError, match=r"not measured: .*run: .*(vary|constant|same)"):
+        evaluate.main([str(run), "--out", str(tmp_path / "out"), "--dataset", "celeba"])
+    (row,) = read_table(tmp_path / "out" / "runs.csv")
+    assert row["accuracy"] and row["alignment"] and row["alignment_linear"]
 
 
 def test_a_measure_without_a_value_is_left_out(tmp_path):

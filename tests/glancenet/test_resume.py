@@ -63,7 +63,7 @@ def same_as(whole, folder):
     """Everything but the places of the files and what may change."""
     one, other = state_of(whole), state_of(folder)
     for state in (one, other):
-        state.pop("log"), state.pop("options")
+        state.pop("log"), state.pop("log_place"), state.pop("options")
     same(one, other)
     for name in ("train_runs/metrics.csv", "train_runs/val_metrics.csv", "eval_results/test_metrics.csv"):
         texts = [(place / "logs/sprites__GlanceNet/x" / name).read_text() for place in (whole, folder)]
@@ -117,6 +117,43 @@ def test_auto_finds_the_log_that_the_date_named(command, tmp_path):
     assert again == first and [row["iter"] for row in read_table(first / "train_runs/metrics.csv")] == ["2", "4", "5"]
 
 
+def test_auto_finds_the_log_from_elsewhere_and_after_a_move(command, tmp_path, monkeypatch, capsys):
+    """The log that a checkpoint belongs to is kept relative to it."""
+    words = [word.replace(f"{tmp_path}/", "") for word in command(tmp_path, *EXTRA, "--name", "x")]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    first = training.main([*words, "--max_iter", "2"])
+    (tmp_path / "here").rename(tmp_path / "there")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    more = ["--ckpt_dir", "../there/ckpt", "--resume", "auto", "--max_iter"]
+    again = training.main([*words, *more, "5"])
+    assert again.resolve() == (tmp_path / "there" / first).resolve() and not (tmp_path / "elsewhere/logs").exists()
+    assert [row["iter"] for row in read_table(again / "train_runs/metrics.csv")] == ["2", "4", "5"]
+    shutil.rmtree(tmp_path / "there/logs")
+    capsys.readouterr()
+    assert (training.main([*words, *more, "6"])).is_relative_to("logs")
+    assert "is gone; going on in logs/" in capsys.readouterr().err
+
+
+def test_checkpoints_of_another_run_are_not_replaced_unasked(words, half):
+    """A name used twice; the date gives the second run a log folder of its own."""
+    again = [word for word in words("--max_iter", "1") if word not in ("--out_path", "x")]
+    again[again.index("--name") :] = ["--name", "x", "--max_iter", "1"]
+    before = files_below(half)
+    for more in ([], ["--ckpt_load", str(half / "ckpt/x/last"), "--ckpt_load_iternum", "false"]):
+        with pytest.raises(UserError, match="--resume auto goes on with it, --overwrite true replaces it"):
+            training.main([*again, *more])
+    training.main(words("--name", "y", "--out_path", "y", "--max_iter", "1"))
+    with pytest.raises(UserError, match="ckpt/y already holds"):  # another run's place
+        training.main(words("--name", "y", "--ckpt_load", str(half / "ckpt/x/last"), "--max_epoch", "3"))
+    assert {k: v for k, v in files_below(half).items() if "/y/" not in k} == before
+    (half / "ckpt/x/own.txt").write_text("mine")
+    training.main([*again, "--overwrite", "true", "--warmup_epochs", "5"])
+    assert state_of(half)["iter"] == 1 and not (half / "ckpt/x/best").exists(), "the replaced run's best is not its own"
+    assert (half / "ckpt/x/own.txt").read_text() == "mine"
+
+
 def test_a_goal_behind_the_checkpoint_is_refused(words, half):
     with pytest.raises(UserError, match="beyond --max_iter"):
         training.main(words("--max_epoch", "1", "--resume"))
@@ -126,7 +163,7 @@ def test_checkpoints_of_older_versions_go_on(words, half, whole):
     """They have no place, log and test point, and at the end of an epoch they still hold its sums."""
     for name in ("last", "final"):
         state = state_of(half, file=name)
-        for key in ("place", "log", "tested_at", "metrics_at"):
+        for key in ("place", "log", "log_place", "tested_at", "metrics_at"):
             del state[key]
         if name == "last":
             state |= {"epoch": 1, "epoch_sum": torch.tensor(123.0), "epoch_steps": 4}
