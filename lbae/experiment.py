@@ -231,9 +231,7 @@ class Latents:
             if codes.ndim != 2 or len(codes) != len(labels):
                 raise ValueError("as many codes as labels are expected")
             return cls(codes, labels, int(file["epoch"]), int(file["iter"]), str(file["source"]))
-        except (
-            Exception
-        ) as error:  # a damaged file raises errors of zipfile, zlib and struct, EOF, key and value errors
+        except Exception as error:  # a damaged file: zipfile, zlib, struct, EOF, key or value errors
             raise UserError(f"{path} is damaged or holds no latents; ask for latents=refresh") from error
 
     @classmethod
