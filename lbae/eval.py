@@ -11,6 +11,9 @@ the others: the line is written, and the exit code is 2.
 import json
 import math
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -79,6 +82,16 @@ def main(argv: list[str] | None = None) -> None:
         score(options)
 
 
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print what the metrics warn of as one line each, on stderr."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+@warnings_as_lines()
 def score(options: Scores) -> None:
     """Score the folders of `options`; everything is read from and written to the current folder."""
     full_precision(options.tf32)
@@ -130,10 +143,10 @@ def measure(
     section.ntest = len(features)
     section.fid = Statistics.from_features(features, extractor.fingerprint).distance(statistics)
     size = min(options.kid_size, len(features), len(reference))
-    if size < options.kid_size:
-        print(f"kernel distance of {folder.name}: subsets of {size}, not {options.kid_size}", file=sys.stderr)
-    mean, deviation = kernel_distance(features, reference, options.kid_subsets, size, device=extractor.device)
-    section.kid_size, section.kid_mean = size, mean
+    section.kid_mean, deviation = kernel_distance(
+        features, reference, options.kid_subsets, options.kid_size, device=extractor.device
+    )
+    section.kid_size = size
     if size < max(len(features), len(reference)):
         section.kid_std = deviation
     if options.prd:

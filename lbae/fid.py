@@ -21,6 +21,7 @@ from common.errors import UserError, run_command
 from common.launch import full_precision, pick_device
 from common.metrics import paths_and_options, score
 from common.options import Options, from_flags, option
+from lbae.eval import warnings_as_lines
 from lbae.options import Text
 
 
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     name = options.features or ("inception-tf" if options.inception.endswith(".pb") else "inception")
     weights = {"weights": options.inception or None, "download": False} if name.startswith("inception") else {}
     how = {"features": name, "device": str(device), "batch_size": 8 if options.lowprofile else 64, **weights}
-    print(f"FID: {score(paths[1], paths[0], ('fid',), **how, progress=sys.stderr.isatty())['fid']}")
+    with warnings_as_lines():
+        print(f"FID: {score(paths[1], paths[0], ('fid',), **how, progress=sys.stderr.isatty())['fid']}")
 
 
 if __name__ == "__main__":

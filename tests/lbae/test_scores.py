@@ -121,6 +121,11 @@ def test_stand_alone_distance(folders, capsys):
         Statistics.from_features(images).save(folders / f"{name}.npz")
     assert distance("small_a.npz", "small_b.npz") == pytest.approx(whole, rel=1e-9)
     assert distance("small_a", "small_a") < 1e-8
+    capsys.readouterr()
+    for path in sorted((folders / "small_b").iterdir())[5:]:
+        path.unlink()
+    fid.main(["small_a", "small_b", "--features", "raw"])
+    assert [line[:9] for line in capsys.readouterr().err.splitlines()] == ["warning: "]  # 5 images, 16 features
     with pytest.raises(UserError, match="no such file or folder: nowhere"):
         fid.main(["nowhere", "small_a"])
 
@@ -168,6 +173,8 @@ def test_the_whole_evaluation_of_a_folder_of_experiments(tmp_path):
     results = read_line((exp / "first/results.txt").read_text())
     assert [section.name for section in results.sections] == ["samples_cov", "samples_int", "samples_random", "reco"]
     assert {section.ntest for section in results.sections} == {66} == {results.nref}
+    assert {section.kid_std for section in results.sections} == {None}  # every subset is the whole set: said in a line
+    assert [line for line in done.stderr.splitlines() if not line.startswith("warning: kernel distance: ")] == []
     assert (exp / "first/PR.pdf").exists()
     assert (exp / "digits_eval/65.png").exists()
     # a failing step ends it with the step's exit code, before anything is scored

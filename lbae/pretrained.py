@@ -1,0 +1,75 @@
+"""A trained Latent Bernoulli Autoencoder in one line: `lbae.load("mnist_bae_w16")`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.checkpoint import load_weights
+from common.errors import UserError
+from common.launch import pick_device
+from common.released import weights_file
+from lbae.experiment import Latents, checkpoint_path, load_nets, newest_config, read_checkpoint, split_nets, unpack_bits
+from lbae.model import LBAE, build_model
+from lbae.options import Params, from_saved, saved_keys
+
+
+class Autoencoder(nn.Module):
+    """Images (B, C, S, S) in [0, 1] and their codes (B, D): bits -1 and +1, or the means of a VAE. In evaluation mode.
+
+    codes (N, D) and labels (N, A) are those of the training images: what the samplers are fitted on. `config` holds the
+    options of the training.
+    """
+
+    def __init__(self, model: LBAE, codes: Tensor, labels: Tensor, config: dict[str, Any]):
+        super().__init__()
+        self.model, self.config = model.eval(), config
+        self.register_buffer("codes", codes)
+        self.register_buffer("labels", labels)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers; () for attributes."""
+        return tuple(str(k) for k in range(int(self.labels.max()) + 1)) if self.labels.shape[1] == 1 else ()
+
+    @property
+    def concept_names(self) -> tuple[str, ...]:
+        """None: the bits have no names."""
+        return ()
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images float (B, C, S, S) in [0, 1] -> codes (B, D)."""
+        return self.model.enc(images).code
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, D) of any number type -> images (B, C, S, S) in (0, 1)."""
+        return self.model.gen(codes.to(self.model.gen.l1l.weight.dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The reconstruction of images."""
+        return self.decode(self.encode(images))
+
+
+@torch.no_grad()
+def load(name: str | Path, device: str = "cpu") -> Autoencoder:
+    """The autoencoder of a file that ships (its name), of a .safetensors file of `lbae.release`, or of an experiment's
+    folder. Raises UserError for a missing, damaged or foreign one.
+    """
+    if Path(name).is_dir():
+        config, source = newest_config(Path(name))
+        path = checkpoint_path(Path(name), None)
+        nets = read_checkpoint(path)
+        latents = Latents.load(Path(name) / "latents-last.npz")
+    else:
+        source = path = weights_file("lbae", name)
+        tensors, config = load_weights(path)
+        if not {"latents.codes", "latents.labels"} <= tensors.keys():
+            raise UserError(f"{path} was not written by `python -m lbae.release pack`")
+        nets = split_nets(tensors)
+        codes = unpack_bits(tensors["latents.codes"], config["zsize"])
+        latents = Latents(codes, tensors["latents.labels"].long())
+    known = from_saved(config, saved_keys(resumes=True) - {"data_root", "wandb"}, source)
+    model = build_model(Params.build(known))
+    load_nets(model, nets, path)
+    return Autoencoder(model, latents.codes, latents.labels, known).to(pick_device(device))
