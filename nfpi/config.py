@@ -5,6 +5,8 @@ meaning, range and value. A file of the user's own in any folder starts with `de
 differences, because the folder of `base.yaml` is always on the search path.
 """
 
+import importlib.util
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -395,6 +397,9 @@ def _contradictions(config: Config) -> Iterator[str]:
     if info.lambda_fpi_mu != info.lambda_fpi_sigma:
         yield (f"lambda_fpi_mu={info.lambda_fpi_mu:g} and lambda_fpi_sigma={info.lambda_fpi_sigma:g} must be equal: "
                "both weigh the same objective")  # fmt: skip
+    for key, (first, last) in (("interval_mu", info.interval_mu), ("interval_sigma", info.interval_sigma)):
+        if last < first:
+            yield f"{key}=[{first},{last}] ends before it begins: [first,last], or [-1,-1] for never"
     sets = list(config.dataset_info.__pydantic_extra__)
     if name not in sets:
         yield (f"dataset_name={name}{suggest(name, sets)}: add ++dataset_info.{name}='{{{_entry(Dataset)}}}' or use "
@@ -425,6 +430,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "gaussian_method_name=one has no classes to generate: add train_classifier=0"
     if gmm.gaussian_method_name == "one_per_class_gaussian_checkpoint" and not config.gaussians_load_path:
         yield "gaussian_method_name=one_per_class_gaussian_checkpoint needs gaussians_load_path=FILE"
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        yield f"wandb={config.wandb}: wandb is not installed: pip install wandb, or leave the option out"
     for values, steps, kind in GLEM_SCHEDULES:
         try:
             glem.schedule(getattr(gmm, steps), getattr(gmm, values), getattr(gmm, kind))
@@ -624,6 +631,18 @@ def override_names(overrides: list[str]) -> list[str]:
             raise UserError(f"~{key}: options cannot be removed, every one is read")
         names.append(key)
     return names
+
+
+def sweep(overrides: list[str]) -> Iterator[list[str]]:
+    """The overrides of each job of --multirun, as hydra's own sweeper makes them."""
+    choices = []
+    for text in overrides:
+        override = OverridesParser.create().parse_override(text)
+        if override.is_sweep_override() and not text.startswith("hydra"):
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([text])
+    return map(list, itertools.product(*choices))
 
 
 def _is_option(key: str) -> bool:

@@ -54,6 +54,7 @@ from nfpi.config import (
     plain_argv,
     resolve,
     search_path,
+    sweep,
     take_architecture,
     without_effect,
 )
@@ -326,7 +327,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"cannot read '{stray[0]}': options are written key=value")
     state, multirun = None, bool({"-m", "--multirun"} & set(flags))
     given = override_names(overrides)
-    if not asks and not multirun:  # refuse what is wrong before hydra makes a folder
+    if not asks and multirun:  # refuse what is wrong in any job before the first one starts
+        for job_overrides in sweep(overrides):
+            config = resolve(folder, name, job_overrides)
+            check_files(config)
+            if config.nf_ckpt_path:
+                raise UserError("nf_ckpt_path resumes one run: leave --multirun out, or use resume=auto")
+    elif not asks:
         config = resolve(folder, name, overrides)
         if config.dry_run:
             dry_run(config, given)

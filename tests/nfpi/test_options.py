@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -80,11 +81,27 @@ def test_the_command_refuses_before_anything_is_written(word):
     ("word", "named"),
     [("hydra.run.dir=/proc/none", "/proc/none"), ("level_method=nope", "spcb"), ("~train.lr", "train.lr"),
      ("train=3", "group of options"), ("dataset_info.items_per_clas_train=3", "items_per_class_train"),
-     ("++dataset_info.mine=3", "dataset_info.mine"), ("val.gmm.fpi_info.interval_mu=[5]", "two epochs")],
+     ("val.gmm.fpi_info.interval_mu=[5,2]", "ends before"), ("++dataset_info.mine=3", "dataset_info.mine"),
+     ("val.gmm.fpi_info.interval_mu=[5]", "two epochs")],
 )  # fmt: skip
 def test_what_hydra_would_trip_over_is_one_line(word, named):
     found = run_inside(main.main, [*DIGITS[:3], word])
     assert found.code == 2 and named in found.err and len(found.err.strip().splitlines()) == 1, found
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [(["seed=1,abc"], "seed=abc"), (["seed=1,2", "nf_ckpt_path=a.pt"], "--multirun")]
+)
+def test_every_job_of_a_multirun_is_judged_before_the_first_starts(words, named):
+    found = run_inside(main.main, [*DIGITS, "--multirun", *words])
+    assert found.code == 2 and named in found.err and not list(Path.cwd().iterdir())
+
+
+def test_wandb_is_missed_before_anything_is_written():
+    found = run_inside(main.main, [*DIGITS, "wandb=project"])
+    installed = importlib.util.find_spec("wandb") is not None
+    assert found.code == (0 if installed else 2) and ("pip install wandb" in found.err) is not installed
+    assert not list(Path.cwd().iterdir())
 
 
 def test_dry_run_prints_the_resolved_options():
