@@ -75,6 +75,16 @@ def released(paper: str, name: str) -> Release:
     return Release(key, FOLDER / weights, *(entry[text] for text in TEXTS), entry["files"][weights]["sha256"])
 
 
+def weights_file(paper: str, name: str | Path) -> Path:
+    """The file of weights that `name` means: a file, or a release of this paper. Raises UserError for neither."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix or len(path.parts) > 1:
+        raise UserError(f"there is no file {path}; the names in checkpoints/{paper} need no folder and no ending")
+    return released(paper, path.name).path
+
+
 def _manifest() -> dict[str, dict[str, Any]]:
     """The manifest's releases. Raises UserError when the file is missing or is no manifest."""
     path = FOLDER / MANIFEST

@@ -24,7 +24,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, model: LBAE, codes: Tensor, labels: Tensor, config: dict[str, Any]):
         super().__init__()
-        self.model, self.config = model.eval(), config
+        self.model, self.config = model, config
         self.register_buffer("codes", codes)
         self.register_buffer("labels", labels)
 
@@ -72,4 +72,4 @@ def load(name: str | Path, device: str = "cpu") -> Autoencoder:
     known = from_saved(config, saved_keys(resumes=True) - {"data_root", "wandb"}, source)
     model = build_model(Params.build(known))
     load_nets(model, nets, path)
-    return Autoencoder(model, latents.codes, latents.labels, known).to(pick_device(device))
+    return Autoencoder(model, latents.codes, latents.labels, known).eval().to(pick_device(device))

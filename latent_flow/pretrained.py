@@ -1,0 +1,70 @@
+"""A trained latent flow in one line: `latent_flow.load("mnist_supervised_w32")`."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.launch import pick_device
+from common.released import weights_file
+from latent_flow.model import LatentFlow
+from latent_flow.rollout import rollout
+from latent_flow.runs import load_run
+from latent_flow.transforms import NAMES
+
+
+class FlowAutoencoder(nn.Module):
+    """Images (B, C, N, N) in [0, 1], latents (B, D), and K flows that move latents in time. In evaluation mode."""
+
+    def __init__(self, model: LatentFlow):
+        super().__init__()
+        self.model, self.config = model, model.config.as_dict()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """None: nothing is classified."""
+        return ()
+
+    @property
+    def concept_names(self) -> tuple[str, ...]:
+        """Names of the flows, in the order of their numbers."""
+        count, supervised = self.model.config.flows, self.model.config.variant == "supervised"
+        known = NAMES if supervised and self.model.config.dataset == "mnist" else ()
+        return known if len(known) == count else tuple(f"flow {k}" for k in range(count))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images float (B, C, N, N) in [0, 1] -> posterior means z_0 (B, D)."""
+        return self.model.vae.encode(images)[0]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, D) -> images (B, C, N, N) in (0, 1)."""
+        return torch.sigmoid(self.model.vae.decoder.logits(latents))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The reconstruction of images."""
+        return self.decode(self.encode(images))
+
+    @torch.no_grad()
+    def move(self, latents: Tensor, weights: Tensor, steps: int | None = None) -> Tensor:
+        """Latents (B, D) along the flows with `weights`: (K,) the same at all times, or (T, K) one row a step.
+
+        steps: T (default: as trained). Returns z_0..z_T, (T + 1, B, D). One flow is a one-hot row; several at once
+        superpose, other rows at other times switch.
+        """
+        weights = torch.as_tensor(weights, dtype=latents.dtype, device=latents.device)
+        if weights.ndim == 1:
+            weights = weights.expand(steps or self.model.config.steps, -1)
+        if weights.ndim != 2 or weights.shape[1] != self.model.config.flows:
+            raise UserError(f"weights {tuple(weights.shape)}: expected ({self.model.config.flows},) or (steps, that)")
+        c = weights[:, None].expand(-1, len(latents), -1)
+        return rollout(self.model.stacked(len(c)), latents, c, None, "none").z
+
+
+def load(name: str | Path, device: str = "cpu") -> FlowAutoencoder:
+    """The model of a file that ships (its name), of a run's folder, or of any file that `evaluate --exp` reads.
+
+    Raises UserError for a missing, damaged or foreign one.
+    """
+    path = Path(name) if Path(name).is_dir() else weights_file("latent_flow", name)
+    return FlowAutoencoder(load_run(path, pick_device(device))[0]).eval()

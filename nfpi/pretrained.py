@@ -1,0 +1,57 @@
+"""A trained conditional flow in one line: `nfpi.load("mnist_small")`."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.launch import pick_device
+from common.released import weights_file
+from nfpi.conditional import ConditionalFlow
+from nfpi.layers import postprocess
+
+
+class ClassFlow(nn.Module):
+    """Images (B, C, H, W) in [0, 1] (MNIST: 32 x 32, two black pixels around) and latents with a Gaussian a class.
+
+    `conditional` is the `ConditionalFlow` itself: likelihoods, scores, Gaussians. In evaluation mode.
+    """
+
+    concept_names: tuple[str, ...] = ()
+
+    def __init__(self, conditional: ConditionalFlow):
+        super().__init__()
+        self.flow, self.gaussians = conditional.flow, conditional.gaussians
+        self.conditional = conditional
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Numbers of the classes."""
+        return tuple(str(k) for k in range(self.conditional.classes))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images -> latents z (B, d) under the class Gaussians; pixels are taken at their cell's centre."""
+        y = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        return self.flow(self.conditional.input(images, y, 0.5)).z
+
+    def decode(self, latents: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Latents (B, d) -> images; halves that the flow split off are drawn at `temperature`."""
+        return postprocess(self.flow.inverse(latents, temperature, generator), self.conditional.bits)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Bayes' rule: p(class | image), (B, K), classes equally likely."""
+        return torch.softmax(self.conditional.scores(images, 0.5), 1)
+
+    posterior = forward
+
+    def sample(self, y: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """Images of the classes y (B,): z ~ N(mu_y, T^2 diag v_y), inverted."""
+        return self.conditional.sample(y, temperature, generator)[0]
+
+
+def load(name: str | Path, device: str = "cpu") -> ClassFlow:
+    """The flow of a file that ships (its name), of a flow.safetensors, or of a training state (.pt).
+
+    Raises UserError for a missing, damaged or foreign file.
+    """
+    return ClassFlow(ConditionalFlow.load(weights_file("nfpi", name), pick_device(device))).eval()
