@@ -94,6 +94,7 @@ class Distributed:
 
     def __init__(self, device: torch.device, rank: int = 0, world: int = 1, local_rank: int = 0):
         self.device, self.rank, self.world, self.local_rank = device, rank, world, local_rank
+        self._wrapped: list[nn.parallel.DistributedDataParallel] = []
 
     @classmethod
     def start(cls, device: str = "auto") -> "Distributed":
@@ -130,7 +131,8 @@ class Distributed:
         if self.world == 1 or not any(p.requires_grad for p in module.parameters()):
             return module
         ids = [self.local_rank] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=ids, **options)
+        self._wrapped.append(nn.parallel.DistributedDataParallel(module, device_ids=ids, **options))
+        return self._wrapped[-1]
 
     def sum(self, value: Tensor | float) -> Tensor:
         """Elementwise sum over the processes (a float becomes a float64 scalar, float32 where float64 is missing)."""
@@ -214,8 +216,12 @@ class Distributed:
             torch_dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group and end its threads; what `wrap` returned is of no use then."""
         if self.world > 1 and torch_dist.is_initialized():
+            # these hold the group: its threads would live on while the interpreter ends, which aborts now and then
+            for module in self._wrapped:
+                module.reducer = module.logger = module.process_group = None
+            self._wrapped.clear()
             torch_dist.destroy_process_group()
 
 

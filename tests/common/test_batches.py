@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -65,9 +64,9 @@ def test_ranks_share_each_batch():
 
 
 def test_random_items_do_not_depend_on_workers_start_or_the_global_stream():
-    def draws(start=0, **options):
-        batches = Batches(Noisy(12), 4, seed=5, **options)
-        return torch.cat([x.flatten() for x, _ in batches.epoch(1, start)])
+    def draws(start=0, epoch=1, seed=5, **options):
+        batches = Batches(Noisy(12), 4, seed=seed, **options)
+        return torch.cat([x.flatten() for x, _ in batches.epoch(epoch, start)])
 
     before = torch.random.get_rng_state()
     alone = draws()
@@ -75,7 +74,18 @@ def test_random_items_do_not_depend_on_workers_start_or_the_global_stream():
     torch.manual_seed(99)
     assert torch.equal(alone, draws(workers=2))
     assert torch.equal(alone[8:], draws(start=2))
-    assert len(np.unique(alone.numpy() % 1)) == 12
+    noise = (alone % 1).tolist()
+    assert len(set(noise)) == 12
+    # another epoch augments every image anew, and so does another seed
+    assert not set(noise) & set((draws(epoch=2) % 1).tolist())
+    assert not set(noise) & set((draws(seed=6) % 1).tolist())
+
+
+def test_a_set_that_draws_is_never_held():
+    """Holding it would repeat the first epoch's draws for ever."""
+    batches = Batches(Noisy(4), 4, hold=True)
+    first, second = (next(batches.epoch(epoch))[0].sort(0).values for epoch in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_refusals():

@@ -4,6 +4,7 @@ import pickle
 import random
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -130,6 +131,26 @@ def test_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == old
     assert os.listdir(tmp_path) == ["state.pt"]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    """A machine that loses its power after the rename finds the whole file: content first, then name, then folder."""
+    done = []
+
+    def recorded(name, call):
+        def noted(*arguments):
+            kind = name if name == "named" else "folder" if stat.S_ISDIR(os.fstat(arguments[0]).st_mode) else "content"
+            done.append((kind, os.fstat(arguments[0]).st_size) if kind == "content" else kind)
+            return call(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(os, "fsync", recorded("synced", os.fsync))
+    monkeypatch.setattr(os, "replace", recorded("named", os.replace))
+    with checkpoint.atomic_write(tmp_path / "x.bin") as file:
+        file.write(b"all of it")
+    assert done == [("content", 9), "named", "folder"]
+    assert stat.S_IMODE((tmp_path / "x.bin").stat().st_mode) == 0o666 & ~checkpoint._umask()
 
 
 def test_kill_while_saving_always_leaves_a_loadable_file(tmp_path):

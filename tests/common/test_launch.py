@@ -113,6 +113,7 @@ def test_keep_freed_memory():
 
 _TWO_PROCESSES = """
 import sys
+from pathlib import Path
 import torch
 from common.launch import Distributed, StopSignal
 dist = Distributed.start("cpu")
@@ -130,6 +131,8 @@ model(x[dist.rank : dist.rank + 1]).sum().backward()
 assert torch.allclose(model.module.weight.grad, x.mean(0, keepdim=True))
 dist.barrier()
 dist.close()
+threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads  # they would run on while the interpreter ends
 sys.stdout.write(f"rank {dist.rank} fine\\n")  # one write: the two processes share the pipe
 """
 

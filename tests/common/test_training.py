@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,11 +61,21 @@ def test_resume_in_the_middle_of_an_epoch_equals_the_run_that_was_not_stopped(wh
     same_run(whole, tmp_path / "run")
 
 
+def wait_for_its_first_line(process):
+    """Until the process catches SIGTERM: the kernel ends one that the interpreter does not run yet."""
+    status = Path(f"/proc/{process.pid}/status")
+    bit = 1 << (signal.SIGTERM - 1)
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & bit:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("seconds", [0.3, 4.0])
 def test_a_signal_at_any_moment_ends_with_130(whole, tmp_path, number, seconds):
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "run"), "--epochs", "100000"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_for_its_first_line(process)
     time.sleep(seconds)
     process.send_signal(number)
     _, text = process.communicate(timeout=120)

@@ -126,6 +126,12 @@ def test_inception_from_a_file(weights, tmp_path):
     features = extractor.features(images)
     assert (features.dtype, features.shape, extractor.dim) == (np.float64, (2, 2048), 2048)
     assert np.abs(features[0] - features[1]).max() > 1e-2
+    # the graph scales as (x - 128) / 128; x / 127.5 - 1, as other networks do, is near, and another feature
+    enlarged = resize(images.expand(-1, 3, -1, -1).float(), 299)
+    with torch.no_grad():
+        scaled, other = (extractor.model(x[:1]).numpy() for x in ((enlarged - 128) / 128, enlarged / 127.5 - 1))
+    np.testing.assert_allclose(features[:1], scaled, rtol=1e-5, atol=1e-6)
+    assert np.abs(other - scaled).max() > 1e-3
     # grey images are their own three channels, batches do not matter, nor does the layout
     extractor.batch_size = 2
     again = extractor.features(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1))

@@ -71,6 +71,26 @@ def test_frechet_of_an_ill_conditioned_covariance():
     assert frechet_distance(np.zeros(d), sigma_a, np.zeros(d), sigma_b) == pytest.approx(expected, rel=1e-7)
 
 
+def test_frechet_of_a_covariance_that_is_singular_but_for_rounding():
+    """Pivots down to 1e-16 of the largest: a Cholesky factor exists, but its products are rounding noise, whose roots
+    would be off by 1e-7.
+    """
+    d = 60
+    rotation = np.linalg.qr(np.random.default_rng(27).standard_normal((d, d)))[0]
+    a, b = np.logspace(0, -14.5, d), np.logspace(0, -14.5, d)[::-1]
+    sigma_a, sigma_b = ((rotation * part) @ rotation.T for part in (a, b))
+    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    found = frechet_distance(np.zeros(d), sigma_a, np.zeros(d), sigma_b)
+    assert found == pytest.approx(expected, abs=2e-8)
+
+
+def test_full_rank_takes_the_quick_way(monkeypatch):
+    """One symmetric eigenvalue problem: singular values of two factors would take twice as long."""
+    rng = np.random.default_rng(28)
+    monkeypatch.setattr(scipy.linalg, "svdvals", lambda *_, **__: pytest.fail("the way of singular covariances"))
+    assert frechet_distance(np.zeros(9), _spd(rng, 9), np.zeros(9), _spd(rng, 9)) > 0
+
+
 @pytest.mark.parametrize(("n", "m", "d"), [(7, 9, 40), (7, 90, 40), (41, 40, 40), (200, 300, 40)])
 def test_few_samples_take_the_smaller_factor(n, m, d):
     """The distance of features is that of their moments, whichever sets have more samples than features."""
