@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("common", "lbae", "glancenet", "latent_flow", "inv_flow", "nfpi", "checkpoints", "data", "sweeps")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.md"))])
 STARTERS = (
-    "python", "python3", "bash", "torchrun", "srun", "sbatch", "pytest", "cd", "source", "git", "pip",
+    "python", "python3", "bash", "torchrun", "srun", "sbatch", "snakemake", "pytest", "cd", "source", "git", "pip",
     "lbae/download.sh", "../../eval.sh", "./eval.sh", "eval.sh",
 )  # fmt: skip
 # written by users and by runs, so not in the repository
@@ -133,7 +133,19 @@ def stubs(tmp_path_factory) -> Path:
     """A folder to be the whole PATH: interpreters that write down their words, and the few tools that scripts need."""
     folder = tmp_path_factory.mktemp("stubs")
     bash = shutil.which("bash")
-    for name in ("python", "python3", "torchrun", "srun", "sbatch", "pytest", "git", "pip", "bash", "script"):
+    for name in (
+        "python",
+        "python3",
+        "torchrun",
+        "srun",
+        "sbatch",
+        "snakemake",
+        "pytest",
+        "git",
+        "pip",
+        "bash",
+        "script",
+    ):
         (folder / name).write_text(
             RECORD.format(bash=bash) + (RUN_SCRIPT.format(bash=bash, root=ROOT) if name == "bash" else "")
         )
@@ -188,6 +200,8 @@ def check(call: Call) -> None:
         check(call._replace(words=words[words.index(rest[0]) :]))
     elif program == "sbatch":
         check_sbatch(call, words)
+    elif program == "snakemake":
+        check_snakemake(words)
     elif program == "pytest":
         check_pytest(words)
     elif program == "bash":
@@ -240,6 +254,17 @@ def _temporary_stubs() -> Iterator[Path]:
 
 
 _STUBS: list[Path] = []
+
+
+def check_snakemake(words: list[str]) -> None:
+    """Its own parser reads the options; each target is a table that a manifest makes."""
+    from snakemake.cli import get_argument_parser
+
+    args = get_argument_parser().parse_args(words)
+    assert (ROOT / args.snakefile).is_file(), args.snakefile
+    for target in args.targets:
+        paper, name = target.removeprefix("results/").split("/")
+        assert target == "results/quickstart/index.html" or (ROOT / f"sweeps/{paper}/{name}.yaml").is_file(), target
 
 
 def check_pytest(words: list[str]) -> None:
@@ -472,7 +497,8 @@ def test_every_script_of_an_experiment_calls_what_exists(stubs):
         ("bash scripts/test.sh tests/lbae -x", "bash scripts/test.sh tests/lbea -x", "tests/lbea"),
         ("cd lbae/exp && ../../eval.sh feat=lenet", "cd lbae/exp && ../../eval.sh feet=lenet", "feet"),
         ("python -m common.released --check", "python -m common.release --check", "common.release"),
-        ("python scripts/sweep.py sweeps/lbae.yaml --list", "python scripts/sweep.py sweeps/lbea.yaml --list", "lbea"),
+        ("snakemake -s scripts/Snakefile --cores 2 results/glancenet/parity",
+         "snakemake -s scripts/Snakefile --cores 2 results/glancenet/partiy", "partiy"),
         ("python lbae/mnist.py l", "pyhton lbae/mnist.py l", ""),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """scripts/results.py: strict rows, a generated RESULTS.md, a check that finds what no row gives. A few seconds."""
 
+import hashlib
 import io
 import json
 import os
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from scripts import results
+from scripts import results, tables
+from scripts.collect import load, lookup
+from scripts.experiments import read_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,13 +26,14 @@ def row(name: str = "t1-big-bpd", **changes) -> dict:
         "id": f"inv_flow/{name}", "paper": "inv_flow", "table": "Table 1", "setting": "big", "data": "MNIST test",
         "metric": "bits/dim", "unit": "", "direction": "lower", "decimals": 2, "paper_value": 1.31, "paper_std": None,
         "paper_where": "table 1", "ours": None, "n": None, "protocol": "full", "hardware": None, "minutes": None,
-        "command": "python inv_flow/flow.py", "date": None, "commit": None, "note": "",
+        "command": "python inv_flow/flow.py", "date": None, "commit": None, "note": "", "source": None,
     }  # fmt: skip
     return {**base, **changes}
 
 
 def measured(name: str = "t1-big-bpd", **changes) -> dict:
-    known = {"ours": [1.0, 1.2, 1.4], "hardware": "a GPU", "date": "2026-01-02", "commit": "abcdef1", "n": 10000}
+    known = {"ours": [1.0, 1.2, 1.4], "hardware": "a GPU", "date": "2026-01-02", "commit": "abcdef1", "n": 10000,
+             "typed": True}  # fmt: skip
     return row(name, **{**known, **changes})
 
 
@@ -71,7 +75,7 @@ def test_the_committed_results_fit_their_rows():
     assert results.check(ROOT, rows) == []
     assert {row["paper"] for row in rows} == set(results.PAPERS)
     text = (ROOT / "RESULTS.md").read_text()
-    assert results.NOT_RUN in text and "small: width 16, 20 epochs" in text
+    assert tables.NOT_RUN in text and "small: width 16, 20 epochs" in text
     for path in re.findall(r"\]\(([^)#]+)\)", text):
         assert (ROOT / path).exists(), path
 
@@ -95,18 +99,26 @@ def test_the_committed_results_fit_their_rows():
         ({"ours": [1.3, None]}, "ours is [1.3, null]"),
         ({"ours": {"mean": 1.0, "std": 0.1}}, "ours is {"),
         ({"ours": {"mean": 1.0, "std": 0.1, "seeds": 0}}, "ours is {"),
-        ({"setting": " "}, "setting is empty"),
-        ({"note": "a\nb"}, "note has more than one line"),
-        ({"paper": "inf_flow"}, "unknown paper 'inf_flow' (did you mean 'inv_flow'?)"),
-        ({"id": "t1"}, "the id must be inv_flow/"),
-        ({"direction": "down"}, "direction is 'down'"),
-        ({"protocol": "short"}, "protocol is 'short'"),
-        ({"protocol": "small: "}, "protocol is 'small: '"),
-        ({"date": "2.1.2026"}, "date is '2.1.2026'"),
-        ({"commit": "HEAD"}, "commit is 'HEAD'"),
+        ({"setting": " "}, 'setting is " ", not one line'),
+        ({"note": "a\nb"}, "not one line, printed below"),
+        ({"paper": "inf_flow"}, 'paper is "inf_flow", not lbae, glancenet, latent_flow, inv_flow or nfpi'),
+        ({"id": "t1"}, 'id is "t1", not <paper>/'),
+        ({"id": "lbae/t1"}, "the id must be inv_flow/"),
+        ({"direction": "down"}, 'direction is "down", not higher, lower or neither'),
+        ({"protocol": "short"}, 'protocol is "short", not full, small:'),
+        ({"protocol": "small: "}, 'protocol is "small: "'),
+        ({"date": "2.1.2026"}, 'date is "2.1.2026", not YYYY-MM-DD'),
+        ({"commit": "HEAD"}, 'commit is "HEAD", not 7 to 40'),
         ({"hardware": None}, "is measured: it needs hardware"),
+        ({"typed": ...}, "its number comes from files"),
+        ({"date": "2027-01-01"}, "no number is typed any more"),
+        ({"source": {"folder": "runs/a"}}, "not null, or an object with folder, file, key and statistic"),
+        ({"files": [{"path": "a", "sha256": "0" * 64, "value": 1.0}]}, "its files gave [1.0]"),
         ({"ours": None}, "not yet run: it cannot have"),
-        ({"ours": None, "hardware": None, "date": None, "commit": None, "minutes": 3}, "it cannot have minutes"),
+        (
+            {"ours": None, "hardware": None, "date": None, "commit": None, "typed": ..., "minutes": 3},
+            "it cannot have minutes",
+        ),
         ({"paper_value": None, "paper_std": 1}, "paper_std without paper_value"),
     ],
 )
@@ -170,11 +182,11 @@ def test_the_page(repository):
 
 
 def test_mean_and_std_of_seeds():
-    assert results.mean_std([1.0, 1.2, 1.4]) == pytest.approx((1.2, 0.2, 3))
-    assert results.mean_std([2.5]) == (2.5, 0.0, 1)
-    assert results.our_cell(measured(ours={"mean": 3.14159, "std": 0.055, "seeds": 5}, decimals=1)) == "3.1 ± 0.1 (5)"
-    assert results.our_cell(measured(ours=[0.5])) == "0.50"
-    assert results.paper_cell(row(paper_value=52, paper_std=1.3)) == "52 ± 1.3"
+    assert tables.mean_std([1.0, 1.2, 1.4]) == pytest.approx((1.2, 0.2, 3))
+    assert tables.mean_std([2.5]) == (2.5, 0.0, 1)
+    assert tables.our_cell(measured(ours={"mean": 3.14159, "std": 0.055, "seeds": 5}, decimals=1)) == "3.1 ± 0.1 (5)"
+    assert tables.our_cell(measured(ours=[0.5])) == "0.50"
+    assert tables.paper_cell(row(paper_value=52, paper_std=1.3)) == "52 ± 1.3"
 
 
 @pytest.mark.parametrize(
@@ -250,54 +262,42 @@ def test_a_command_that_names_nothing_is_a_problem_of_its_row(repository):
 
 # ------------------------------------------------------------------------------------------------------------ adding
 
-
-def test_fill_a_row(repository):
-    snippet = {"id": "inv_flow/t1-small", "ours": [1.5, 1.7], "protocol": "full", "n": 500, "hardware": "a CPU",
-               "minutes": 12, "date": "2026-03-04", "commit": "1234567"}  # fmt: skip
-    add(repository, snippet)
-    assert check(repository) == []
-    new = next(row for row in results.read_rows(repository) if row["id"] == "inv_flow/t1-small")
-    assert new == row("t1-small", setting="small") | snippet
-    assert "| small | 1.31 | 1.60 ± 0.14 (2) | – | full | 500 | 12 |" in (repository / "RESULTS.md").read_text()
+SOURCE = {"folder": "runs/inv_flow/toy/small_{seed}", "file": "evaluation.json", "key": "test_bpd",
+          "statistic": "mean and standard deviation over seeds"}  # fmt: skip
 
 
-def test_a_small_run_stands_beside_the_full_one(repository):
-    shared = {"protocol": "small: 5 epochs", "hardware": "a CPU", "n": 100, "minutes": 3, "date": "2026-03-04",
-              "commit": "1234567"}  # fmt: skip
+def test_rows_to_do_are_added_and_changed(repository):
     rows = [
-        {"like": "inv_flow/t1-small", "id": "inv_flow/t1-small-5", "ours": [2.0]},
-        {"like": "inv_flow/t1-big-nll", "id": "inv_flow/t1-small-5-nll", "setting": "small", "ours": [999]},
+        {"like": "inv_flow/t1-small", "id": "inv_flow/t1-small-5", "protocol": "small: 5 epochs", "source": SOURCE},
+        {"id": "inv_flow/t1-small", "paper_value": 8.25},
+        {"id": "inv_flow/t1-big-bpd", "note": "a note"},  # measured: what is no measurement may change
     ]
-    add(repository, {"common": shared, "rows": rows})
-    ids = [row["id"] for row in results.read_rows(repository)]
-    assert ids.index("inv_flow/t1-small-5") == ids.index("inv_flow/t1-small") + 1
+    add(repository, {"common": {"table": "Table 1"}, "rows": rows})
+    found = {row["id"]: row for row in results.read_rows(repository)}
+    assert list(found).index("inv_flow/t1-small-5") == list(found).index("inv_flow/t1-small") + 1
+    assert found["inv_flow/t1-small-5"]["ours"] is None and found["inv_flow/t1-big-bpd"]["ours"] == [1.0, 1.2, 1.4]
     text = (repository / "RESULTS.md").read_text()
-    assert "| small | 1.31 | 2.00 | 999.00 | small: 5 epochs | 100 | 3 |" in text
-    assert "| small | 1.31 | not yet run |" in text and check(repository) == []
+    assert "| small | 8.25 | not yet run |" in text and "* a note" in text and check(repository) == []
 
 
-def test_date_and_commit_have_defaults(repository):
-    identity = ["-c", "user.name=n", "-c", "user.email=e"]
-    for words in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", "-C", str(repository), *words], check=True)
-    head = subprocess.run(["git", "-C", str(repository), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    add(repository, {"id": "inv_flow/t1-small", "ours": [1], "protocol": "full", "hardware": "a CPU"})
-    new = next(row for row in results.read_rows(repository) if row["id"] == "inv_flow/t1-small")
-    assert head.startswith(new["commit"]) and re.fullmatch(r"\d{4}-\d\d-\d\d", new["date"])
+def test_a_copy_of_a_measured_row_takes_no_measurement_with_it(repository):
+    add(repository, {"like": "inv_flow/t1-big-bpd", "id": "inv_flow/t1-big-2", "setting": "bigger"})
+    new = next(row for row in results.read_rows(repository) if row["id"] == "inv_flow/t1-big-2")
+    assert new["ours"] is None and new["hardware"] is None and new["n"] is None and "typed" not in new
 
 
 @pytest.mark.parametrize(
     ("snippet", "message"),
     [
-        ({"id": "inv_flow/t1-big-bpd", "ours": [1], "protocol": "full"}, "already measured; --replace"),
-        ({"id": "inv_flow/t1-small", "ours": [1]}, "say in protocol"),
-        ({"id": "inv_flow/t1-small", "ours": [1], "protocol": "small: x"}, "the full run stays to do"),
-        ({"id": "inv_flow/t1-small", "ours": [1], "protocol": "full", "hardvare": 1}, "did you mean 'hardware'"),
-        ({"id": "inv_flow/new", "ours": [1], "protocol": "full"}, "is missing"),
+        ({"id": "inv_flow/t1-small", "ours": [1]}, "ours comes from a run: name its source, then --collect"),
+        ({"id": "inv_flow/t1-big-bpd", "hardware": "a GPU"}, "hardware comes from a run"),
+        ({"id": "inv_flow/t1-small", "typed": True}, "cannot have"),
+        ({"id": "inv_flow/t1-small", "protocol": "full", "settin": 1}, "did you mean 'setting'"),
+        ({"id": "inv_flow/new", "protocol": "full"}, "is missing"),
         ({"id": "inv_flow/new", "like": "inv_flow/t1-smal"}, "did you mean 'inv_flow/t1-small'"),
         ({"id": "inv_flow/t1-small", "like": "inv_flow/t1-big-bpd"}, "there is such a row already"),
         ({"id": "inv_flow/t1-small", "command": "python inv_flow/x.py"}, "the command names inv_flow/x.py"),
-        ({"ours": [1]}, 'an object with an "id"'),
+        ({"setting": "x"}, 'an object with an "id"'),
         ([], 'an object with an "id"'),
         ({"rows": [], "more": 1}, "several rows are"),
     ],
@@ -309,11 +309,150 @@ def test_a_bad_snippet_changes_nothing(repository, snippet, message):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
-def test_replace(repository):
-    fresh = {"id": "inv_flow/t1-big-bpd", "ours": [9.0], "protocol": "full", "date": "2026-05-06", "commit": "7654321"}
-    add(repository, fresh, "--replace")
-    text = (repository / "RESULTS.md").read_text()
-    assert "| big | 1.31 | 9.00 |" in text and "1.20" not in text and check(repository) == []
+# -------------------------------------------------------------------------------------------------------- collecting
+
+
+def a_run(root: Path, seed: int, value: float, finished: bool = True, **changes) -> Path:
+    """A run as the engine leaves it: the numbers, and the record of what really ran."""
+    folder = root / f"runs/inv_flow/toy/small_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps({"test_bpd": value, "images": 500}))
+    step = {"commands": [f"python inv_flow/flow.py --seed {seed}"], "seconds": 60.0 * (seed + 1), "cpu_seconds": 1.0,
+            "hardware": "a CPU, 2 of 2 threads", "commit": "1234567", "date": "2027-03-04", "finished": finished,
+            "folder": ".", "digest": "x"}  # fmt: skip
+    (folder / "record.json").write_text(json.dumps({"train": {**step, **changes}}))
+    return folder
+
+
+def with_source(root: Path, **changes) -> None:
+    add(root, {"id": "inv_flow/t1-small", "source": {**SOURCE, **changes}})
+
+
+def collect(root: Path, *argv: str) -> dict:
+    results.main(["--root", str(root), "--collect", *argv])
+    return next(row for row in results.read_rows(root) if row["id"] == "inv_flow/t1-small")
+
+
+def test_a_row_is_filled_from_its_runs(repository):
+    with_source(repository, n="images")
+    for seed, value in ((0, 1.5), (1, 1.75), (10, 1.25)):
+        a_run(repository, seed, value)
+    a_run(repository, 11, 9.0, finished=False)  # still at work: its number is none yet
+    (repository / "runs/inv_flow/toy/small_x").mkdir()
+    row = collect(repository, "inv_flow/toy")
+    assert row["ours"] == [1.5, 1.75, 1.25] and row["n"] == 500 and row["minutes"] == 4.67
+    assert row["hardware"] == "a CPU, 2 of 2 threads" and row["commit"] == "1234567" and row["date"] == "2027-03-04"
+    assert row["command"] == "python inv_flow/flow.py --seed 0\n# the same for small_1, small_10"
+    digest = hashlib.sha256((repository / "runs/inv_flow/toy/small_10/evaluation.json").read_bytes()).hexdigest()
+    assert row["files"][2] == {"path": "runs/inv_flow/toy/small_10/evaluation.json", "sha256": digest, "value": 1.25}
+    assert "| small | 1.31 | 1.50 ± 0.25 (3) |" in (repository / "RESULTS.md").read_text() and check(repository) == []
+    assert collect(repository) == row and collect(repository, "inv_flow") == row  # again: the same
+
+
+def test_a_typed_number_is_replaced_by_that_of_a_run(repository):
+    store(repository, measured("t1-small", setting="small", learned=False))
+    with_source(repository)
+    a_run(repository, 0, 1.5)
+    row = collect(repository, "inv_flow/t1-small")
+    assert row["ours"] == [1.5] and "typed" not in row and "learned" not in row
+
+
+def test_a_number_that_differs_from_its_file_fails_the_check(repository):
+    with_source(repository)
+    folder = a_run(repository, 0, 1.5)
+    collect(repository, "inv_flow")
+    rows = results.read_rows(repository)
+    rows[-1]["ours"] = [1.4]  # by hand, beside the file's value
+    store(repository, *rows)
+    with pytest.raises(UserError, match=r"ours is \[1\.4\], its files gave \[1\.5\]"):
+        results.read_rows(repository)
+    rows[-1]["files"][0]["value"] = 1.4  # in both places: the file tells
+    store(repository, *rows)
+    results.main(["--root", str(repository)])
+    assert "value 1.4, but runs/inv_flow/toy/small_0/evaluation.json has 1.5" in check(repository)[0]
+    collect(repository, "inv_flow")
+    (folder / "evaluation.json").write_text('{"test_bpd": 1.5, "more": 0}')
+    assert "sha256" in check(repository)[0]
+    shutil.rmtree(repository / "runs")  # another machine, where the run is not
+    assert check(repository) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "evaluation.json"),
+        ('{"test_bpd": "x"}', "holds no number test_bpd"),
+        ('{"test_bpd": NaN}', "NaN is not a number"),
+        ('{"other": 1}', "holds no number test_bpd"),
+        ("[1, 2]", "holds no number test_bpd"),
+    ],
+)
+def test_a_damaged_result_changes_nothing(repository, content, message):
+    with_source(repository)
+    (a_run(repository, 0, 1.5) / "evaluation.json").write_text(content)
+    before = (repository / "results/inv_flow.json").read_bytes()
+    with pytest.raises(UserError, match=re.escape(message)):
+        collect(repository, "inv_flow")
+    assert (repository / "results/inv_flow.json").read_bytes() == before
+
+
+def test_a_run_without_a_record_and_an_unknown_name_are_refused(repository):
+    with_source(repository)
+    (a_run(repository, 0, 1.5) / "record.json").unlink()
+    with pytest.raises(UserError, match=r"has no record\.json: start runs by the engine or scripts/job\.py"):
+        collect(repository)
+    with pytest.raises(UserError, match=r"no row with a source is called so \(did you mean 'inv_flow/t1-small'"):
+        collect(repository, "inv_flow/t1-smal")
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "value"),
+    [
+        ({"cnn": {"1.0": 0.5, "1": 2}}, "cnn.1.0", 0.5),
+        ({"a": {"b": [{"k": "x", "v": 1}, {"k": "y", "v": 2}]}}, "a.b[k=x].v", 1),
+        ([{"step": "1", "bpd": "3.5"}, {"step": "2", "bpd": ""}], "bpd", 3.5),
+        ([{"m": "a", "n": "1", "v": "1"}, {"m": "a", "n": "2", "v": "7"}], "[m=a,n=1].v", 1),
+        ([{"name": "reco", "features": "inception", "fid": 2.5}], "[name=reco,features=inception].fid", 2.5),
+    ],
+)
+def test_keys_of_a_source(data, key, value):
+    assert lookup(data, key) == value
+    with pytest.raises(KeyError):
+        lookup(data, key + "x")
+
+
+def test_lbae_results_are_read(tmp_path):
+    path = tmp_path / "results.txt"
+    path.write_text(
+        "e:3 loss_eval:70.5 nref:9 reco ntest:9 fid:1.5 kid_mean:0.2 samples_cov ntest:9 fid:2.5 f8/18:0.7/0.8\n"
+    )
+    data = load(path)
+    assert lookup(data, "[name=samples_cov].f1_8") == 0.8 and lookup(data, "[name=reco].kid_mean") == 0.2
+    assert lookup(data, "loss_eval") == 70.5 and lookup(data, "[name=reco].ntest") == 9
+
+
+def test_every_row_to_do_has_a_source_or_is_known_to_have_none():
+    """Of the rows nobody has run yet, the engine makes all but those whose number no result file holds."""
+    rows = [row for row in results.read_rows(ROOT) if row["ours"] is None]
+    without = [row["id"] for row in rows if row["source"] is None]
+    assert len(without) <= 18
+    names = {f"{table.paper}/{table.name}": table for table in read_tables()}
+    for row in rows:
+        if row["source"]:
+            paper, name, experiment = row["source"]["folder"].removeprefix("runs/").split("/")
+            table = names[f"{paper}/{name}"]
+            fitting = [one for one in table.experiments if re.fullmatch(experiment.replace("{seed}", r"\d+"), one)]
+            assert fitting, row["id"]
+            assert row["command"].endswith(f"results/{paper}/{name}")
+
+
+def test_the_readme_counts_the_numbers():
+    text = (ROOT / "README.md").read_text()
+    rows = results.read_rows(ROOT)
+    full, small, left = tables.counts(rows)
+    assert f"{full} were measured at the paper's size, {small} by smaller or different runs, {left} are not" in text
+    assert results.counted(text.replace(f"{full} were", "7 were"), rows) == text
+    assert full + small + left == len(rows)
 
 
 def test_adding_from_standard_input(repository, monkeypatch):
@@ -333,7 +472,13 @@ def test_print_one_paper_and_list(repository, capsys):
     results.main(["--root", str(repository), "--list"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["full", "to", "to"] and "inv_flow/t1-small" in lines[2]
-    for argv in (["--paper", "inv_flo"], ["--paper", "lbae", "--check"], ["--replace"], ["--chek"]):
+    for argv in (
+        ["--paper", "inv_flo"],
+        ["--paper", "lbae", "--check"],
+        ["--replace"],
+        ["--chek"],
+        ["--add", "none.json"],
+    ):
         with pytest.raises(UserError):
             results.main(["--root", str(repository), *argv])
 
