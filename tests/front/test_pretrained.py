@@ -135,3 +135,13 @@ def test_runs_of_ones_own(tmp_path):
     own = lbae.load(tmp_path / "own")
     assert own.codes.shape == (64, 16)
     assert own.decode(own.codes[:2]).shape == (2, 1, 32, 32)
+
+
+def test_the_lines_on_the_front_page_do_what_they_say(models):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["images"].shape == (5, 1, 32, 32)
+    assert torch.equal(names["path"][0], names["a"])
+    assert torch.equal(names["path"][-1], names["b"])
+    assert not torch.equal(names["images"][0], names["images"][-1])
