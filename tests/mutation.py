@@ -66,7 +66,18 @@ JUDGES: dict[str, dict[str, str]] = {
     "common": {
         "common/batches.py": "tests/common/test_batches.py",
         "common/checkpoint.py": "tests/common/test_checkpoint.py",
-        "common/metrics/*.py": "tests/common/metrics",
+        **dict.fromkeys(
+            (f"common/metrics/{name}.py" for name in ("frechet", "kernel", "precision_recall", "generation")),
+            "tests/common/metrics/test_generation.py tests/common/metrics/test_generation_golden.py",
+        ),
+        **dict.fromkeys(
+            (f"common/metrics/{name}.py" for name in ("features", "inception", "inputs", "resize")),
+            "tests/common/metrics/test_features.py tests/common/metrics/test_command.py",
+        ),
+        **dict.fromkeys(
+            ("common/metrics/disentanglement.py", "common/metrics/disentanglement_points.py"),
+            " ".join(f"tests/common/metrics/test_disentanglement{part}.py" for part in ("", "_planted", "_golden")),
+        ),
     },
 }
 
