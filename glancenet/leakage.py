@@ -87,7 +87,7 @@ def measure(
         corners = passes.encode_for_rejection(model, data.test, device, sampled)
         closed = passes.encode_for_rejection(model, data.val, device, sampled)
         _, outputs = passes.evaluate(model, data.test, 0, device, keep=len(data.test))
-    z = 1 / (1 + np.exp(-outputs.z.astype(np.float64)))
+    z = torch.from_numpy(outputs.z).double().sigmoid().numpy()
     order = np.random.default_rng(seed).permutation(len(z))
     fit, held = order[: int(0.8 * len(z))], order[int(0.8 * len(z)) :]
     checks = osr.accept(corners.errors, corners.z, thresholds)

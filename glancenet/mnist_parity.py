@@ -199,7 +199,7 @@ def representation(key: str, seen: Seen, sampled: bool) -> np.ndarray:
     published).
     """
     z = (seen.z if sampled else seen.mu)[:, :CONCEPTS]
-    return z if key == "glancenet" else 1 / (1 + np.exp(-z))
+    return z if key == "glancenet" else torch.from_numpy(z).sigmoid().numpy()
 
 
 def leakage_rows(

@@ -170,7 +170,7 @@ class Report:
         self.run.log(step, **{f"test_{name}": float(row[name]) for name in logged})
         if save:
             n, folder, epoch = passes.SAVED_TEST_ROWS, self.files.evaluation, self.epoch_of(step)
-            z = 1 / (1 + np.exp(-outputs.z[:n].astype(np.float64)))
+            z = torch.from_numpy(outputs.z[:n]).double().sigmoid().numpy()
             save_arrays(folder / "latents_obtained.npy", epoch, z, outputs.concepts[:n])
             if self.model.predicts_classes:
                 save_arrays(folder / "downstream_obtained.npy", epoch, outputs.y, outputs.prediction)

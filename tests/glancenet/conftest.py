@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from glancenet import architectures, prepare_dsprites_leakage
 from glancenet import main as training
-from glancenet import prepare_dsprites_leakage
 
 SIZES = ["3", "2", "2", "4", "4"]
 SMALL = ["--dset_name", "sprites", "--sprites_sizes", *SIZES, "--encoder", "PadlessGaussianConv64"]
@@ -20,6 +20,15 @@ def small_command(folder, *words: str) -> list[str]:
     """A tiny main.py command line whose files all land in `folder`."""
     places = ["--log_dir", f"{folder}/logs", "--ckpt_dir", f"{folder}/ckpt", "--train_output_dir", f"{folder}/pictures"]
     return [*SMALL, "--dset_dir", str(folder), "--test_output_dir", f"{folder}/test_pictures", *places, *words]
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """Linear networks of 16 hidden units under their published names: for tests of what happens around networks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for network in (architectures.GaussianLinear, architectures.LinearDecoder):
+            patch.setattr(network, "widths", (16,))
+        yield
 
 
 @pytest.fixture(scope="session")
