@@ -85,6 +85,15 @@ class Table:
         """The folder of an experiment."""
         return self.out_pattern.replace("{experiment}", experiment)
 
+    def chosen(self) -> str:
+        """The experiment of a table that makes one of several: the one for MNIST where that is here, else the first."""
+        return "mnist" if "mnist" in self.experiments and find_mnist() else next(iter(self.experiments))
+
+    def possible(self) -> bool:
+        """Whether the data that it needs are there."""
+        root = Path(os.environ.get("DATA_ROOT") or ROOT / "data")
+        return all((root / name).exists() for name in self.keys.get("needs", ()))
+
     def fill(self, text: str, experiment: str, folder: str = ".") -> str:
         """`text` with the placeholders of an experiment filled in. Raises UserError for an unknown one."""
         values = self.experiments[experiment]

@@ -75,6 +75,7 @@ class Job:
     def __init__(self, folder: Path, name: str, step: str, watch: str = ""):
         self.folder, self.name, self.step, self.watch = folder, name, step, watch
         self.stopped = self.sent = 0.0
+        self.last = "no output"
         folder.mkdir(parents=True, exist_ok=True)
         self.record_path = folder / "record.json"
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -138,6 +139,7 @@ class Job:
             if self.stopped:
                 raise KeyboardInterrupt
             if code:
+                self.write(entry | {"exit": code, "last": self.last})
                 self.say(f"{self.step}: FAILED, exit code {code}; log: {self.folder / (self.step + '.log')}")
                 return code
         self.entry = entry
@@ -172,7 +174,7 @@ class Job:
                     for line in filter(
                         str.strip, (one.decode(errors="replace") for one in [*lines, b"" if chunk else rest])
                     ):
-                        spoke = time.time()
+                        spoke, self.last = time.time(), line.strip()[:200]
                         self.say(f"  {line[:200]}")
                     if not chunk:
                         break
@@ -224,8 +226,8 @@ def take_gpus(count: int) -> str | None:
 def run_step(manifest: str, experiment: str, step: Step, table: Any) -> None:
     """One step of a table's experiment, as its rule asks for it."""
     out = Path(table.out(experiment))
-    job = Job(out, table.paper if table.name == "all" else f"{table.paper}/{table.name}/{experiment}", step.name,
-              table.fill(step.watch, experiment))  # fmt: skip
+    name = table.name if table.paper == "quickstart" else f"{table.paper}/{table.name}/{experiment}"
+    job = Job(out, name, step.name, table.fill(step.watch, experiment))
     job.lock()
     digest, makes = table.digest(experiment, step), [Path(table.fill(name, experiment)) for name in step.makes]
     record = read_record(job.record_path).get(step.name, {})
