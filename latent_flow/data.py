@@ -146,10 +146,34 @@ class FactorSequences:
         return len(self.source)
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Training and validation rows. A sweep passes through images of both parts, whatever its item: as published,
-        the sequences that are evaluated were seen in training.
+        """Training and validation rows. No picture of a validation row's sweeps is in a sweep of a training row, and no
+        two share all factors that do not move, so that neither sweeps nor moving sprites of one part show the other's.
+
+        The sweeps of the validation rows hold a hundredth of all pictures: each rules out the rows of many sweeps that
+        cross it. Raises UserError for a set so small that no training row is left.
         """
-        return split_rows(len(self), seed)
+        order, sizes = np.random.default_rng([seed, 80]).permutation(len(self)), self.source.factor_sizes
+        still = [column for column, name in enumerate(self.source.factor_names) if name not in self.moving]
+        apart = np.zeros(len(order), bool)
+        if self.moving and still:  # a fifth of the groups at most
+            group = np.ravel_multi_index(self.source.factors_of(order)[:, still].T, [sizes[column] for column in still])
+            count = len(order) // np.prod([sizes[column] for column in still])
+            apart = np.isin(group, group[: max(len(order) // count // 5, 1)])
+        pool = order[apart] if apart.any() else order
+        valid = pool[: max(len(order) // (100 * (len(self.names) * self.steps + 1)), 1)]
+        shown = np.zeros(self.source.factor_sizes, bool)
+        factors = self.source.factors_of(valid)
+        for label in range(len(self.names)):
+            swept = np.concatenate([self.sweep(one, label, self.steps) for one in factors])
+            shown.flat[self.source.index_of(swept)] = True
+        taken = np.zeros_like(shown)
+        for column, name in zip(self.columns, self.names, strict=True):
+            values = sweep_values(shown.shape[column], self.steps, name)
+            taken |= shown.take(values, column).any(column, keepdims=True)
+        train = order[~apart & ~taken.flat[order]]
+        if not len(train):
+            raise UserError(f"{self.source.name} is too small for sweeps of {self.steps + 1} frames to be held out")
+        return train, valid
 
     def _images(self, index: np.ndarray, shape: tuple[int, int]) -> Tensor:
         images = self.source.images_at(index).to(self.device).float() / 255

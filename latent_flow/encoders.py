@@ -11,7 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
-from latent_flow.fast_conv import DoublingConvTranspose2d, HalvingConv2d
+
+
+def halving(channels: int, out: int) -> nn.Conv2d:
+    """Convolution 4x4, stride 2, padding 1: 2N x 2N -> N x N."""
+    return nn.Conv2d(channels, out, 4, 2, 1)
+
+
+def doubling(channels: int, out: int) -> nn.ConvTranspose2d:
+    """Transposed convolution 4x4, stride 2, padding 1: N x N -> 2N x 2N."""
+    return nn.ConvTranspose2d(channels, out, 4, 2, 1)
+
+
+def relu() -> nn.ReLU:
+    """In place: the layer before, a convolution or a matrix product, needs its input only."""
+    return nn.ReLU(inplace=True)
 
 
 class CoveringConv2d(nn.Conv2d):
@@ -27,14 +41,11 @@ class SpreadingConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, 1, 1) -> (B, out, N, N)."""
-        x, weight, shape = x.flatten(1), self.weight.flatten(1), (self.out_channels, *self.kernel_size)
-        if x.device.type == "cpu" and shape[-1] > 1:
-            # the batch innermost in memory, as the strided layers that follow want it
-            bias = self.bias.repeat_interleave(shape[1] * shape[2])[:, None]
-            return torch.addmm(bias, weight.T, x.T.contiguous()).T.unflatten(1, shape)
-        out = (x @ weight).unflatten(1, shape) + self.bias[:, None, None]
-        # cuDNN's strided layers run faster with channels last
-        return out.contiguous(memory_format=torch.channels_last) if shape[-1] > 1 else out
+        shape = self.out_channels, *self.kernel_size
+        out = (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, shape) + self.bias[:, None, None]
+        # the strided layers that follow run faster with channels last: cuDNN's always, a CPU's where they are narrow
+        last = shape[-1] > 1 and (x.device.type != "cpu" or shape[0] <= 128)
+        return out.contiguous(memory_format=torch.channels_last) if last else out
 
 
 class View(nn.Module):
@@ -54,14 +65,14 @@ def trunk(channels: int, width: int, size: int, out: int) -> nn.Sequential:
     """Three convolutions to 1 x 1 and two of kernel 1, shared by all encoders of small images."""
     _divisible(size, 4)
     return nn.Sequential(
-        HalvingConv2d(channels, width),
-        nn.ReLU(),
-        HalvingConv2d(width, 2 * width),
-        nn.ReLU(),
+        halving(channels, width),
+        relu(),
+        halving(width, 2 * width),
+        relu(),
         CoveringConv2d(2 * width, 3 * width, size // 4),
-        nn.ReLU(),
+        relu(),
         CoveringConv2d(3 * width, 2 * width, 1),
-        nn.ReLU(),
+        relu(),
         CoveringConv2d(2 * width, out, 1),
     )
 
@@ -71,10 +82,10 @@ def deep_trunk(channels: int, width: int, size: int) -> nn.Sequential:
     _divisible(size, 16)
     layers: list[nn.Module] = []
     for stage in range(4):
-        layers += [HalvingConv2d(channels if stage == 0 else width, width), nn.ReLU()]
-        layers += [nn.Conv2d(width, width, 3, 1, 1), nn.ReLU()]
-    layers += [CoveringConv2d(width, width, size // 16), nn.ReLU()]
-    layers += [CoveringConv2d(width, width, 1), nn.ReLU(), CoveringConv2d(width, width, 1)]
+        layers += [halving(channels if stage == 0 else width, width), relu()]
+        layers += [nn.Conv2d(width, width, 3, 1, 1), relu()]
+    layers += [CoveringConv2d(width, width, size // 16), relu()]
+    layers += [CoveringConv2d(width, width, 1), relu(), CoveringConv2d(width, width, 1)]
     return nn.Sequential(*layers)
 
 
@@ -147,16 +158,16 @@ class ConvVAE(ImageVAE):
             [
                 nn.Linear(s, s),
                 View(),
-                nn.ReLU(),
+                relu(),
                 SpreadingConvTranspose2d(s, 2 * s, 1),
-                nn.ReLU(),
+                relu(),
                 SpreadingConvTranspose2d(2 * s, 3 * s, 1),
-                nn.ReLU(),
+                relu(),
                 SpreadingConvTranspose2d(3 * s, 2 * s, size // 4),
-                nn.ReLU(),
-                DoublingConvTranspose2d(2 * s, s, relu=True),
-                nn.Identity(),  # keeps the numbers of the published layers
-                DoublingConvTranspose2d(s, channels),
+                relu(),
+                doubling(2 * s, s),
+                relu(),
+                doubling(s, channels),
             ]
         )
         super().__init__(encoder, decoder, log_var_bound)
@@ -168,13 +179,13 @@ class ConvVAE2(ImageVAE):
     def __init__(self, channels: int, width: int, size: int, log_var_bound: float | None = None):
         s = width
         encoder = GaussianEncoder(deep_trunk(channels, s, size), s, s)
-        layers: list[nn.Module] = [nn.Linear(s, s), View(), nn.ReLU()]
-        layers += [SpreadingConvTranspose2d(s, s, 1), nn.ReLU(), SpreadingConvTranspose2d(s, s, 1), nn.ReLU()]
-        layers += [SpreadingConvTranspose2d(s, s, size // 16), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Linear(s, s), View(), relu()]
+        layers += [SpreadingConvTranspose2d(s, s, 1), relu(), SpreadingConvTranspose2d(s, s, 1), relu()]
+        layers += [SpreadingConvTranspose2d(s, s, size // 16), relu()]
         for stage in range(4):
             last = stage == 3
-            layers += [DoublingConvTranspose2d(s, s, relu=True), nn.Identity()]  # keeps the published numbers
-            layers += [nn.ConvTranspose2d(s, channels if last else s, 3, 1, 1)] + ([] if last else [nn.ReLU()])
+            layers += [doubling(s, s), relu()]
+            layers += [nn.ConvTranspose2d(s, channels if last else s, 3, 1, 1)] + ([] if last else [relu()])
         super().__init__(encoder, BernoulliDecoder(layers), log_var_bound)
 
 

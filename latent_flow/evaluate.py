@@ -28,10 +28,10 @@ from common.errors import UserError, run_command
 from common.launch import full_precision, pick_device
 from common.options import Count, Whole, option
 from latent_flow import metrics
-from latent_flow.data import DEFAULTS, SWEPT, TESTED, open_source
+from latent_flow.data import DEFAULTS, TESTED, open_source
 from latent_flow.model import LatentFlow
 from latent_flow.options import ToolOptions, is_dry, parse_tool
-from latent_flow.runs import load_run, run_or_release, source_of
+from latent_flow.runs import load_run, run_or_release, saw_all, source_of
 from latent_flow.vp_score import vp_score
 
 
@@ -241,10 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     root = args.data_dir or options["data_dir"]
     source = source_of(config, root, device, options["warp_centre"], "test" if has_test else "train")
     rows = np.arange(len(source)) if has_test else source.split(options["seed"])[1]
-    if config.dataset == "frames" and "frame_stride" not in options:
-        print("this run was trained on all clips: those that are held out now were among them")
-    if config.dataset in SWEPT:
-        print(f"sweeps of {config.dataset} pass through images of the training part too, as published")
+    if saw_all(options):
+        print("this run was trained on all sequences: those that are held out now were among them")
 
     def write(result: dict, whole: bool) -> None:
         name = "eval_test" if args.split == "test" else "eval"

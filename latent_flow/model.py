@@ -65,6 +65,7 @@ class Config(Options):
     logdet: Literal["rowsum", "trace", "hutchinson", "exact"] = "hutchinson"
     logdet_terms: Annotated[int, Ge(1)] = 2
     path_kl: Literal["shared", "marginal"] = "shared"  # see `objective.py`
+    decode_frames: Annotated[int, Ge(1)] | None = None  # of a sequence, in a training step; None: all
     diffusion: NonNegative = 1.0
     index_weight: NonNegative = 20.0
     entropy_weight: NonNegative = 0.0
@@ -140,11 +141,14 @@ class LatentFlow(nn.Module):
 
 @dataclass
 class Noise:
-    """Fixed random numbers of one step, for tests: eps (B, D), uniform (B, K) or (T, H, B, K), a temperature."""
+    """Fixed random numbers of one step, for tests: eps (B, D), uniform (B, K) or (T, H, B, K), a temperature, and which
+    frames are decoded (N, B).
+    """
 
     eps: Tensor | None = None
     uniform: Tensor | None = None
     tau: float | None = None
+    decoded: Tensor | None = None
 
 
 def training_step(
@@ -161,8 +165,7 @@ def training_step(
     `active_units`, scalars.
 
     labels: the flow of each sample (B,), or one number for the whole batch (then only that flow is evaluated);
-    needed by the supervised variant and by `index_labels`. `amp`: bfloat16 in the convolutional networks only, on
-    the CPU without the layers of `fast_conv.py`.
+    needed by the supervised variant and by `index_labels`. `amp`: bfloat16 in the convolutional networks only.
     `generator`: source of the log-determinant's probes. `dist`: processes that share the work of the convolutional
     networks; each is given the whole batch, draws the same noise and returns the same losses.
     """
@@ -197,8 +200,17 @@ def training_step(
         generator,
     )
 
-    logits = network(model.vae.decoder.logits, path.z.flatten(0, 1))  # all frames in one call
-    losses["loss_recon"] = objective.reconstruction(logits.unflatten(0, (steps + 1, batch)), frames)
+    latents, targets = path.z, frames
+    if config.decode_frames is not None:
+        # another few of the T+1 frames for each sample, their sum scaled to all: the mean over draws is the whole term
+        order = (
+            torch.rand(steps + 1, batch, device=frames.device).argsort(0) if noise.decoded is None else noise.decoded
+        )
+        chosen = order[: config.decode_frames], torch.arange(batch, device=frames.device)
+        latents, targets = path.z[chosen], frames[chosen]
+    logits = network(model.vae.decoder.logits, latents.flatten(0, 1))  # all frames in one call
+    scale = (steps + 1) / len(latents)
+    losses["loss_recon"] = scale * objective.reconstruction(logits.unflatten(0, latents.shape[:2]), targets)
     losses["loss_kl0"] = objective.gaussian_kl(mean, log_var).mean()
     if upstream:
         losses["loss_pde"] = objective.upstream_pde_loss(path, flows, coefficients)

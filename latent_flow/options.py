@@ -82,10 +82,18 @@ class TrainOptions(Options):
     max_iter: Count = option(90_000, "iterations in all", group="training", resume="change")
     max_steps: Count | None = option(None, "at most this many iterations in this call", group="training", resume="call")
     batch_size: Annotated[int, Ge(1), Le(65_536)] = option(128, "sequences a step", group="training")
+    decode_frames: Annotated[int, Ge(1), Le(501)] | None = option(
+        None, "decode so many frames of each sequence a step, drawn anew for each [all]", group="training"
+    )
+    output_bias: Annotated[float, Ge(-20), Le(20)] | None = option(
+        None, "start of the decoder's last bias, in logits [PyTorch's random one]", group="training"
+    )
     amp: bool = option(False, "bfloat16 in the convolutional networks", group="training")
     tf32: bool = option(False, "TF32 in place of float32 on a GPU", group="training")
     log_freq: Count = option(10, "log every so many iterations", group="record", resume="change")
-    ckp_freq: Count = option(1000, "checkpoint every so many iterations", group="record", resume="change")
+    ckp_freq: Count | None = option(
+        None, "checkpoint every so many iterations [every ten minutes]", group="record", resume="change"
+    )
     eval_every: Count | None = option(
         None, "evaluate every so many iterations, not only at the end", group="record", resume="change"
     )
@@ -113,15 +121,22 @@ class TrainOptions(Options):
                 f"-K {self.num_support_sets}: {self.dataset} has {len(names)} transformations ({', '.join(names)}); "
                 "lower it"
             )
+        if self.decode_frames is not None and self.decode_frames > self._steps + 1:
+            raise ValueError(f"--decode-frames {self.decode_frames}: a sequence has {self._steps + 1} frames; lower it")
         if self.logdet == "rowsum" and self.objective == "paper":
             raise ValueError("--logdet rowsum is no determinant: it belongs to --objective upstream, which needs none "
                              "of --logdet")  # fmt: skip
         return self
 
     @property
+    def _steps(self) -> int:
+        steps = self.num_timesteps // 2
+        # the published Falcor3D and Isaac3D loops end one step early: a sweep has T frames, x_0 included
+        return steps - 1 if self.DEEP and steps > 1 else steps
+
+    @property
     def config(self) -> Config:
         """What defines the model and its objective; goes into checkpoints."""
-        steps = self.num_timesteps // 2
         own = {name: getattr(self, name) for name in Config.model_fields if name in type(self).model_fields}
         p_on, p_stay = getattr(self, "spike_prior", (0.1, 0.9))
         return Config.build(
@@ -129,8 +144,7 @@ class TrainOptions(Options):
             {
                 "variant": self.VARIANT,
                 "flows": self.num_support_sets,
-                # the published Falcor3D and Isaac3D loops end one step early: a sweep has T frames, x_0 included
-                "steps": steps - 1 if self.DEEP and steps > 1 else steps,
+                "steps": self._steps,
                 "channels": DEFAULTS[self.dataset]["channels"],
                 "deep": self.DEEP,
                 "index_width": getattr(self, "width", None) or 0,

@@ -21,7 +21,6 @@ def layers_ref(layers, x: Tensor) -> Tensor:
     for layer in layers:
         if isinstance(layer, torch.nn.ConvTranspose2d):
             x = F.conv_transpose2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
-            x = F.relu(x) if getattr(layer, "relu", False) else x
         elif isinstance(layer, torch.nn.Conv2d):
             x = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
         elif isinstance(layer, torch.nn.ReLU):

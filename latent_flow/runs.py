@@ -10,7 +10,7 @@ from torch import Tensor
 from common.checkpoint import load_into, load_state, load_tensors, load_weights, read_json, write_json
 from common.errors import UserError
 from common.released import released
-from latent_flow.data import open_source
+from latent_flow.data import SWEPT, open_source
 from latent_flow.model import Config, LatentFlow
 
 RELEASE, RELEASE_FOLDER = "mnist_supervised_w32", Path("runs/latent_flow/released")
@@ -121,6 +121,12 @@ def source_of(
         config.dataset, config.steps, size=config.image_size, root=root, split=split, device=device, centre=centre,
         stride=config.frame_stride,
     )  # fmt: skip
+
+
+def saw_all(args: Mapping[str, Any]) -> bool:
+    """Whether a run with these options is from before clips, and later sweeps, were held out whole."""
+    dataset = args.get("dataset")
+    return (dataset == "frames" and "frame_stride" not in args) or (dataset in SWEPT and "decode_frames" not in args)
 
 
 class Written:

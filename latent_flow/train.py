@@ -19,17 +19,18 @@ from common.batches import Batches
 from common.checkpoint import append_text, load_state, restore_rng, rng_state, save_state, write_json
 from common.errors import UserError
 from common.launch import Distributed, full_precision, keep_freed_memory, seed_everything
-from common.training import Place, Training
+from common.training import POLL, Place, Training
 from latent_flow.data import FrameSequences
 from latent_flow.encoders import temperature
 from latent_flow.evaluate import evaluate
 from latent_flow.model import LatentFlow, training_step
 from latent_flow.options import TrainOptions, is_dry, known, parse
-from latent_flow.runs import source_of
+from latent_flow.runs import saw_all, source_of
 from latent_flow.spikes import draw_speed, draw_spikes
 
 KIND = "latent_flow"
 CALL = {"resume", "overwrite", "max_steps", "dry_run"}  # what args.json leaves out
+SAVE_SECONDS = 600.0  # between checkpoints, without --ckp-freq
 
 
 def run_script(options_type: type[TrainOptions], about: str, argv: list[str] | None) -> None:
@@ -64,6 +65,8 @@ def _train(options: TrainOptions, dist: Distributed) -> None:
     batches = Batches(Rows(rows), options.batch_size, options.seed)  # every process is given the whole batch
     with FlowTraining(options, dist, len(batches)) as training:
         model = LatentFlow(config).to(dist.device)
+        if options.output_bias is not None:
+            torch.nn.init.constant_(model.vae.decoder.decoder[-2].bias, options.output_bias)
         optimizer = make_optimizer(model, options)
         training.restore(model=model, optimizer=optimizer)
         last = min(options.max_iter, training.step + (options.max_steps or options.max_iter))
@@ -81,7 +84,7 @@ def _train(options: TrainOptions, dist: Distributed) -> None:
 
             if training.every(options.log_freq) or training.step == last:
                 training.log(losses, temperature(training.step) if model.reconstructor is not None else 1.0)
-            if training.every(options.ckp_freq):
+            if training.is_due(options.ckp_freq):
                 training.save()
             if options.eval_every and training.every(options.eval_every) and training.step < options.max_iter:
                 training.evaluate(model, source, held_out, f"eval_{training.step}.json")
@@ -165,7 +168,7 @@ class FlowTraining(Training):
             saved_options=lambda state: known(type(options), state["args"]),
             tensorboard=options.tensorboard,
         )
-        self._began, self._since = time.perf_counter(), self.step
+        self._began, self._since, self._written = time.perf_counter(), self.step, time.monotonic()
         if dist.is_main:
             write_json(self.folder / "args.json", self.args)
             write_json(self.folder / "config.json", self.config.as_dict() | {"args": self.args})
@@ -177,6 +180,19 @@ class FlowTraining(Training):
         state = super().full_state()
         del state["options"]
         return state | {"config": self.config.as_dict(), "args": self.args, "iteration": self.step}
+
+    def is_due(self, interval: int | None) -> bool:
+        """Whether a checkpoint is: every `interval` iterations, or (None) by the clock."""
+        if interval is not None:
+            return self.every(interval)
+        if self.dist.world > 1 and self.step % POLL:  # all processes save together
+            return False
+        return self.dist.any(time.monotonic() - self._written >= SAVE_SECONDS)
+
+    def save(self, path: str | Path | None = None) -> None:
+        """As `Training.save`; the clock of `is_due` starts anew."""
+        super().save(path)
+        self._written = time.monotonic()
 
     def describe(self, model: LatentFlow, items: int) -> None:
         """The first line of the log."""
@@ -220,8 +236,8 @@ def _read(path: Path) -> dict[str, Any]:
     missing = {"args", "config", "model", "optimizer", "rng", "iteration"} - state.keys()
     if missing or not isinstance(state["args"], dict) or not isinstance(state["iteration"], int):
         raise UserError(f"{path} is no whole checkpoint of a run; use an older one")
-    if state["args"].get("dataset") == "frames" and "frame_stride" not in state["args"]:
-        raise UserError(f"{path} was trained on all clips, the validation's too; start a new run")
+    if saw_all(state["args"]):
+        raise UserError(f"{path} was trained on all sequences, those that are held out now too; start a new run")
     return state
 
 

@@ -6,5 +6,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 exec "${PYTHON:-python}" "$root/latent_flow/train_vae_scratch_unsuper.py" --tensorboard --dataset mnist \
-    --num-support-sets=3 --num-timesteps=16 --batch-size=128 --max-iter="${MAX_ITER:-90000}" --log-freq=10 --ckp-freq=100 \
+    --num-support-sets=3 --num-timesteps=16 --batch-size=128 --max-iter="${MAX_ITER:-90000}" --log-freq=10 \
     --data-dir "${DATA_ROOT:-$root/data}" --seed "${SEED:-0}" "$@"

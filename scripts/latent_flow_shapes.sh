@@ -6,5 +6,5 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 exec "${PYTHON:-python}" "$root/latent_flow/train_vae_scratch.py" --tensorboard --shapes3d --num-support-sets=5 \
-    --num-timesteps=14 --batch-size=128 --max-iter="${MAX_ITER:-100000}" --log-freq=10 --ckp-freq=100 \
+    --num-timesteps=14 --batch-size=128 --max-iter="${MAX_ITER:-100000}" --log-freq=10 \
     --data-dir "${DATA_ROOT:-$root/data}" --seed "${SEED:-0}" "$@"

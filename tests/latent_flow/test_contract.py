@@ -409,6 +409,48 @@ def test_step_equals_the_plain_transcription(config):
             torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_few_decoded_frames_are_unbiased(count):
+    """The mean over all ways to choose the frames of a sequence is the loss and the gradient of all of them."""
+    settings = {"latent_size": 6, "image_size": 8, "steps": 3}
+    model = LatentFlow(Config(**settings)).double()
+    frames, labels = torch.rand(4, 2, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 2])
+    eps = torch.randn(2, 6, dtype=torch.float64)
+    whole = training_step(model, frames, labels, noise=Noise(eps))["loss_total"]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(whole, parameters, allow_unused=True)
+    model.config.decode_frames = count
+    losses = []
+    for first, second in itertools.product(itertools.combinations(range(4), count), repeat=2):
+        noise = Noise(eps, decoded=torch.tensor([first, second]).T)
+        losses.append(training_step(model, frames, labels, noise=noise)["loss_total"])
+    mean = torch.stack(losses).mean()
+    torch.testing.assert_close(mean, whole, rtol=1e-12, atol=0)
+    for one, two in zip(torch.autograd.grad(mean, parameters, allow_unused=True), expected, strict=True):
+        if two is not None:
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    if count < 4:
+        assert torch.stack(losses).std() > 1e-3
+
+
+def test_each_sample_has_frames_of_its_own_decoded(monkeypatch):
+    """Frames of sample b at time t all have the grey value (b, t): what the loss compares with is seen in it."""
+    seen = []
+    monkeypatch.setattr(objective, "reconstruction", lambda logits, frames: seen.append(frames) or logits.sum())
+    model = LatentFlow(Config(latent_size=4, image_size=8, steps=8, decode_frames=3))
+    frames = torch.arange(9.0)[:, None].mul(0.1).add(torch.arange(50) * 0.001)[..., None, None, None].expand(
+        -1, -1, 3, 8, 8
+    )  # fmt: skip
+    for _ in range(2):
+        training_step(model, frames, torch.zeros(50, dtype=torch.long))
+    one, two = (frames[:, :, 0, 0, 0] for frames in seen)
+    times, samples = (one * 10).floor(), (one * 1000).round() % 100
+    assert one.shape == (3, 50) and (samples == torch.arange(50)).all()
+    assert all(len(set(column)) == 3 for column in times.T.tolist())  # no frame twice
+    assert len({tuple(sorted(column)) for column in times.T.tolist()}) > 10 and (one != two).any()
+    assert set(times.flatten().tolist()) == set(range(9))
+
+
 @pytest.mark.parametrize("variant", ["supervised", "weakly", "unsupervised"])
 @pytest.mark.parametrize("logdet", ["trace", "hutchinson", "exact"])
 def test_paper_objective_reaches_every_parameter(variant, logdet):

@@ -187,6 +187,46 @@ def test_factor_pictures(tmp_path):
         FactorPictures("Tiny", tmp_path, {"a": 2, "b": 4}, 8)
 
 
+class Grid(FactorSet):
+    """A set of factors without pictures."""
+
+    def __init__(self, name, **factors):
+        super().__init__(name, "all", factors, (1, 8, 8))
+
+
+GRIDS = {
+    "sweeps alone": Grid("falcor3d", a=6, b=5, c=6, d=6),
+    "moving too": Grid("sprites", shape=3, scale=4, orientation=10, posX=8, posY=8),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", GRIDS)
+def test_no_picture_of_a_held_out_sweep_is_trained_on(name, seed):
+    grid = GRIDS[name]
+    source = FactorSequences(grid, tuple(grid.factor_names), 4 if "a" in grid.factor_names else 2)
+    train, valid = source.split(seed)
+    again = FactorSequences(grid, source.names, source.steps).split(seed)
+    assert (again[0] == train).all() and (again[1] == valid).all()
+    assert len(valid) and len(train) > len(grid) / 3 and not set(train) & set(valid)
+
+    def swept(rows):
+        factors = grid.factors_of(rows)
+        every = [source.sweep(one, k, source.steps) for one in factors for k in range(len(source.names))]
+        return set(grid.index_of(np.concatenate(every)).tolist())
+
+    assert not swept(train) & swept(valid)
+    assert (source.split(seed + 10)[1] != valid).any()
+    if source.moving:  # a moving sprite keeps its shape and its scale
+        trained, held = ({tuple(one) for one in grid.factors_of(rows)[:, :2].tolist()} for rows in (train, valid))
+        assert not trained & held
+
+
+def test_a_set_too_small_to_hold_sweeps_out():
+    with pytest.raises(UserError, match="too small for sweeps of 2 frames"):
+        FactorSequences(Grid("tiny", a=2, b=2), ("a", "b"), 1).split(0)
+
+
 def test_split_is_seeded_and_complete():
     train, valid = split_rows(1000, 3)
     assert len(train) == 800 and sorted([*train, *valid]) == list(range(1000))

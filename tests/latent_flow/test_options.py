@@ -39,7 +39,7 @@ TOOLS = {
     show_flows: show_flows.ShowOptions,
     traverse_latent_space_vae: traverse_latent_space_vae.TraverseOptions,
     minimal_example: minimal_example.MinimalOptions,
-    benchmark: benchmark.BenchmarkOptions,
+    benchmark: benchmark.FlowBenchmarkOptions,
 }
 MODELS = {**TRAINERS, **TOOLS}
 NUMBERS = [
@@ -92,7 +92,8 @@ COMMON = {
     "dataset": "mnist", "image_size": 28, "warp_centre": "upstream", "num_support_sets": 3, "num_timesteps": 16,
     "latent_size": 324, "objective": "paper", "path_kl": "shared", "logdet": "hutchinson", "logdet_terms": 2,
     "diffusion": 1.0, "k_per": "sample", "support_set_lr": 1e-4, "lr_vae": 1e-4, "max_iter": 90_000, "batch_size": 128,
-    "amp": False, "tf32": False, "log_freq": 10, "ckp_freq": 1000, "eval_every": None, "eval_images": 2000,
+    "decode_frames": None, "output_bias": None, "amp": False, "tf32": False, "log_freq": 10, "ckp_freq": None,
+    "eval_every": None, "eval_images": 2000,
     "tensorboard": False, "seed": 0, "deterministic": False, "device": "auto", "smoke": False, "data_dir": None,
 }  # fmt: skip
 INDEX = {"width": None, "lr_index": 1e-4, "frame_stride": 1}
