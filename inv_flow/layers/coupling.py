@@ -30,17 +30,17 @@ def coupling_net(channels: int, width: int, kind: str) -> nn.Sequential:
     if kind == "small":
         return nn.Sequential(
             nn.Conv2d(channels // 2, width, 3, padding=1, bias=False),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(width, channels, 1, bias=False),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             Conv2dZero(channels, channels),
         )
     if kind == "snf":
         return nn.Sequential(
             nn.Conv2d(channels // 2, width, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(width, width, 1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             Conv2dZero(width, channels),
         )
     raise ValueError(f"coupling={kind!r}: expected 'small' or 'snf'")
@@ -60,9 +60,11 @@ class Coupling(FlowLayer):
         self.autocast = autocast
 
     def _scale_and_shift(self, x1: Tensor) -> tuple[Tensor, Tensor]:
+        # a wide network on few channels takes half the time with the channels innermost; a GPU's float32 does not
+        last = self.autocast or x1.device.type == "cpu"
         with torch.autocast(x1.device.type, torch.bfloat16, enabled=self.autocast):
-            h = self.net(x1)
-        h = h.to(x1.dtype)
+            h = self.net(x1.contiguous(memory_format=torch.channels_last) if last else x1)
+        h = h.to(x1.dtype, memory_format=torch.contiguous_format)
         return 2 * torch.tanh(h[:, 0::2] / 2), h[:, 1::2]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

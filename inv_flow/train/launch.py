@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.checkpoint import load_into, load_weights, write_json
 from common.errors import MissingDataError, UserError
-from common.launch import Distributed, full_precision, pick_device, seed_everything
+from common.launch import Distributed, full_precision, keep_freed_memory, pick_device, seed_everything
 from common.released import Release, released
 from inv_flow.data import image_size, loaders
 from inv_flow.model import FlowModel, create_model
@@ -45,7 +45,9 @@ def script(
         if config.dry_run:
             check(config)
             print(json.dumps(config.as_dict(), indent=2))
-        elif config.evaluate:
+            return
+        keep_freed_memory()
+        if config.evaluate:
             evaluate_run(config, given)
         else:
             experiment = build(config)

@@ -18,6 +18,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         groups.append({"params": kernels, "lr": config.lr * config.lr_inv_conv})
     kinds = {"Adam": torch.optim.Adam, "Adamax": torch.optim.Adamax, "SGD": torch.optim.SGD}
     options: dict[str, Any] = {"momentum": 0.95} if config.optimizer_name == "SGD" else {}
+    if config.optimizer_name != "Adamax" and {p.device.type for p in model.parameters()} <= {"cpu", "cuda"}:
+        options["fused"] = True  # one pass over all weights instead of one an operation
     groups = [group for group in groups if group["params"]]
     return kinds[config.optimizer_name](groups, lr=config.lr, weight_decay=config.weight_decay, **options)
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mnist_files import write_mnist
 from same_state import same
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -368,17 +368,6 @@ def test_experiment_takes_ordinary_loaders(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
-
-
-def write_mnist(root, n):
-    """n random images as MNIST's own files."""
-    folder, rng = root / "MNIST/raw", np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for stem in ("train", "t10k"):
-        parts = {"images-idx3": rng.integers(0, 256, (n, 28, 28)), "labels-idx1": np.arange(n) % 10}
-        for name, array in parts.items():
-            head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-            (folder / f"{stem}-{name}-ubyte").write_bytes(head + array.astype(np.uint8).tobytes())
 
 
 def test_the_weights_that_ship_are_evaluated_where_mnist_is(tmp_path, monkeypatch, capsys):
