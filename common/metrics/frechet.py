@@ -13,8 +13,6 @@ import scipy.linalg
 
 from common.errors import UserError
 
-# below this ratio of the smallest to the largest Cholesky pivot a covariance counts as numerically singular
-_SMALLEST_PIVOT = 1e-12
 _MOST = 8192  # samples or features, whichever are fewer: time grows with the cube, 8192 take minutes
 
 
@@ -43,8 +41,8 @@ def _trace_sqrt_product(first: "Statistics", second: "Statistics") -> float:
 
     With S1 = F1' F1 and S2 = F2' F2 the eigenvalues of S1 S2 are the squared singular values of F1 F2', so the trace is
     their sum. Full rank: F1 is the Cholesky factor and one symmetric eigenvalue problem, F1 S2 F1', gives the squares.
-    Singular: squares near zero would be rounding noise whose root is large, so the singular values are taken directly,
-    of factors with as many rows as there are samples, or cut to their numerical rank.
+    Singular, without a Cholesky factor: the singular values are taken directly, of factors with as many rows as there
+    are samples, or cut to their numerical rank.
     """
     uppers = [None if s.rows is not None else _cholesky(s.sigma) for s in (first, second)]
     if uppers[0] is not None and uppers[1] is not None:
@@ -62,11 +60,9 @@ def _trace_sqrt_product(first: "Statistics", second: "Statistics") -> float:
 def _cholesky(sigma: np.ndarray) -> np.ndarray | None:
     """Upper Cholesky factor, or None when `sigma` is singular to working precision."""
     try:
-        upper = scipy.linalg.cholesky(sigma, check_finite=False)
+        return scipy.linalg.cholesky(sigma, check_finite=False)
     except scipy.linalg.LinAlgError:
         return None
-    pivots = np.diag(upper) ** 2
-    return upper if pivots.min() > _SMALLEST_PIVOT * pivots.max() else None
 
 
 def _eigen_factor(sigma: np.ndarray) -> np.ndarray:

@@ -279,6 +279,22 @@ def test_load_into_refuses_what_is_no_weight(value, reason):
     assert bool((module.weight == 1).all())
 
 
+def test_a_buffer_takes_its_own_kind_of_number_alone():
+    """Counters, masks and spectra: none becomes another by a silent cast."""
+    kinds = {"float": torch.float32, "whole": torch.int64, "complex": torch.complex64, "bool": torch.bool}
+    for own, dtype in kinds.items():
+        module = torch.nn.Module()
+        module.register_buffer("buffer", torch.zeros(3, dtype=dtype))
+        for other, given in kinds.items():
+            tensors = {"buffer": torch.ones(3, dtype=given)}
+            if own == other:
+                checkpoint.load_into(module, tensors, "file")
+                assert bool(module.buffer.all())
+            else:
+                with pytest.raises(UserError, match="other kind of number: buffer"):
+                    checkpoint.load_into(module, tensors, "file")
+
+
 def trained(**settings):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)

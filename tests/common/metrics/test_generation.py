@@ -11,7 +11,7 @@ from metric_definitions import improved_precision_recall_ref, mmd2
 from common.errors import UserError
 from common.metrics import frechet, kernel, precision_recall
 from common.metrics.frechet import Statistics, frechet_distance
-from common.metrics.generation import score
+from common.metrics.generation import _balance, score
 from common.metrics.kernel import kernel_distance
 from common.metrics.precision_recall import (
     f_beta_pair,
@@ -71,17 +71,14 @@ def test_frechet_of_an_ill_conditioned_covariance():
     assert frechet_distance(np.zeros(d), sigma_a, np.zeros(d), sigma_b) == pytest.approx(expected, rel=1e-7)
 
 
-def test_frechet_of_a_covariance_that_is_singular_but_for_rounding():
-    """Pivots down to 1e-16 of the largest: a Cholesky factor exists, but its products are rounding noise, whose roots
-    would be off by 1e-7.
-    """
+def test_frechet_of_opposed_spectra():
+    """What is large in one covariance is nearly nothing in the other: 13 decades, a small factor times a large one."""
     d = 60
     rotation = np.linalg.qr(np.random.default_rng(27).standard_normal((d, d)))[0]
-    a, b = np.logspace(0, -14.5, d), np.logspace(0, -14.5, d)[::-1]
-    sigma_a, sigma_b = ((rotation * part) @ rotation.T for part in (a, b))
-    expected = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    found = frechet_distance(np.zeros(d), sigma_a, np.zeros(d), sigma_b)
-    assert found == pytest.approx(expected, abs=2e-8)
+    a = np.logspace(0, -13, d)
+    sigma_a, sigma_b = ((rotation * part) @ rotation.T for part in (a, a[::-1]))
+    expected = ((np.sqrt(a) - np.sqrt(a[::-1])) ** 2).sum()
+    assert frechet_distance(np.zeros(d), sigma_a, np.zeros(d), sigma_b) == pytest.approx(expected, abs=1e-8)
 
 
 def test_full_rank_takes_the_quick_way(monkeypatch):
@@ -365,6 +362,8 @@ def test_improved_precision_recall_at_the_ends():
     assert improved_precision_recall(x, x) == (1.0, 1.0)
     assert improved_precision_recall(x, x + 500) == (0.0, 0.0)
     repeated = np.repeat(x[:1], 20, axis=0)  # a generator with a single picture that is in the reference
+    one = np.full((8, 3), 4.0)
+    assert improved_precision_recall(one, one) == (1.0, 1.0)  # balls of radius 0 hold their centres
     precision, recall = improved_precision_recall(repeated, x)
     assert (precision, recall) == (1.0, pytest.approx(1 / 40))
     with pytest.raises(UserError, match="at least 4"):
@@ -404,6 +403,10 @@ def test_score_balances_prd_and_serves_statistics():
     a, b = (rng.integers(0, 256, (n, 1, 3, 3), dtype=np.uint8) for n in (50, 40))
     with pytest.warns(UserWarning, match="40 of 50 samples"):
         score(a, b, ("prd",), "raw", device="cpu", prd_runs=1)
+    rows = np.arange(50.0)[:, None]
+    with pytest.warns(UserWarning, match="40 of 50 samples"):
+        drawn, same = _balance(rows, rows[:40], 0)  # as many, none twice
+    assert len(np.unique(drawn)) == 40 and same.tolist() == rows[:40].tolist()
     stats = Statistics.from_features(b.reshape(40, -1) / 255)
     assert score(a, stats, ("fid",), "raw", device="cpu")["fid"] == pytest.approx(
         score(a, b, ("fid",), "raw", device="cpu")["fid"]
