@@ -16,6 +16,7 @@ CODES.npz holds `codes` (n, D) and `factors` (n, F), and may hold `codes_test` a
 
 import csv
 import functools
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -589,17 +590,23 @@ def main(argv: list[str] | None = None) -> None:
     new = options.csv is not None and _check_table(options.csv, names)
     draw = {key: getattr(options, key) for key in ("seed", "jobs", "num_train", "num_test")}
     results = evaluate(load_codes(codes, options.factor_bins), names, **draw)
+    print(json.dumps(results, indent=2, allow_nan=False) if options.as_json else _table(results))
     if options.csv is not None:
+        from common.checkpoint import append_text  # PyTorch comes with it
+
         row = {"file": codes, "seed": options.seed, **table_row(results)}
-        with options.csv.open("a", newline="") as file:
-            csv.writer(file).writerows([row.keys()] * new + [row.values()])
-    if options.as_json:
-        print(json.dumps(results, indent=2, allow_nan=False))
-        return
+        lines = io.StringIO(newline="")
+        csv.writer(lines).writerows([row.keys()] * new + [row.values()])
+        append_text(options.csv, lines.getvalue())
+
+
+def _table(results: dict[str, Scores]) -> str:
+    lines = []
     for name, scores in results.items():
         shown = {key: f"{value:.4f}" if isinstance(value, float) else str(value) for key, value in scores.items()}
         details = "  ".join(f"{key} {value}" for key, value in shown.items())
-        print(f"{name:24s} {shown[METRICS[name].headline]}   ({details})")
+        lines.append(f"{name:24s} {shown[METRICS[name].headline]}   ({details})")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

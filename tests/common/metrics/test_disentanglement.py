@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import metric_definitions as definitions
 import numpy as np
@@ -362,6 +363,15 @@ def test_command_appends_rows(saved, tmp_path, capsys):
     with pytest.raises(UserError, match="other columns"):
         dis.main([str(saved), "--metrics", "irs", "--csv", str(scores)])
     assert scores.read_bytes() == before
+
+
+def test_a_full_disk_loses_no_score(saved, capsys):
+    """The results are shown before the table takes them, and a table that is full is one line."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no device that is always full")
+    with pytest.raises(UserError, match="the disk is full"):
+        dis.main([str(saved), "--metrics", "mig", "--csv", "/dev/full"])
+    assert capsys.readouterr().out.startswith("mig ")
 
 
 def test_command_bins_factors(tmp_path, capsys):
