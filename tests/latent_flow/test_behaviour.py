@@ -27,7 +27,7 @@ from latent_flow import (
 )
 from latent_flow.data import DigitSequences
 from latent_flow.encoders import spike_probability
-from latent_flow.model import Config, LatentFlow
+from latent_flow.model import Config, LatentFlow, Noise, training_step
 from latent_flow.objective import Coefficients, normal_log_prob, pde_loss
 from latent_flow.options import (
     DeepOptions,
@@ -171,6 +171,25 @@ def test_each_learning_rate_moves_its_own_part(part, outcome):
     assert all((value > 1e-3) == name.startswith(part) or (value == 0 and name.startswith(part))
                for name, value in change.items())  # fmt: skip
     assert max(value for name, value in change.items() if name.startswith(part)) > 0.01
+
+
+@pytest.mark.parametrize("variant", ["supervised", "unsupervised"])
+def test_amp_is_in_the_networks_alone(variant):
+    """bfloat16 rounds what the networks give by a part in 256 at most; flows, losses and gradients are float32."""
+    model = tiny(variant, path_kl="marginal", logdet="exact").float()
+    frames, labels = torch.rand(3, 6, 3, 8, 8), torch.zeros(6, dtype=torch.long)
+    uniform = torch.rand(2, 2, 6, 3)
+    kinds = []
+    model.vae.decoder.decoder[9].register_forward_hook(lambda layer, given, out: kinds.append(out.dtype))
+    totals = []
+    for amp in (False, True):
+        losses = training_step(model, frames, labels, noise=Noise(torch.ones(6, 4), uniform, 0.5), amp=amp)
+        losses["loss_total"].backward()
+        assert {value.dtype for name, value in losses.items() if name.startswith("loss")} == {torch.float32}
+        assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+        totals.append(losses["loss_total"].item())
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert totals[0] != totals[1] and abs(totals[1] / totals[0] - 1) < 0.01
 
 
 def test_output_bias_is_where_the_decoder_starts(outcome):

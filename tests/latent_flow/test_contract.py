@@ -566,7 +566,9 @@ class HostTraffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"path_kl": "marginal"}, {"objective": "upstream"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"path_kl": "marginal"}, {"objective": "upstream"}, {"decode_frames": 2}], ids=str
+)
 @pytest.mark.parametrize("variant", ["supervised", "weakly", "unsupervised"])
 def test_a_step_stays_on_its_device(variant, options):
     """On a pretended GPU: losses, inference and decoding find all tensors there, read none and fetch none."""

@@ -106,7 +106,7 @@ def test_the_command_itself_runs(tmp_path):
 
 RESUMED = {
     "supervised": (train_vae_scratch, []),
-    "weakly": (train_vae_scratch_weakly, []),
+    "weakly": (train_vae_scratch_weakly, ["--decode-frames", "2", "--output-bias=-3"]),
     "marginal": (train_vae_scratch, ["--path-kl", "marginal"]),
     "double": (train_vae_scratch_unsuper, ["--field", "divfree", "--path-kl", "marginal", "--logdet", "exact"]),
     "single-upstream": (train_vae_scratch_unsuper, ["--single-control", "--objective", "upstream"]),
