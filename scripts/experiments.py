@@ -110,9 +110,17 @@ class Table:
 
     def commands(self, experiment: str, step: Step) -> list[list[str]]:
         """The words of each command of a step. Raises UserError for unbalanced quotes or unknown placeholders."""
-        folder = self.fill(step.folder, experiment)
+        folder, values = self.fill(step.folder, experiment), self.experiments[experiment]
+        lines: list[list[str]] = []
         try:
-            lines = [shlex.split(line) for line in self.fill(step.run, experiment, folder).splitlines()]
+            for line in step.run.splitlines():
+                lines.append([])
+                for word in shlex.split(line):
+                    whole = PLACEHOLDER.fullmatch(word)
+                    if whole and whole[1] in values:  # a value may be several words, or none
+                        lines[-1] += shlex.split(self.grid[whole[1]][values[whole[1]]])
+                    else:
+                        lines[-1].append(self.fill(word, experiment, folder))
         except ValueError as error:
             raise UserError(f"{self.path}: {step.name}: {error}") from None
         processes = self.keys.get("processes", 1)
@@ -157,7 +165,10 @@ def problem(value: Any, schema: dict[str, Any]) -> str:
         name = next(key for key in error.validator_value if key not in error.instance)
         return f"{where + ': ' if where else ''}key {name!r} is missing"
     if error.validator in ("if", "then", "else", "anyOf", "not") and not where:
-        return error.schema.get("$comment", "keys are missing: " + " or ".join(map(str, error.validator_value)))
+        wanted = " or ".join(" and ".join(one.get("required", ())) for one in error.validator_value)
+        return error.schema.get("$comment") if "$comment" in error.schema else f"keys are missing: {wanted}"
+    if error.validator == "dependentRequired":
+        return error.message
     expected = error.schema.get("description")
     if not expected and error.absolute_path:  # what stands in a shared definition is described where it is used
         expected = schema["properties"].get(error.absolute_path[0], {}).get("description")
@@ -213,8 +224,9 @@ def check_placeholders(table: Table) -> None:
                 table.fill(text, experiment)
 
 
-def read_tables(folder: Path = ROOT / "sweeps") -> list[Table]:
-    """All manifests of a folder. Raises UserError."""
+def read_tables(folder: Path | None = None) -> list[Table]:
+    """All manifests of a folder (SWEEPS, else sweeps/). Raises UserError."""
+    folder = folder or Path(os.environ.get("SWEEPS") or ROOT / "sweeps")
     return [read_table(path) for path in sorted(folder.glob("*/*.yaml"))]
 
 

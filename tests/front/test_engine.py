@@ -235,6 +235,73 @@ def test_a_bad_manifest_is_one_line_before_anything_runs(engine):
     assert code == 1 and "toy.yaml: unknown key 'finale' (did you mean 'final'?)" in text and not engine.ran()
 
 
+# Stand-ins for SLURM that run the jobs here: what is tested is the submission, not a cluster.
+SLURM = {
+    "sbatch": """
+import json, os, pathlib, subprocess, sys
+place = pathlib.Path(os.environ["STAND_IN"])
+number = len(list(place.glob("*.job"))) + 1
+(place / f"{number}.job").write_text(json.dumps(sys.argv[1:]))
+wrap = [word for word in sys.argv[1:] if word.startswith("--wrap=")]
+after = dict(zip(sys.argv, sys.argv[1:]))
+script = wrap[0].removeprefix("--wrap=") if wrap else after.get("--wrap") or sys.stdin.read()
+env = {**os.environ, "SLURM_JOB_ID": str(number), "SLURM_CPUS_PER_TASK": "1"}
+run = f"({script}) >{place}/{number}.log 2>&1; echo $? >{place}/{number}.end"
+child = subprocess.Popen(["bash", "-c", run], env=env, start_new_session=True, stdin=subprocess.DEVNULL,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+(place / f"{number}.pid").write_text(str(child.pid))
+print(number)
+""",
+    "sacct": """
+import os, pathlib
+place = pathlib.Path(os.environ["STAND_IN"])
+for job in sorted(place.glob("*.job")):
+    end = job.with_suffix(".end")
+    state = "RUNNING" if not end.exists() else "COMPLETED" if end.read_text().strip() == "0" else "FAILED"
+    print(f"{job.stem}|{state}")
+""",
+    "scancel": """
+import os, pathlib, signal, sys
+place = pathlib.Path(os.environ["STAND_IN"])
+for word in sys.argv[1:]:
+    for number in word.split(","):
+        if (place / f"{number}.pid").exists() and not (place / f"{number}.end").exists():
+            os.killpg(int((place / f"{number}.pid").read_text()), signal.SIGTERM)
+""",
+    "srun": """
+import os, sys
+words = sys.argv[1:]
+while words and words[0].startswith("-"):
+    words = words[2 if words[0] in ("-n", "-c") else 1:]
+os.execvp(words[0], words)
+""",
+    "sinfo": "print('slurm 23.11.0')",
+    "sacctmgr": "print('nobody|')",
+    "scontrol": "print('MinJobAge = 300 sec')",
+}
+SLURM["squeue"] = SLURM["sacct"]
+
+
+@pytest.mark.slow  # the plugin asks for the state of jobs every 40 s
+def test_experiments_are_submitted_to_slurm(engine, tmp_path_factory):
+    place = tmp_path_factory.mktemp("slurm")
+    for name, code in SLURM.items():
+        (place / name).write_text(f"#!{sys.executable}\n{code}")
+        (place / name).chmod(0o755)
+    engine.manifest(1, MANIFEST.replace("seed: [0, 1]", "seed: [0]").replace("gpus: 0", "gpus: 1\nhours: 2"))
+    words = ["--executor", "slurm", "--jobs", "4", "--slurm-init-seconds-before-status-checks", "2"]
+    path = f"{place}:{os.environ['PATH']}"
+    code, text = engine.call(*words, PATH=path, STAND_IN=str(place), CUDA_VISIBLE_DEVICES="")
+    logs = "".join(log.read_text() for log in place.glob("*.log"))
+    assert code == 0, text + logs
+    jobs = [json.loads(job.read_text()) for job in place.glob("*.job")]
+    assert len(jobs) == 4  # two trainings, two evaluations; collecting is done here
+    submitted = " ".join(jobs[0])
+    assert "--gpus=1" in submitted or "--gpus 1" in submitted, submitted
+    assert "-t 120" in submitted or "--time=120" in submitted, submitted
+    assert engine.ours() == [[0.05], [0.05]]
+
+
 @pytest.mark.slow
 def test_two_hundred_tiny_jobs(engine):
     engine.manifest(0, MANIFEST.replace("[0, 1]", str(list(range(50)))))
