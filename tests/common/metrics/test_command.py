@@ -1,5 +1,7 @@
 """`python -m common.metrics` as a user runs it: folders and files in, a table or JSON out, one line for a mistake."""
 
+import contextlib
+import io
 import json
 import shlex
 import subprocess
@@ -184,6 +186,61 @@ def test_subset_size_and_sample_count_are_recorded(sets, capsys):
     assert "there is no standard deviation" in output.err
     main(command)
     assert "(1 subsets of 30)" in capsys.readouterr().out
+
+
+BASE = ["--features", "raw", "--size", "5", "--device", "cpu", "--metrics", "fid", "kid", "prd", "ipr", "--json"]
+BASE += ["--kid-subsets", "5", "--kid-subset-size", "20", "--prd-runs", "2"]
+CHANGED = {
+    "metrics": ["fid"], "as_json": ["false"], "features": ["pixel-pca3"], "mode": ["clean"], "size": ["4"],
+    "limit": ["30"], "seed": ["1"], "kid_subsets": ["6"], "kid_subset_size": ["10"], "kid_seed": ["1"],
+    "kid_legacy": ["true"], "prd_clusters": ["7"], "prd_angles": ["11"], "prd_runs": ["3"], "ipr_k": ["6"],
+}  # fmt: skip
+ELSEWHERE = {  # no other number here, and why
+    "batch_size": "bounds the memory, and no number depends on it: below",
+    "cache": "where features lie: below",
+    "no_cache": "that they lie nowhere: below",
+    "device": "there is a CPU alone; the GPU's numbers: test_generation.py",
+    "inception_weights": "raw needs none: test_features.py",
+    "inception_sha256": "raw needs none: test_features.py",
+    "offline": "raw needs none: test_mistakes_are_user_errors",
+    "lenet_data": "raw needs none: test_features.py",
+    "data_root": "raw needs none: test_features.py",
+}
+
+
+@pytest.fixture(scope="module")
+def plain(sets, tmp_path_factory):
+    """What the command prints without a change, and its folder of features."""
+    cache = tmp_path_factory.mktemp("plain")
+    return printed(sets[0], "--cache", str(cache)), cache
+
+
+def printed(root, *words):
+    """The numbers that the command prints, or the text where it is no JSON."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        main([str(root / "a"), str(root / "b"), *BASE, *words])
+    try:
+        found = json.loads(out.getvalue())
+    except ValueError:
+        return out.getvalue()
+    return {key: value for key, value in found.items() if isinstance(value, float)}
+
+
+def test_every_option_is_tried():
+    assert set(Config.model_fields) == CHANGED.keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_every_option_changes_a_number(sets, plain, tmp_path, name):
+    flag = {"as_json": "--json"}.get(name, f"--{name.replace('_', '-')}")
+    assert printed(sets[0], "--cache", str(tmp_path), flag, *CHANGED[name]) != plain[0]
+
+
+def test_options_of_the_work_change_no_number(sets, plain, cache):
+    numbers, folder = plain
+    assert len(list((folder / "features").iterdir())) == 2
+    assert printed(sets[0], "--no-cache", "--batch-size", "7") == numbers
+    assert not cache.exists()  # nothing lies in the place of the environment
 
 
 def test_sets_of_another_make_are_compared_with_a_line(tmp_path, capsys):

@@ -350,6 +350,27 @@ def test_command_scores_every_default_metric(saved, capsys):
     assert float(lines[0].split()[1]) == pytest.approx(expected["mig"]["discrete_mig"], abs=5e-5)
 
 
+CHANGED = {
+    "metrics": ["mig"], "num_train": ["20"], "num_test": ["7"], "seed": ["1"], "as_json": ["false"],
+}  # fmt: skip
+ELSEWHERE = {
+    "jobs": "the results do not depend on it: test_jobs_and_seed",
+    "csv": "another file, the same numbers: test_command_appends_rows",
+    "factor_bins": "for factors that hold fractions: test_command_bins_factors",
+}
+
+
+@pytest.mark.parametrize("name", [None, *(name for name in dis.Config.model_fields if name not in ELSEWHERE)])
+def test_every_option_changes_a_number(saved, capsys, name):
+    """Of a score of all rows and one of drawn and held-out rows."""
+    base = [str(saved), "--metrics", "mig", "sap_score", "--num-train", "60", "--num-test", "30", "--json"]
+    dis.main(base)
+    plain = capsys.readouterr().out
+    flag = {"as_json": "--json"}.get(name, f"--{str(name).replace('_', '-')}")
+    dis.main([*base, flag, *CHANGED[name]] if name else base)
+    assert (capsys.readouterr().out == plain) == (name is None)  # the same command twice, the same numbers
+
+
 def test_command_appends_rows(saved, tmp_path, capsys):
     scores = tmp_path / "scores.csv"
     for seed in ("0", "1"):
