@@ -400,6 +400,52 @@ def test_the_weight_gradient_is_cut_into_parts_on_a_cpu_alone(monkeypatch):
     assert calls == [100]
 
 
+COMPILED = pytest.mark.skipif(
+    not (extension.load().path and hasattr(torch.ops.inv_conv, "kernel_gradient")),
+    reason="the compiled op is not built, or before it had this",
+)
+KERNEL_GRADIENTS = [  # batch, channels, groups, height, width, kh, kw: whole and cut vectors of images and channels
+    (1, 1, 1, 1, 1, 1, 1), (5, 12, 1, 7, 6, 3, 3), (40, 4, 1, 14, 14, 3, 3), (17, 23, 1, 8, 8, 2, 3),
+    (100, 12, 1, 4, 4, 3, 3), (3, 5, 1, 2, 9, 5, 4), (9, 12, 4, 6, 5, 2, 4), (3, 12, 3, 3, 3, 7, 7),
+    (2, 4, 1, 70, 40, 3, 3),
+]  # fmt: skip
+
+
+@COMPILED
+@pytest.mark.parametrize("sizes", KERNEL_GRADIENTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_kernel_gradient_is_that_of_library_calls(sizes, dtype):
+    """Also alike to the bit whatever the number of threads, and 0 at the pinned entries."""
+    batch, channels, groups, height, width, kh, kw = sizes
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(2, batch, channels, height, width, generator=generator, dtype=torch.float64).to(dtype)
+    before = torch.get_num_threads()
+    for codes in ([0], [1], [2], [3], *([[n % 4 for n in range(groups)]] if groups > 1 else [])):
+        expected = torch_backend.convolution(x.double(), None, g.double(), [kh, kw], codes, groups, False)
+        found = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found.append(torch.ops.inv_conv.kernel_gradient(x, g, [kh, kw], codes, groups))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        error = (found[0] - expected).abs().max() / expected.abs().max().clamp(min=1e-9)
+        assert error < (1e-13 if dtype == torch.float64 else 2e-6)
+        assert not found[0][expected == 0].any()
+
+
+@COMPILED
+def test_the_compiled_kernel_gradient_is_used_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("INV_CONV_BACKEND", raising=False)
+    monkeypatch.setattr(torch_backend, "convolution", lambda *_: 1 / 0)
+    image = torch.randn(3, 4, 5, 5)
+    assert torch.ops.inv_conv.convolution(image, None, image, [3, 3], [0], 1, False).shape == (4, 4, 3, 3)
+    monkeypatch.setenv("INV_CONV_BACKEND", "torch")
+    with pytest.raises(ZeroDivisionError):
+        torch.ops.inv_conv.convolution(image, None, image, [3, 3], [0], 1, False)
+
+
 def test_two_runs_are_bit_equal_and_batch_elements_do_not_mix(device):
     y, w = random_case(device, 37, 12, 1, 8, 8, 3, 3, torch.float32)
     y.requires_grad_(), w.requires_grad_()

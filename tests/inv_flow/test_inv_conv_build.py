@@ -50,6 +50,7 @@ CASES = [
     ("tile", case(7, 3, 1, 9, 1, 7, 7, gpu=(1, H200[1]), bits=64)),
     ("tile", case(3, 1, 5, 4, 4, 1, 1, gpu=(1, H200[1]), bits=64)),
     ("tile", case(9, 2, 7, 5, 5, 7, 6, transposed=1, mixed=1, gpu=(1, H200[1]), bits=64)),
+    ("tile", case(3, 1, 15, 6, 7, 3, 3, transposed=1, seed=1)),
 ]
 
 
@@ -68,16 +69,20 @@ def test_cuda_arithmetic_with_emulated_threads(tmp_path):
     results = [line.split() for line in done.stdout.splitlines()]
     assert len(results) == len(CASES)
     seen = set()
-    for (form, numbers), (got, images, pixels, split, threads, shared, error, same) in zip(CASES, results, strict=True):
+    for (form, numbers), result in zip(CASES, results, strict=True):
+        got, images, pixels, split, threads, held, shared, error, same = result
         assert got == form, numbers
         assert float(error) < (1e-12 if numbers[-1] == 64 else 1e-5), (numbers, error)
         assert same == "1", f"{numbers}: the order of the threads changes the result"
         assert int(threads) % 32 == 0 and int(threads) <= 512 and 32 % int(split) == 0
         seen |= {("images", int(images) > 1), ("pixels", pixels), ("split", split), ("shared", form, shared)}
+        seen |= {("held", form, held)}
     # several images a block, two pixels a thread, every split, weights in shared and in global memory
     assert {("images", True), ("images", False), ("pixels", "1"), ("pixels", "2")} <= seen
     assert {("split", "1"), ("split", "2"), ("split", "4"), ("split", "8")} <= seen
     assert {("shared", "tile", "0"), ("shared", "ring", "1"), ("shared", "flat", "0")} <= seen
+    # weights of one to four quads of channels in registers, and none
+    assert {("held", "tile", held) for held in "01234"} | {("held", "ring", "2"), ("held", "ring", "3")} <= seen
 
 
 NVCC = next(
@@ -98,7 +103,8 @@ def test_cuda_kernels_compile_without_spilling(tmp_path, capability):
     )
     assert done.returncode == 0, done.stderr
     spills = [line for line in done.stderr.splitlines() if "spill stores" in line]
-    assert len(spills) == 14  # 3 forms x 2 pixels a thread, and the folding, in two dtypes
+    # in two dtypes 3 forms x 2 pixels a thread, and the folding; weights in registers: 2 forms x (4 float, 2 double)
+    assert len(spills) == 14 + 12
     assert all("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills
 
 

@@ -2,7 +2,7 @@
 //
 // Reads cases from stdin, a line each:
 //   batch groups size height width kh kw transposed mixed multiprocessors shared_limit seed bits
-// and prints for each: form images pixels split threads shared_weights largest_relative_error order_independent
+// and prints for each: form images pixels split threads held shared_weights largest_relative_error order_independent
 // Shared memory is a heap block of the planned size, filled with NaN, so that the address sanitizer sees accesses outside
 // it and a read before a write shows in the error. Each solve runs twice, its threads in opposite order: a difference means
 // that a thread reads what another one writes between the same two barriers.
@@ -33,7 +33,7 @@ void fold(const Weights<T>& weights, int threads, bool backwards) {
   each_thread(threads, backwards, [&](int t) { weights.fold(t, threads); });
 }
 
-template <typename T, Form kForm, int P>
+template <int Q, typename T, Form kForm, int P>
 void run_block(Block<T, kForm, P> block, int blocks_a_group, int own, bool backwards) {
   const int threads = block.plan.threads, split = block.plan.split, lanes = threads / split;
   each_thread(threads, backwards, [&](int t) { block.clear(t, threads); });
@@ -53,7 +53,9 @@ void run_block(Block<T, kForm, P> block, int blocks_a_group, int own, bool backw
           std::vector<Quad<T>> sums(size_t(split) * P, Quad<T>{});
           for (int share = 0; share < split; ++share) {
             Quad<T> sum[P] = {};
-            block.add_taps(d, turn, item, block.first_tap(share), sum);
+            Quad<T> held[4 * Q + 1] = {};
+            if (Q > 0) block.template hold<Q>(item, block.first_tap(share), held);
+            block.template add_taps<Q>(d, turn, item, block.first_tap(share), held, sum);
             for (int q = 0; q < P; ++q) sums[size_t(share) * P + q] = sum[q];
           }
           for (int apart = split / 2; apart > 0; apart /= 2) {
@@ -87,7 +89,15 @@ std::vector<T> solve(const Shape& s, const Orders& orders, const Plan& plan, con
       T* folded = plan.shared_weights ? shared.get() : global.get();
       T* state = shared.get() + (plan.shared_weights ? weight_count(s) : 0);
       fold(Weights<T>{s, code, own, folded}, plan.threads, backwards);
-      auto run = [&](auto block) { run_block(block, blocks_a_group, b, backwards); };
+      auto run = [&](auto block) {
+        switch (plan.held) {
+          case 1: return run_block<1>(block, blocks_a_group, b, backwards);
+          case 2: return run_block<2>(block, blocks_a_group, b, backwards);
+          case 3: return run_block<3>(block, blocks_a_group, b, backwards);
+          case 4: return run_block<4>(block, blocks_a_group, b, backwards);
+          default: return run_block<0>(block, blocks_a_group, b, backwards);
+        }
+      };
       if (plan.form == kTile && plan.pixels == 1) run(Block<T, kTile, 1>{s, plan, group, code, y.data(), x.data(), folded, state, 0, 0});
       if (plan.form == kTile && plan.pixels == 2) run(Block<T, kTile, 2>{s, plan, group, code, y.data(), x.data(), folded, state, 0, 0});
       if (plan.form == kRing && plan.pixels == 1) run(Block<T, kRing, 1>{s, plan, group, code, y.data(), x.data(), folded, state, 0, 0});
@@ -150,7 +160,7 @@ void check(const Shape& s, const Orders& orders, int multiprocessors, size_t sha
   }
   const bool same = std::memcmp(x.data(), again.data(), x.size() * sizeof(T)) == 0;
   static const char* forms[] = {"tile", "ring", "flat"};
-  std::printf("%s %d %d %d %d %d %.3e %d\n", forms[plan.form], plan.images, plan.pixels, plan.split, plan.threads,
+  std::printf("%s %d %d %d %d %d %d %.3e %d\n", forms[plan.form], plan.images, plan.pixels, plan.split, plan.threads, plan.held,
               int(plan.shared_weights), error / scale, int(same));
 }
 

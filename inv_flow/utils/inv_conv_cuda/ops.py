@@ -5,7 +5,8 @@ A is the masked convolution by a kernel w: its free entries, and 1 or 0 at the p
 * `solve(y, w)`: the x of A x = y, or of A^T x = y. The compiled library has it as `inv_conv::solve` (CPU and CUDA);
   `inv_conv::solve_torch` is the same in library calls.
 * `convolution(x, w, g)`: of the three in the number <g, A x> one is left out, and its gradient is returned: without g
-  that is A x, without x it is A^T g, without w the gradient of the free entries.
+  that is A x, without x it is A^T g, without w the gradient of the free entries. Library convolutions; on a CPU the
+  last is `inv_conv::kernel_gradient` of the compiled library.
 
 The derivatives of both are solves and convolutions again, forward and reverse, so they exist to any order. Both are a
 `torch.autograd.Function` with the rules that `torch.func` needs, around an operator that a compiler sees whole.
@@ -145,6 +146,13 @@ def _fake_convolution(x, w, g, kernel_size, orders, groups, unit) -> Tensor:
     return image.new_empty((channels, channels // groups, *kernel_size) if w is None else image.shape)
 
 
+def _compute_convolution(x, w, g, kernel_size, orders, groups, unit) -> Tensor:
+    """Library calls, but for the gradient of the kernel where the compiled library makes it (not one built before)."""
+    if w is None and x.device.type == "cpu" and choose_backend("cpu") == "cpu" and _HAS_KERNEL_GRADIENT:
+        return torch.ops.inv_conv.kernel_gradient(x, g, kernel_size, orders, groups)
+    return torch_backend.convolution(x, w, g, kernel_size, orders, groups, unit)
+
+
 def _flops_convolution(x, w, g, kernel_size, orders, groups, unit, **_) -> int:
     image = g if x is None else x
     return 2 * prod(image) * (image[1] // groups) * prod(kernel_size)
@@ -154,7 +162,7 @@ _library.define(
     "convolution(Tensor? x, Tensor? w, Tensor? g, SymInt[] kernel_size, int[] orders, int groups, bool unit) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
-_library.impl("convolution", torch_backend.convolution, "CompositeExplicitAutograd")
+_library.impl("convolution", _compute_convolution, "CompositeExplicitAutograd")
 _register("convolution", _Convolution, _fake_convolution, _flops_convolution)
 
 
@@ -226,6 +234,7 @@ _library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.impl("solve_torch", torch_backend.solve, "CompositeExplicitAutograd")
+_HAS_KERNEL_GRADIENT = extension.load().path is not None and hasattr(torch.ops.inv_conv, "kernel_gradient")
 _SOLVERS = {name: _solver(name) for name in ("solve_torch", "solve")[: 2 if extension.load().path else 1]}
 for _name, _function in _SOLVERS.items():
     _register(_name, _function, _fake_solve, _flops_solve)

@@ -1,6 +1,7 @@
 // The schema of the op, its CPU implementation, and what the library tells about itself.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -72,6 +73,15 @@ void solve_with(const Problem<T>& problem) {
   generic::solve(problem);
 }
 
+template <typename T>
+void kernel_gradient_with(const KernelProblem<T>& problem) {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return avx512::kernel_gradient(problem);
+  if (isa() == Isa::avx2) return avx2::kernel_gradient(problem);
+#endif
+  generic::kernel_gradient(problem);
+}
+
 // What the threads' scratch memory takes, in bytes.
 int64_t scratch_bytes() {
 #if defined(__x86_64__)
@@ -79,6 +89,22 @@ int64_t scratch_bytes() {
   if (isa() == Isa::avx2) return avx2::scratch_bytes();
 #endif
   return generic::scratch_bytes();
+}
+
+// What both problems say of the images.
+template <typename P>
+void describe(P& p, const at::Tensor& image, at::IntArrayRef kernel_size, const std::vector<int>& codes, int64_t groups) {
+  p.batch = image.size(0);
+  p.groups = static_cast<int>(groups);
+  p.size = static_cast<int>(image.size(1) / groups);
+  p.height = static_cast<int>(image.size(2));
+  p.width = static_cast<int>(image.size(3));
+  p.kh = static_cast<int>(kernel_size[0]);
+  p.kw = static_cast<int>(kernel_size[1]);
+  p.codes = codes.data();
+  p.orders = static_cast<int>(codes.size());
+  p.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  p.parallel_for = parallel_for;
 }
 
 template <typename T>
@@ -89,18 +115,8 @@ void solve_typed(const at::Tensor& y, const at::Tensor& w, at::Tensor& x, at::In
   p.y = y.const_data_ptr<T>();
   p.w = w.const_data_ptr<T>();
   p.x = x.mutable_data_ptr<T>();
-  p.batch = y.size(0);
-  p.groups = static_cast<int>(groups);
-  p.size = static_cast<int>(y.size(1) / groups);
-  p.height = static_cast<int>(y.size(2));
-  p.width = static_cast<int>(y.size(3));
-  p.kh = static_cast<int>(w.size(2));
-  p.kw = static_cast<int>(w.size(3));
-  p.codes = codes.data();
-  p.orders = static_cast<int>(codes.size());
+  describe(p, y, w.sizes().slice(2), codes, groups);
   p.transposed = transposed;
-  p.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  p.parallel_for = parallel_for;
   solve_with(p);
 }
 
@@ -116,13 +132,46 @@ at::Tensor solve_cpu(const at::Tensor& y, const at::Tensor& w, at::IntArrayRef o
   return x;
 }
 
+template <typename T>
+void kernel_gradient_typed(const at::Tensor& x, const at::Tensor& g, at::Tensor& gradient, at::IntArrayRef orders, int64_t groups) {
+  const std::vector<int> codes(orders.begin(), orders.end());
+  KernelProblem<T> p;
+  p.x = x.const_data_ptr<T>();
+  p.g = g.const_data_ptr<T>();
+  p.gradient = gradient.mutable_data_ptr<T>();
+  describe(p, x, gradient.sizes().slice(2), codes, groups);
+  kernel_gradient_with(p);
+}
+
+at::Tensor kernel_gradient_cpu(const at::Tensor& x, const at::Tensor& g, at::IntArrayRef kernel_size, at::IntArrayRef orders,
+                               int64_t groups) {
+  TORCH_CHECK(x.dim() == 4 && x.sizes() == g.sizes() && kernel_size.size() == 2 && groups >= 1 && x.size(1) % groups == 0,
+              "inv_conv::kernel_gradient: images ", x.sizes(), " and ", g.sizes(), ", kernel size ", kernel_size, ", ", groups,
+              " groups");
+  at::Tensor gradient =
+      at::empty({x.size(1), x.size(1) / groups, kernel_size[0], kernel_size[1]}, x.options().memory_format(at::MemoryFormat::Contiguous));
+  check_inputs(x, gradient, orders, groups);
+  check_inputs(g, gradient, orders, groups);
+  if (x.numel() == 0) return gradient.zero_();
+  const at::Tensor image = x.contiguous(), cotangent = g.contiguous();
+  if (x.scalar_type() == at::kFloat)
+    kernel_gradient_typed<float>(image, cotangent, gradient, orders, groups);
+  else
+    kernel_gradient_typed<double>(image, cotangent, gradient, orders, groups);
+  return gradient;
+}
+
 }  // namespace
 }  // namespace inv_conv
 
 TORCH_LIBRARY(inv_conv, m) {
   m.def("solve(Tensor y, Tensor w, int[] orders, int groups, bool transposed) -> Tensor");
+  m.def("kernel_gradient(Tensor x, Tensor g, int[] kernel_size, int[] orders, int groups) -> Tensor");
   m.def("cpu_solver() -> str", [] { return std::string(inv_conv::isa_name()); });
   m.def("scratch_bytes() -> int", &inv_conv::scratch_bytes);
 }
 
-TORCH_LIBRARY_IMPL(inv_conv, CPU, m) { m.impl("solve", &inv_conv::solve_cpu); }
+TORCH_LIBRARY_IMPL(inv_conv, CPU, m) {
+  m.impl("solve", &inv_conv::solve_cpu);
+  m.impl("kernel_gradient", &inv_conv::kernel_gradient_cpu);
+}

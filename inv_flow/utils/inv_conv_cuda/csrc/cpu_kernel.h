@@ -134,9 +134,10 @@ struct Layout {
   int code;                         // of the data: how the solve runs
   int64_t plane;                    // height * width
 
-  explicit Layout(const Problem<T>& p, int group)
+  template <typename P>
+  Layout(const P& p, int group, bool transposed)
       : size(p.size), height(p.height), width(p.width), kh(at_most(p.kh, p.height)), kw(at_most(p.kw, p.width)),
-        code(p.codes[group % p.orders] ^ (p.transposed ? 3 : 0)), plane(int64_t(p.height) * p.width) {}
+        code(p.codes[group % p.orders] ^ (transposed ? 3 : 0)), plane(int64_t(p.height) * p.width) {}
 
   // First element in a channel plane of the TL rows [row, row + rows), which lie together.
   int64_t run(int row, int rows) const { return int64_t(code & 2 ? height - row - rows : row) * width; }
@@ -363,7 +364,7 @@ int slab_rows(const Layout<T>& at, int64_t row_bytes, int lanes) {
 
 template <typename T, int L>
 void solve_batch_unit(const Problem<T>& p, const T* weights, int64_t first, int count, int group) {
-  const Layout<T> at(p, group);
+  const Layout<T> at(p, group, p.transposed);
   const int c = at.size;
   const int64_t row = int64_t(at.width) * c;  // vectors a row
   const int slab = slab_rows(at, row * L * int64_t(sizeof(T)), L);
@@ -531,7 +532,7 @@ constexpr int kMostVectors = 3;
 
 template <typename T, int L>
 void solve_channel_unit(const Problem<T>& p, const T* weights, int64_t first, int count, int group) {
-  const Layout<T> at(p, group);
+  const Layout<T> at(p, group, p.transposed);
   const int c = at.size, vectors = int(ceil_div(c, L)), padded = vectors * L;
   const int left = at.kw - 1, above = at.kh - 1;
   const int64_t row = int64_t(at.width + left) * padded, image = row * (at.height + above);
@@ -715,10 +716,213 @@ void solve_any(const Problem<T>& p) {
   weight_scratch().trim();
 }
 
+// ----------------------------------------------------------------------------------------------------------- kernel gradient
+
+// The gradient of tap t is sum_p g[p] x[p - t]^T over all images and pixels: a product of channels, in batch lanes. A block of
+// outputs and inputs stays in registers while a few rows go by, near enough to be read again for the next block and tap; the
+// lanes are added up at the end.
+
+constexpr int kOutputs = 4, kInputs = INV_CONV_REGISTERS >= 32 ? 6 : 3;
+
+// acc[o][i] += g[o] x[i] over `rows` rows of `pixels` pixels; strides in elements.
+template <typename T, int L, int OB, int IB>
+void correlate(T* sums, const T* g, const T* x, int rows, int pixels, int64_t pixel, int64_t row) {
+  Vec<T, L> acc[OB][IB];
+#pragma GCC unroll 4
+  for (int o = 0; o < OB; ++o)
+#pragma GCC unroll 6
+    for (int i = 0; i < IB; ++i) acc[o][i] = load<T, L>(sums + (o * IB + i) * L);
+  for (int h = 0; h < rows; ++h) {
+    const T *at_g = g + h * row, *at_x = x + h * row;
+    for (int v = 0; v < pixels; ++v, at_g += pixel, at_x += pixel) {
+      Vec<T, L> seen[IB];
+#pragma GCC unroll 6
+      for (int i = 0; i < IB; ++i) seen[i] = load<T, L>(at_x + i * L);
+#pragma GCC unroll 4
+      for (int o = 0; o < OB; ++o) {
+        const Vec<T, L> value = load<T, L>(at_g + o * L);
+#pragma GCC unroll 6
+        for (int i = 0; i < IB; ++i) acc[o][i] += value * seen[i];
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int o = 0; o < OB; ++o)
+#pragma GCC unroll 6
+    for (int i = 0; i < IB; ++i) store<T, L>(sums + (o * IB + i) * L, acc[o][i]);
+}
+
+template <typename T>
+using Correlate = void (*)(T*, const T*, const T*, int, int, int64_t, int64_t);
+
+template <typename T, int L, int OB>
+Correlate<T> correlate_of(int inputs) {
+  if constexpr (kInputs > 3) {
+    if (inputs == 6) return correlate<T, L, OB, 6>;
+    if (inputs == 5) return correlate<T, L, OB, 5>;
+    if (inputs == 4) return correlate<T, L, OB, 4>;
+  }
+  return inputs == 3 ? correlate<T, L, OB, 3> : inputs == 2 ? correlate<T, L, OB, 2> : correlate<T, L, OB, 1>;
+}
+
+template <typename T, int L>
+Correlate<T> correlate_of(int outputs, int inputs) {
+  switch (outputs) {
+    case 4: return correlate_of<T, L, 4>(inputs);
+    case 3: return correlate_of<T, L, 3>(inputs);
+    case 2: return correlate_of<T, L, 2>(inputs);
+    default: return correlate_of<T, L, 1>(inputs);
+  }
+}
+
+// Work is cut into chunks of the batch, whose sums are added up in order, and, where threads are left, into parts of the
+// outputs. The chunks do not depend on the threads, so the result does not either.
+template <typename T>
+struct KernelJob {
+  const KernelProblem<T>* p;
+  T* partial;  // (chunks, groups * size, size, taps)
+  int lanes, chunks, parts;
+  int64_t units, count;  // of `lanes` images; elements of a gradient
+};
+
+// Outputs [begin, end) of one group, over the units of one chunk.
+template <typename T, int L>
+void gradient_chunk(const KernelJob<T>& job, int group, int chunk, int begin, int end) {
+  const KernelProblem<T>& p = *job.p;
+  const Layout<T> at(p, group, false);
+  const int c = at.size, taps = at.kh * at.kw, above = at.kh - 1;
+  const int64_t pixel = int64_t(c) * L, row = int64_t(at.width) * pixel;
+  const int slab = slab_rows(at, row * int64_t(sizeof(T)), L);
+  constexpr int64_t kNear = 48 << 10;  // of rows that are read again and again
+  const int near = at_least(1, int(kNear / (2 * row * int64_t(sizeof(T)) + 1)));
+  const size_t in = size_t(row) * slab, seen = size_t(row) * (slab + above), sums = size_t(taps) * (end - begin) * c * L;
+  T* g = thread_scratch().template take<T>(in + seen + sums + size_t(slab) * at.width * sizeof(int32_t) / sizeof(T) + 16);
+  T *x = g + in, *sum = x + seen;
+  int32_t* where = reinterpret_cast<int32_t*>(sum + sums);
+  memset(sum, 0, sums * sizeof(T));
+
+  // `each` block of outputs and inputs of every tap, with the place of its sums
+  auto blocks = [&](auto each) {
+    T* to = sum;
+    for (int t = 0; t < taps; ++t)
+      for (int o = begin; o < end; o += kOutputs) {
+        const int outputs = at_most(kOutputs, end - o);
+        for (int i = 0; i < c; i += kInputs) {
+          const int inputs = at_most(kInputs, c - i);
+          // of the tap on the pixel itself only the inputs before the output are free
+          if (t > 0 || i < o + outputs) each(to, t / at.kw, t % at.kw, o, i, outputs, inputs);
+          to += outputs * inputs * L;
+        }
+      }
+  };
+  const int64_t last = job.units * (chunk + 1) / job.chunks;
+  for (int64_t unit = job.units * chunk / job.chunks; unit < last; ++unit) {
+    const int64_t first = unit * L;
+    const int count = int(p.batch - first < L ? p.batch - first : L);
+    T *from_x[L], *from_g[L];
+    for (int t = 0; t < L; ++t) {
+      const int64_t image = ((first + at_most(t, count - 1)) * p.groups + group) * c * at.plane;
+      from_x[t] = const_cast<T*>(p.x) + image;
+      from_g[t] = const_cast<T*>(p.g) + image;
+    }
+    for (int top = 0; top < at.height; top += slab) {
+      const int rows = at_most(slab, at.height - top), pixels = rows * at.width;
+      for (int e = 0; e < pixels; ++e) where[e] = at.row_of(e, rows) * at.width + at.column_of(e);
+      if (top > 0) memmove(x, x + size_t(row) * slab, size_t(row) * above * sizeof(T));
+      T* own = x + size_t(row) * above;
+      move_rows<T, L, false>(from_x, count, at.plane, c, at.run(top, rows), pixels, where, own);
+      move_rows<T, L, false>(from_g, count, at.plane, c, at.run(top, rows), pixels, where, g);
+      if (count < L)  // lanes without an image count nothing
+        for (int64_t n = 0; n < pixels * int64_t(c); ++n)
+          for (int t = count; t < L; ++t) g[n * L + t] = T(0);
+      for (int h = 0; h < rows; h += near) {
+        const int stop = at_most(h + near, rows);
+        blocks([&](T* to, int a, int b, int o, int i, int outputs, int inputs) {
+          const int start = at_least(h, a - top);  // rows above the image are 0
+          if (start < stop)
+            correlate_of<T, L>(outputs, inputs)(to, g + start * row + b * pixel + o * L, own + (start - a) * row + i * L,
+                                                stop - start, at.width - b, pixel, row);
+        });
+      }
+    }
+  }
+
+  T* gradient = job.partial + chunk * job.count + int64_t(group) * c * c * p.kh * p.kw;
+  blocks([&](const T* from, int a, int b, int o, int i, int outputs, int inputs) {
+    const int64_t tap = int64_t(at.code & 2 ? a : p.kh - 1 - a) * p.kw + (at.code & 1 ? b : p.kw - 1 - b);
+    for (int n = 0; n < outputs; ++n)
+      for (int m = 0; m < inputs; ++m, from += L) {
+        if (a + b == 0 && i + m >= o + n) continue;
+        T total = 0;
+        for (int t = 0; t < L; ++t) total += from[t];
+        gradient[(int64_t(o + n) * c + i + m) * p.kh * p.kw + tap] = total;
+      }
+  });
+}
+
+template <typename T>
+void run_chunks(void* context, int64_t begin, int64_t end) {
+  constexpr int L = INV_CONV_VECTOR_BYTES / sizeof(T);
+  const KernelJob<T>& job = *static_cast<const KernelJob<T>*>(context);
+  const int c = job.p->size;
+  for (int64_t n = begin; n < end; ++n) {
+    const int part = int(n % job.parts), chunk = int(n / job.parts % job.chunks), group = int(n / job.parts / job.chunks);
+    const int blocks = int(ceil_div(c, kOutputs));
+    const int first = blocks * part / job.parts * kOutputs, last = at_most(c, blocks * (part + 1) / job.parts * kOutputs);
+    if (first >= last) continue;
+    if (job.lanes == L) {
+      gradient_chunk<T, L>(job, group, chunk, first, last);
+    } else if constexpr (L * sizeof(T) > 16) {
+      if (job.lanes == L / 2) {
+        gradient_chunk<T, L / 2>(job, group, chunk, first, last);
+      } else if constexpr (L * sizeof(T) > 32) {
+        gradient_chunk<T, L / 4>(job, group, chunk, first, last);
+      }
+    }
+  }
+  thread_scratch().trim();
+}
+
+template <typename T>
+void kernel_gradient_any(const KernelProblem<T>& p) {
+  constexpr int L = INV_CONV_VECTOR_BYTES / sizeof(T);
+  KernelJob<T> job;
+  job.p = &p;
+  job.lanes = L;
+  double least = double(ceil_div(p.batch, L));
+  for (int lanes = L / 2; lanes * int(sizeof(T)) >= 16; lanes /= 2) {
+    const double cost = double(ceil_div(p.batch, lanes)) * lane_cost(lanes * int(sizeof(T)));
+    if (cost < 0.999 * least) {
+      least = cost;
+      job.lanes = lanes;
+    }
+  }
+  job.units = ceil_div(p.batch, job.lanes);
+  job.count = int64_t(p.groups) * p.size * p.size * p.kh * p.kw;
+  // partial sums take half an activation at most
+  const int64_t room = p.batch * p.groups * p.size * p.height * p.width / (2 * job.count + 1);
+  job.chunks = at_least(1, int(job.units < 16 ? job.units : 16));
+  if (room < job.chunks) job.chunks = at_least(1, int(room));
+  job.parts = at_least(1, int(ceil_div(p.threads, job.chunks * int64_t(p.groups))));
+  job.parts = at_most(job.parts, int(ceil_div(p.size, kOutputs)));
+  job.partial = job.chunks == 1 ? p.gradient : weight_scratch().template take<T>(size_t(job.chunks) * job.count);
+  memset(job.partial, 0, size_t(job.chunks) * job.count * sizeof(T));
+  p.parallel_for(int64_t(p.groups) * job.chunks * job.parts, run_chunks<T>, &job);
+  if (job.chunks > 1)
+    for (int64_t n = 0; n < job.count; ++n) {
+      T total = 0;
+      for (int chunk = 0; chunk < job.chunks; ++chunk) total += job.partial[chunk * job.count + n];
+      p.gradient[n] = total;
+    }
+  weight_scratch().trim();
+}
+
 }  // namespace
 
 void solve(const Problem<float>& p) { solve_any(p); }
 void solve(const Problem<double>& p) { solve_any(p); }
+void kernel_gradient(const KernelProblem<float>& p) { kernel_gradient_any(p); }
+void kernel_gradient(const KernelProblem<double>& p) { kernel_gradient_any(p); }
 int64_t scratch_bytes() { return __atomic_load_n(&scratch_total(), __ATOMIC_RELAXED); }
 
 }  // namespace INV_CONV_ISA

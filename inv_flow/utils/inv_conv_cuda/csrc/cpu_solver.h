@@ -24,12 +24,27 @@ struct Problem {
   ParallelFor parallel_for;
 };
 
+// The gradient of <g, A x> with respect to the kernel: 0 at the pinned entries.
+template <typename T>
+struct KernelProblem {
+  const T *x, *g;  // (batch, groups * size, height, width), contiguous
+  T* gradient;     // (groups * size, size, kh, kw), contiguous
+  int64_t batch;
+  int groups, size, height, width, kh, kw;
+  const int* codes;
+  int orders;
+  int threads;
+  ParallelFor parallel_for;
+};
+
 // scratch_bytes: memory that the threads hold from one solve to the next.
-#define INV_CONV_DECLARE(isa)            \
-  namespace isa {                        \
-  void solve(const Problem<float>& p);   \
-  void solve(const Problem<double>& p);  \
-  int64_t scratch_bytes();               \
+#define INV_CONV_DECLARE(isa)                          \
+  namespace isa {                                      \
+  void solve(const Problem<float>& p);                 \
+  void solve(const Problem<double>& p);                \
+  void kernel_gradient(const KernelProblem<float>& p); \
+  void kernel_gradient(const KernelProblem<double>& p);\
+  int64_t scratch_bytes();                             \
   }
 
 INV_CONV_DECLARE(avx512)

@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
                           workspace + group * wave::weight_count(shape)});
 }
 
-template <typename T, Form kForm, int P>
+template <typename T, Form kForm, int P, int Q>
 __global__ void __launch_bounds__(kMostThreads, 1)
     solve_kernel(const Shape shape, const Plan plan, __grid_constant__ const Orders orders, const T* y, const T* w, T* x,
                  T* workspace) {
@@ -67,6 +67,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int items = block.items();
   const auto own = block.item(lane);
   const auto tap = block.first_tap(share);
+  Quad<T> held[4 * Q + 1] = {};
+  if (Q > 0 && lane < items) block.template hold<Q>(own, tap, held);
   const int stride = gridDim.x / shape.groups * plan.images;
   for (int first = blockIdx.x / shape.groups * plan.images; first < shape.batch; first += stride) {
     block.first = first;
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         const bool busy = start + lane < items;
         const auto item = start == 0 ? own : block.item(start + lane);
         Quad<T> sum[P] = {};
-        if (busy) block.add_taps(d, turn, item, tap, sum);
+        if (busy) block.template add_taps<Q>(d, turn, item, tap, held, sum);
         for (int apart = plan.split / 2; apart > 0; apart /= 2)
 #pragma unroll
           for (int q = 0; q < P; ++q)
@@ -150,15 +152,23 @@ template <typename T>
 using Kernel = void (*)(const Shape, const Plan, const Orders, const T*, const T*, T*, T*);
 
 template <typename T, Form kForm>
-Kernel<T> kernel_of(int pixels) {
-  return pixels == 2 ? solve_kernel<T, kForm, 2> : solve_kernel<T, kForm, 1>;
+Kernel<T> kernel_of(int pixels, int held) {
+  if constexpr (kForm != kFlat) {
+    if (held == 1) return solve_kernel<T, kForm, 1, 1>;
+    if (held == 2) return solve_kernel<T, kForm, 1, 2>;
+    if constexpr (wave::most_held(sizeof(T)) > 2) {
+      if (held == 3) return solve_kernel<T, kForm, 1, 3>;
+      if (held == 4) return solve_kernel<T, kForm, 1, 4>;
+    }
+  }
+  return pixels == 2 ? solve_kernel<T, kForm, 2, 0> : solve_kernel<T, kForm, 1, 0>;
 }
 
 template <typename T>
 Kernel<T> kernel_of(const Plan& plan) {
-  if (plan.form == kTile) return kernel_of<T, kTile>(plan.pixels);
-  if (plan.form == kRing) return kernel_of<T, kRing>(plan.pixels);
-  return kernel_of<T, kFlat>(plan.pixels);
+  if (plan.form == kTile) return kernel_of<T, kTile>(plan.pixels, plan.held);
+  if (plan.form == kRing) return kernel_of<T, kRing>(plan.pixels, plan.held);
+  return kernel_of<T, kFlat>(plan.pixels, 0);
 }
 
 }  // namespace

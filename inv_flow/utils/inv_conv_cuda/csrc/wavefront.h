@@ -68,6 +68,7 @@ struct Plan {
   int pixels;           // P: pixels that a thread solves at once, 1 or 2
   int split;            // threads that share an item; a power of two
   int threads;          // of a block
+  int held;             // Q: quads of inputs whose weights a thread keeps in registers, of its first tap; 0: none
   bool shared_weights;  // else they are folded by a launch of their own, into global memory
   size_t shared_bytes;
 };
@@ -76,8 +77,10 @@ INV_CONV_BOTH int quads(int size) { return (size + 3) / 4; }
 INV_CONV_BOTH int padded(int size) { return 4 * quads(size); }
 // Elements between two pixels: an odd number of 16-byte words, so that neighbours on an anti-diagonal lie in other banks.
 INV_CONV_BOTH int pixel_stride(int size) { return 4 * (quads(size) | 1); }
+// Quads of weights between two taps: an odd number, so that threads that share an item read from other banks.
+INV_CONV_BOTH int tap_stride(int size) { return padded(size) | 1; }
 INV_CONV_BOTH int diagonals(const Shape& s) { return s.rows + s.columns - 1; }
-INV_CONV_BOTH int64_t weight_count(const Shape& s) { return int64_t(s.taps()) * padded(s.size) * padded(s.size); }
+INV_CONV_BOTH int64_t weight_count(const Shape& s) { return int64_t(quads(s.size)) * s.taps() * tap_stride(s.size) * 4; }
 // Elements of one group's kernel, as it is stored.
 INV_CONV_BOTH int64_t kernel_count(const Shape& s) { return int64_t(s.size) * s.size * s.kh * s.kw; }
 INV_CONV_BOTH int longest(const Shape& s) { return s.height < s.width ? s.height : s.width; }
@@ -89,6 +92,8 @@ inline int64_t state_count(const Shape& s, Form form, int images) {
   if (form == kRing) return int64_t(images) * s.height * stride * (diagonals(s) + 2);
   return 0;
 }
+
+constexpr int most_held(size_t element) { return element == 4 ? 4 : 2; }
 
 // The plan for a device with `multiprocessors`, and `shared_limit` bytes of shared memory for a block.
 inline Plan choose_plan(const Shape& s, size_t element, int multiprocessors, size_t shared_limit) {
@@ -110,6 +115,10 @@ inline Plan choose_plan(const Shape& s, size_t element, int multiprocessors, siz
   const int64_t shared_items = (items + plan.pixels - 1) / plan.pixels;
   plan.split = 1;
   while (plan.split < 8 && plan.split * 2 < s.taps() && shared_items * plan.split * 2 <= kThreads) plan.split *= 2;
+  // as many registers as 512 threads have, when a thread has the same item on every anti-diagonal
+  plan.held = plan.form != kFlat && plan.pixels == 1 && quads(s.size) <= most_held(element) && items * plan.split <= kThreads
+                  ? quads(s.size)
+                  : 0;
   const int64_t wanted = (shared_items * plan.split + 31) / 32 * 32;
   plan.threads = int(wanted < 128 ? 128 : wanted > kThreads ? kThreads : wanted);
   plan.shared_bytes = size_t((plan.shared_weights ? weights : 0) + state_count(s, plan.form, plan.images)) * element;
@@ -131,7 +140,7 @@ struct Weights {
   T* folded;
 
   INV_CONV_BOTH int64_t at(int output, int tap, int input) const {
-    return ((int64_t(output / 4) * s.taps() + tap) * padded(s.size) + input) * 4 + output % 4;
+    return ((int64_t(output / 4) * s.taps() + tap) * tap_stride(s.size) + input) * 4 + output % 4;
   }
   // Entry (row, column) of tap (a, b) of the kernel, as it is stored.
   INV_CONV_BOTH T stored(int row, int column, int a, int b) const {
@@ -257,7 +266,7 @@ struct Block {
       const int quad = n / pixels, image = n % pixels / s.plane();
       const int pixel = n % pixels % s.plane(), h = pixel / s.width, w = pixel % s.width;
       const T* from = y + planes(image) + place(h, w);
-      const Quad<T>* left = reinterpret_cast<const Quad<T>*>(folded) + int64_t(quad) * s.taps() * padded(s.size);
+      const Quad<T>* left = reinterpret_cast<const Quad<T>*>(folded) + int64_t(quad) * s.taps() * tap_stride(s.size);
       const int begin = s.transposed ? 4 * quad : 0;
       const int end = s.transposed || 4 * quad + 4 > s.size ? s.size : 4 * quad + 4;
       Quad<T> sum = {{T(0), T(0), T(0), T(0)}};
@@ -281,9 +290,23 @@ struct Block {
     }
   }
 
+  INV_CONV_BOTH const Quad<T>* weights(const Item& it, Tap tap) const {
+    const int64_t place = int64_t(it.quad) * s.taps() + tap.a * s.columns + tap.b;
+    return reinterpret_cast<const Quad<T>*>(folded) + place * tap_stride(s.size);
+  }
+  // The weights of this thread's first tap: the same on every anti-diagonal.
+  template <int Q>
+  INV_CONV_BOTH void hold(const Item& it, Tap tap, Quad<T> (&held)[4 * Q + 1]) const {
+    if (tap.a >= s.rows) return;
+    const Quad<T>* from = weights(it, tap);
+    INV_CONV_UNROLL
+    for (int i = 0; i < 4 * Q; ++i) held[i] = from[i];
+  }
+
   // This thread's part of the sums of an item: from its first tap, every split-th one. `turn` = d modulo the ring.
-  INV_CONV_BOTH void add_taps(int d, int turn, const Item& it, Tap tap, Quad<T> (&sum)[P]) const {
-    const Quad<T>* weights = reinterpret_cast<const Quad<T>*>(folded) + int64_t(it.quad) * s.taps() * padded(s.size);
+  template <int Q>
+  INV_CONV_BOTH void add_taps(int d, int turn, const Item& it, Tap tap, const Quad<T> (&held)[4 * Q + 1], Quad<T> (&sum)[P]) const {
+    bool first_one = true;
     while (tap.a < s.rows) {
       const T* from[P];
       bool any = false;
@@ -301,8 +324,31 @@ struct Block {
         }
         if (kForm == kFlat) from[q] = (own ? y : x) + planes(it.image[q]) + place(h, w);
       }
-      if (any) add_tap(weights + (tap.a * s.columns + tap.b) * padded(s.size), from, sum);
+      if (any) {
+        if (Q > 0 && first_one)
+          add_held<Q>(held, from, sum);
+        else
+          add_tap(weights(it, tap), from, sum);
+      }
+      first_one = false;
       for (tap.b += plan.split; tap.b >= s.columns; tap.b -= s.columns) ++tap.a;
+    }
+  }
+
+  template <int Q>
+  INV_CONV_BOTH void add_held(const Quad<T> (&held)[4 * Q + 1], const T* const (&from)[P], Quad<T> (&sum)[P]) const {
+    INV_CONV_UNROLL
+    for (int q = 0; q < P; ++q) {
+      if (from[q] == nullptr) continue;
+      INV_CONV_UNROLL
+      for (int i = 0; i < Q; ++i) {
+        const Quad<T> value = *reinterpret_cast<const Quad<T>*>(from[q] + 4 * i);
+        INV_CONV_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          INV_CONV_UNROLL
+          for (int o = 0; o < 4; ++o) sum[q].v[o] += held[4 * i + k].v[o] * value.v[k];
+        }
+      }
     }
   }
 
