@@ -1,28 +1,40 @@
-"""Time of one fixed point iteration: matrix form against the loop over pairs of classes.
+"""Seconds of a training step of the flow and of a fixed point iteration: as published against this code, in turns.
 
-    python -m nfpi.benchmark                       # K = 100, d = 3072
-    python -m nfpi.benchmark --classes 10 --dim 3072 --repeats 20
+    python -m nfpi.benchmark                                     # MNIST, CIFAR-10 in batches of 16; the iteration
+    python -m nfpi.benchmark --cases cifar10 --batch-size 64 --threads 2
+    python -m nfpi.benchmark --cases mnist --amp
+    python -m nfpi.benchmark --cases iteration --classes 10 --repeat 20
 
-Prints the median seconds an iteration of both, for every mode, and the largest relative difference of their results.
+A step is forward, loss, backward, Adamax and the average of the weights, at the published size of the networks
+(`reference.py` is the published form). The iteration's published form is a loop over pairs of classes.
 """
 
-import statistics
+import copy
 import sys
-import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 if __name__ == "__main__":
     sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
     import common.start  # noqa: F401
 
+import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
+from common.benchmark import BenchmarkOptions, Case, run_cases
 from common.errors import run_command
-from common.launch import pick_device
-from common.options import Count, Device, Options, from_flags, option
+from common.options import from_flags, option
+from nfpi import augment, reference
+from nfpi.conditional import ConditionalFlow
+from nfpi.config import config_place, resolve
+from nfpi.ema import PowerEma
 from nfpi.fpi import FixedPoint, step, step_ref
+from nfpi.gaussians import ClassGaussians
+from nfpi.model import MultiScaleFlow
 
 MODES = {
     "means, isotropic": {"means": True, "variances": False, "isotropic": True},
@@ -30,57 +42,112 @@ MODES = {
     "means and variances": {"means": True, "variances": True, "isotropic": False, "sum_trick": False},
     "means and variances, sum trick": {"means": True, "variances": True, "isotropic": True, "sum_trick": True},
 }
+FILES = {"mnist": "mean_and_var", "cifar10": "mean"}
+BATCH = 16  # published: 1024 and 512, which a GPU holds
 
 
-class Config(Options):
+class Config(BenchmarkOptions):
     """The options."""
 
-    classes: Annotated[int, Field(ge=2, le=10_000)] = option(100, "classes K")
-    dim: Annotated[int, Field(ge=1, le=10**7)] = option(3072, "latent dimensions d")
-    repeats: Count = option(10, "repeats of the matrix form")
-    ref_repeats: Annotated[int, Field(ge=0, le=10**6)] = option(1, "repeats of the loop; 0 leaves it out")
-    device: Device = option("cpu", "device")
-    dry_run: bool = option(False, "check the options and leave")
+    cases: Annotated[list[Literal["mnist", "cifar10", "transforms", "iteration"]], Field(min_length=1)] = option(
+        ["mnist", "cifar10", "transforms", "iteration"], "what to time"
+    )
+    flows: Annotated[int, Field(ge=1, le=256)] = option(8, "flow steps a level (published: 8)")
+    classes: Annotated[int, Field(ge=2, le=10_000)] = option(100, "iteration: classes K")
+    dim: Annotated[int, Field(ge=1, le=10**7)] = option(3072, "iteration: latent dimensions d")
 
 
-def seconds(function, repeats: int) -> float:
-    """Median wall time of `function()`."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def training_step(flow: MultiScaleFlow, loss: Callable[[MultiScaleFlow], Tensor]) -> Callable[[], Tensor]:
+    """A step of training with this loss; the learning rate is too small to move anything."""
+    optimizer, average = torch.optim.Adamax(flow.parameters(), lr=1e-12), PowerEma(flow, update_after_step=-1)
+
+    def run() -> Tensor:
+        value = loss(flow)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        average.update(flow)
+        return value.detach()
+
+    return run
+
+
+def step_case(name: str, options: Config, device: torch.device) -> Case:
+    """A training step of the configuration of data set `name`."""
+    config = resolve(
+        *config_place(f"___configs/{name}", FILES[name]), [f"num_flows=[{','.join([str(options.flows)] * 3)}]"]
+    )
+    np.random.seed(0)
+    torch.manual_seed(0)
+    batch = options.batch_size or BATCH
+    flow = MultiScaleFlow(config.flow())
+    x, y = (
+        2 * torch.rand(batch, flow.config.channels, flow.config.height, flow.config.width) - 1,
+        torch.arange(batch) % config.dataset.num_classes,
+    )
+    flow.initialise(x)
+    x, y, flow = x.to(device), y.to(device), flow.to(device)
+    shape = config.dataset.num_classes, flow.config.latent_dim
+    gaussians = ClassGaussians(0.1 * torch.randn(shape), 0.5 + torch.rand(shape)).to(device)
+    published = copy.deepcopy(flow)
+    flow.use_amp(options.amp)
+    model = ConditionalFlow(flow, gaussians)
+    return Case(
+        f"{name}, training step of {batch} images",
+        training_step(published, lambda flow: reference.loss(flow, gaussians, x, y)),
+        training_step(flow, lambda flow: model.latent_nll(flow(x), y).mean()),
+        rtol=3e-2 if options.amp else 1e-5,
+    )
+
+
+def transforms_case(options: Config, device: torch.device) -> Case:
+    """The transforms of one CIFAR-10 batch, which a step waits for."""
+    batch = options.batch_size or BATCH
+    rng = torch.Generator(device).manual_seed(0)
+    pixels = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device, generator=rng)
+    recipe = augment.RECIPES["cifar"]
+
+    def run() -> None:
+        augment.for_training(pixels, recipe, augment.Draws.make(recipe, batch, rng))
+
+    return Case(f"cifar10, transforms of {batch} images", None, run)
+
+
+def iteration_case(name: str, options: Config, device: torch.device) -> Case:
+    """One fixed point iteration; the results of both forms are compared by their sums."""
+    rng = torch.Generator().manual_seed(0)
+
+    def random() -> Tensor:
+        return torch.randn(options.classes, options.dim, generator=rng, dtype=torch.float64).to(device)
+
+    mean, data_mean = random(), random()
+    var, data_var = (0.5 + random().square() for _ in range(2))
+    inputs = mean, var, data_mean, data_var, FixedPoint(strength=1000.0, **MODES[name])
+    return Case(f"iteration: {name}", lambda: _total(step_ref(*inputs)), lambda: _total(step(*inputs)), rtol=1e-9)
+
+
+def _total(results: tuple[Tensor, ...]) -> Tensor:
+    return sum(part.square().sum() for part in results[:2])
+
+
+def cases(options: Config) -> Iterator[Callable[[torch.device], Case]]:
+    """What is timed, one after the other."""
+    for name in options.cases:
+        if name in FILES:
+            yield partial(step_case, name, options)
+        elif name == "transforms":
+            yield partial(transforms_case, options)
+        else:
+            yield from (partial(iteration_case, mode, options) for mode in MODES)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line and print one line a mode."""
-    args, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
-    pick_device(args.device)
-    if args.dry_run:
-        print(args.model_dump_json(indent=2))
+    """Read the command line and print one line a case."""
+    options, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
+    if options.dry_run:
+        print(options.model_dump_json(indent=2))
         return
-    rng = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64).to(args.device)
-
-    mean, data_mean = random(args.classes, args.dim), random(args.classes, args.dim)
-    var, data_var = (0.5 + random(args.classes, args.dim).square() for _ in range(2))
-    print(f"K = {args.classes}, d = {args.dim}, {torch.get_num_threads()} thread(s), {args.device}")
-    for name, flags in MODES.items():
-        settings = FixedPoint(strength=1000.0, **flags)
-        inputs = (mean, var, data_mean, data_var, settings)
-        fast = step(*inputs)
-        line = f"{name:32s} matrix form {seconds(lambda inputs=inputs: step(*inputs), args.repeats):8.4f} s"
-        if args.ref_repeats:
-            start = time.perf_counter()
-            for _ in range(args.ref_repeats):
-                slow = step_ref(*inputs)
-            each = (time.perf_counter() - start) / args.ref_repeats
-            worst = max(float(((a - b) / b).abs().max()) for a, b in zip(fast[:2], slow[:2], strict=True))
-            line += f"   loop {each:8.3f} s   largest relative difference {worst:.1e}"
-        print(line)
+    run_cases(options, cases(options))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.batches import Batches
 from common.checkpoint import load_into, load_weights, save_weights
 from common.images import save_image
-from common.launch import Distributed, check_finite
+from common.launch import Distributed, autocast, check_finite
 from common.run import Run
 from common.training import FINITE_EVERY
 from nfpi import augment, pictures
@@ -223,7 +223,8 @@ def train_epoch(
     for index, (pixels, y) in enumerate(batches.epoch(epoch)):
         rng = generator(config.seed, Use.CNN, epoch, index, rank, device=device)
         pixels = augment.shift_and_flip(pixels, recipe.crop_pad, recipe.flip, recipe.vertical, rng)
-        logits = parallel(normalised(pixels, config))
+        with autocast(device, config.amp):
+            logits = parallel(normalised(pixels, config)).float()
         loss = F.cross_entropy(logits, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -243,7 +243,7 @@ class DatasetInfo(Options):
 class Sgd(Options):
     """classification.sgd"""
 
-    momentum: Decay = change("momentum")
+    momentum: Decay = change("no effect, as published: the one cycle moves it from 0.95 to 0.85 and back")
     weight_decay: NonNegative = change("weight decay")
     max_lr: Positive = change("top of the one cycle")
 
@@ -302,6 +302,7 @@ class Config(Options):
     deterministic: bool = change("on a GPU: refuse kernels whose result varies from run to run")
     trainer_precision: Literal[32, 64] = same("bits of a floating point number")
     tf32: bool = change("on a GPU: products and convolutions in TF32, with 10 bits of mantissa")
+    amp: bool = change("bfloat16 in the coupling nets and CNNs while they train; all else as it is")
     torch_compile: bool = change("compile the flow")
     torch_compile_mode: Compiled = change("of torch.compile")
     wandb: str = change("project name; '' = off")
@@ -430,6 +431,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "gaussian_method_name=one has no classes to generate: add train_classifier=0"
     if gmm.gaussian_method_name == "one_per_class_gaussian_checkpoint" and not config.gaussians_load_path:
         yield "gaussian_method_name=one_per_class_gaussian_checkpoint needs gaussians_load_path=FILE"
+    if config.amp and config.trainer_precision == 64:
+        yield "amp=1 needs trainer_precision=32"
     if config.wandb and importlib.util.find_spec("wandb") is None:
         yield f"wandb={config.wandb}: wandb is not installed: pip install wandb, or leave the option out"
     for values, steps, kind in GLEM_SCHEDULES:
@@ -482,6 +485,7 @@ def without_effect(config: Config, given: Iterable[str]) -> Iterator[str]:
         (not config.classifier_nf_strategy.startswith("nf"), ("num_imgs_scale",), "only with nf_datasets*"),
         (config.classification.optimizer_name != "adam", ("classification.adam.",), "optimizer_name=sgd"),
         (config.classification.optimizer_name != "sgd", ("classification.sgd.",), "optimizer_name=adam"),
+        (config.classification.optimizer_name == "sgd", ("classification.sgd.momentum",), "the one cycle sets it"),
     )  # fmt: skip
     given = list(given)
     for holds, prefixes, reason in rules:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
+from common.launch import autocast
 from nfpi.matrix_exp import expm, expm_action, phi_action
 
 ConvType = Literal["matrixexp", "standard", "decomposition"]
@@ -179,8 +180,10 @@ class AttentionBlock(nn.Module):
 
 class ConvBlock(nn.Module):
     """The net of a coupling layer: Conv2d, `num_blocks` residual blocks, a zero-initialised 3x3 convolution, and
-    optionally attention.
+    optionally attention. With `amp` it computes in bfloat16 in training mode.
     """
+
+    amp = False
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int, num_blocks: int, attention: bool = False):
         super().__init__()
@@ -193,10 +196,13 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
-        for layer in self.layers:
-            x = layer(x)
-        x = self.out_layer(x)
-        return x if self.attention_block_after is None else self.attention_block_after(x)
+        dtype = x.dtype
+        with autocast(x.device, self.amp and self.training):
+            for layer in self.layers:
+                x = layer(x)
+            x = self.out_layer(x)
+            x = x if self.attention_block_after is None else self.attention_block_after(x)
+        return x.to(dtype)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.checkpoint import read_json, write_json
 from common.errors import NonFiniteError, UserError, disk_full, run_command
-from common.launch import Distributed, full_precision, pick_device, seed_everything
+from common.launch import Distributed, full_precision, keep_freed_memory, pick_device, seed_everything
 from common.options import check_resume, compare, flat
 from nfpi import augment, cnn
 from nfpi.conditional import ConditionalFlow
@@ -212,6 +212,8 @@ def experiment(config: Config, output: Path, given: Iterable[str] = (), state: d
 
 def _stages(config: Config, output: Path, given: list[str], state: dict[str, Any] | None, dist: Distributed) -> dict:
     full_precision(config.tf32)
+    if dist.device.type == "cpu":
+        keep_freed_memory()
     # atomics in some CUDA kernels vary from run to run; deterministic=true forbids them
     seed_everything(config.seed, config.deterministic and dist.device.type == "cuda")
     notes = list(without_effect(config, given))

@@ -18,6 +18,7 @@ from nfpi.layers import (
     FLOW_TYPES,
     ActNorm,
     Conv1x1,
+    ConvBlock,
     CouplingLayer,
     ZeroConv2d,
     split2d,
@@ -155,6 +156,12 @@ class MultiScaleFlow(nn.Module):
                 c //= 2
                 if level < config.conditional_splits:
                     self.split_coupling_priors.append(ZeroConv2d(c, 2 * c))
+
+    def use_amp(self, amp: bool) -> None:
+        """Let the coupling nets compute in bfloat16 in training mode; the maps and their log-determinants never do."""
+        for module in self.modules():
+            if isinstance(module, ConvBlock):
+                module.amp = amp
 
     def _bounds(self) -> list[list[float | None]]:
         """The norm bounds of all coupling layers, read from the device. With `reach`, in training on a GPU: those of

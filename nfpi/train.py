@@ -78,6 +78,7 @@ def train_flow(config: Config, sets: FlowSets, test: Images, training: "FlowTrai
         place_initially(model, latents, config, training)
     ema = PowerEma(flow, **config.train.ema.as_dict()) if config.train.ema_name else None
     training.restore(flow=flow, gaussians=gaussians, optimizer=optimizer, glem=moments, **{"ema": ema} if ema else {})
+    flow.use_amp(config.amp)  # not the average's copy: figures, statistics and pictures are in full precision
     if config.torch_compile:
         flow.compile(mode=config.torch_compile_mode)  # in place: names in the checkpoints stay
     parallel = dist.wrap(flow)

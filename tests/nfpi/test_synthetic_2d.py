@@ -1,4 +1,4 @@
-"""The planar experiment and the benchmark, by their commands."""
+"""The planar experiment, by its command."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ import torch
 from golden_cases import load
 
 from common.errors import UserError
-from nfpi import benchmark, synthetic_2d
+from nfpi import synthetic_2d
 
 
 def cloud_with(mean, var, count=40, seed=0):
@@ -88,10 +88,3 @@ def test_pickles_and_wrong_files(tmp_path):
     for name in ("a.npz", "b.npz", "c.npz", "d.npz", "e.pickle"):
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
             synthetic_2d.load_cloud(str(tmp_path / name))
-
-
-def test_benchmark_prints_every_mode(capsys):
-    benchmark.main(["--classes", "6", "--dim", "20", "--repeats", "1"])
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 1 + len(benchmark.MODES)
-    assert all(float(line.split()[-1]) < 1e-9 for line in lines[1:])
