@@ -14,7 +14,7 @@ classes.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class Algorithm(nn.Module):
         super().__init__()
         self.w, self.shape, self.z_dim = Weights.of(o), shape, o.z_dim
         self.dist = Distributed(torch.device("cpu"))  # one process, until `share`
+        self.amp = o.amp
         self.encoder = self._make_encoder(o, shape.channels)
         self.decoder = self._make_decoder(o, o.z_dim) if self.has_decoder else None
         self.discriminator: nn.Module | None = None
@@ -90,13 +91,15 @@ class Algorithm(nn.Module):
             if part is not None:
                 normalise_over_processes(part, dist)
 
-    def run_encoder(self, x: Tensor):
-        """The encoder's output for all rows of x."""
-        return self.dist.over_rows(self.encoder, x) if self.training else self.encoder(x)
-
-    def run_decoder(self, z: Tensor) -> Tensor:
-        """The decoder's output for all rows of z."""
-        return self.dist.over_rows(self.decoder, z) if self.training else self.decoder(z)
+    def run(self, network: nn.Module, x: Tensor) -> Any:
+        """The float32 output of a network for all rows of x; with --amp it computes in bfloat16 in training."""
+        if not self.training:
+            return network(x)
+        if not self.amp:
+            return self.dist.over_rows(network, x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            out = self.dist.over_rows(network, x)
+        return out.float() if isinstance(out, Tensor) else tuple(part.float() for part in out)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Parameters whose gradient is spread over the processes."""
@@ -104,11 +107,11 @@ class Algorithm(nn.Module):
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(mu, logvar), each (B, D)."""
-        return self.run_encoder(batch.x)
+        return self.run(self.encoder, batch.x)
 
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
         """Image logits (B, C, 64, 64)."""
-        return self.run_decoder(z)
+        return self.run(self.decoder, z)
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
         """A latent sample (B, D)."""
@@ -168,14 +171,14 @@ class AE(Algorithm):
     """Reconstruction only; the latent is the encoder's output."""
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        z = self.run_encoder(batch.x)
+        z = self.run(self.encoder, batch.x)
         return z, torch.zeros_like(z)
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
         return mu
 
     def terms(self, batch: Batch, step: int) -> tuple[Terms, Tensor]:
-        z = self.run_encoder(batch.x)
+        z = self.run(self.encoder, batch.x)
         recon = self.w.w_recon * losses.reconstruction(self.decode(z, batch), batch.x)
         zero = torch.zeros_like(recon)
         return self._unsupervised(recon, zero, zero), z
@@ -239,7 +242,7 @@ class CBNM(Algorithm):
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(mu, logvar); the variance of a Gaussian encoder is there, but nothing trains it."""
-        out = self.run_encoder(batch.x)
+        out = self.run(self.encoder, batch.x)
         return out if self.encoder.gaussian else (out, torch.zeros_like(out))
 
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
@@ -288,10 +291,10 @@ class CVAE(Algorithm):
         return losses.one_hot_labels(batch.codes, list(self.shape.code_sizes)).to(batch.x)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.run_encoder(torch.cat([batch.x, self.tiler(self.labels(batch))], dim=1))
+        return self.run(self.encoder, torch.cat([batch.x, self.tiler(self.labels(batch))], dim=1))
 
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
-        return self.run_decoder(torch.cat([z, self.labels(batch)], dim=1))
+        return self.run(self.decoder, torch.cat([z, self.labels(batch)], dim=1))
 
 
 class IFCVAE(Algorithm):
@@ -316,7 +319,7 @@ class IFCVAE(Algorithm):
         return losses.multi_label_softmax(self.label_encoder(x), self.sizes)
 
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
-        return self.run_decoder(torch.cat([z, self.label_probabilities(batch.x).detach()], dim=1))
+        return self.run(self.decoder, torch.cat([z, self.label_probabilities(batch.x).detach()], dim=1))
 
     def terms(self, batch: Batch, step: int) -> tuple[Terms, Tensor]:
         """The VAE terms; `prediction` = label loss of the reconstruction minus the adversary's loss."""

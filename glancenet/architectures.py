@@ -4,6 +4,7 @@ Images are (B, C, 64, 64) floats in [0, 1]. A Gaussian encoder returns (mu, logv
 returns z (B, z_dim). Decoders return logits (B, C, 64, 64): the pixel probabilities are their sigmoid.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -28,7 +29,7 @@ def _convolutions(
     for width in widths:
         layers.append(nn.Conv2d(channels, width, kernel, 2, padding))
         layers += [nn.BatchNorm2d(width)] if norm else []
-        layers.append(nn.ReLU())
+        layers.append(nn.ReLU(inplace=True))
         channels = width
     return layers
 
@@ -36,7 +37,7 @@ def _convolutions(
 def _linears(widths: tuple[int, ...]) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(widths):
-        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        layers += [nn.Linear(n_in, n_out), nn.ReLU(inplace=True)]
     return layers
 
 
@@ -128,7 +129,7 @@ class SimpleConv64Decoder(nn.Module):
 
     def __init__(self, z_dim: int, channels: int):
         super().__init__()
-        relu = nn.ReLU
+        relu = partial(nn.ReLU, inplace=True)
         self.main = nn.Sequential(
             nn.Conv2d(z_dim, 256, 1, 2), relu(),
             nn.ConvTranspose2d(256, 256, 4, 2, 1), relu(),
@@ -176,10 +177,10 @@ class DeConv64(nn.Module):
 
     def __init__(self, z_dim: int, channels: int):
         super().__init__()
-        self.project = nn.Sequential(nn.Linear(64, 1024 * 8 * 8), nn.ReLU())
+        self.project = nn.Sequential(nn.Linear(64, 1024 * 8 * 8), nn.ReLU(inplace=True))
         layers: list[nn.Module] = []
         for n_in, n_out in ((1024, 512), (512, 256), (256, 128)):
-            layers += [nn.ConvTranspose2d(n_in, n_out, 5, 2), nn.BatchNorm2d(n_out), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(n_in, n_out, 5, 2), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
         self.main = nn.Sequential(*layers, nn.ConvTranspose2d(128, channels, 4, 1, 12))
         init_layers(self)
 
@@ -194,7 +195,7 @@ class SimpleDiscriminator(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for i in range(num_layers - 1):
-            layers += [nn.Linear(n_in if i == 0 else width, width), nn.LeakyReLU(0.2)]
+            layers += [nn.Linear(n_in if i == 0 else width, width), nn.LeakyReLU(0.2, inplace=True)]
         self.main = nn.Sequential(*layers, nn.Linear(width, n_out))
         init_layers(self)
 
@@ -224,9 +225,9 @@ class MultiTo2DChannel(nn.Module):
         self.tilers = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(1, 64),
-                nn.LeakyReLU(0.2),
+                nn.LeakyReLU(0.2, inplace=True),
                 nn.Linear(64, 256),
-                nn.LeakyReLU(0.2),
+                nn.LeakyReLU(0.2, inplace=True),
                 nn.Linear(256, IMAGE_SIZE**2),
             )
             for _ in range(n)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from common.checkpoint import load_into, load_state, save_weights
 from common.errors import NonFiniteError, UserError, run_command
-from common.launch import Distributed, full_precision, non_finite_layer, seed_everything
+from common.launch import Distributed, full_precision, keep_freed_memory, non_finite_layer, seed_everything
 from common.run import Run
 from glancenet import passes
 from glancenet.algorithms import Algorithm, make_model
@@ -78,6 +78,7 @@ def set_up(o: Config, dist: Distributed) -> tuple[ConceptData, Algorithm]:
     """Seeds, data and model of a training or test. Raises UserError for options that do not fit the data."""
     seed_everything(o.seed, o.deterministic)  # the same on every process: they draw the same noise
     full_precision(o.tf32)
+    keep_freed_memory()
     data = load_data(o)
     check_grid(o, data.grid)
     if o.batch_size % dist.world:

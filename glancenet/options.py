@@ -275,6 +275,9 @@ class Config(Options):
     seed: Seed = option(123, "of everything", group="machine")
     device: Device = option("auto", "device", group="machine", resume="change")
     deterministic: bool = option(False, "forbid kernels whose results vary", group="machine")
+    amp: bool = option(
+        False, "train encoder and decoder in bfloat16; objective and every evaluation stay float32", group="machine"
+    )
     tf32: bool = option(False, "let a GPU multiply in TF32 (10 bits of mantissa)", group="machine")
     use_wandb: bool = option(False, "also log to wandb (project glancenet)", group="machine", resume="call")
     verbose: int = option(

@@ -32,7 +32,7 @@ SAVED_TRAIN_ROWS = 10_000
 
 def make_optimizers(model: Algorithm, o: Config) -> dict[str, torch.optim.Optimizer]:
     """Adam for the networks ('G'), FactorVAE's discriminator ('PermD') and IFCVAE's adversary ('aux_D')."""
-    how = {"betas": (o.beta1, o.beta2), "fused": next(model.parameters()).device.type == "cuda"}
+    how = {"betas": (o.beta1, o.beta2), "fused": next(model.parameters()).device.type in ("cpu", "cuda")}
     made = {"G": torch.optim.Adam(list(model.main_parameters()), lr=o.lr_G, **how)}
     return made | {name: torch.optim.Adam(net.parameters(), lr=o.lr_D, **how)
                    for name, net in model.adversaries().items()}  # fmt: skip

@@ -256,3 +256,24 @@ def test_classes_only_step_uses_the_class_loss_alone():
 def test_twice_named_term_is_refused():
     with pytest.raises(UserError, match="named twice"):
         algorithms.GlanceNet(options("--z_dim", "7", "--loss_terms", "INFOVAE", "infovae"), shape())
+
+
+def test_bfloat16_is_for_the_networks_of_a_training_step_alone():
+    """--amp: other losses by 1e-2, not by more; float32 gradients; the same evaluation to the bit."""
+    words = ["--z_dim", "7", "--conditional_prior", "true", "--loss_terms", "BetaTCVAE", "--w_tc", "3"]
+    plain, half = (algorithms.make_model(options(*words, "--amp", amp), shape()) for amp in ("false", "true"))
+    half.load_state_dict(plain.state_dict())
+    found = []
+    for model in (plain, half):
+        torch.manual_seed(0)
+        terms, z = model.terms(make_batch(), 0)
+        terms.total.backward()
+        assert all(part.dtype == torch.float32 for part in (terms.total, terms.recon, z))
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+        found.append((terms.total.item(), next(model.decoder.parameters()).grad.norm()))
+    assert found[0] != found[1]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-2, atol=0)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0.1, atol=0)
+    with torch.no_grad():
+        one, other = (model.eval().encode(make_batch())[0] for model in (plain, half))
+    assert torch.equal(one, other)

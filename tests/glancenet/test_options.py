@@ -133,7 +133,7 @@ DEFAULTS = {
     "metric_train": 10000, "metric_eval": 5000, "mc_samples": 100, "osr_quantile": 0.95, "show_loss": 500,
     "traverse_min": -3, "traverse_max": 3, "traverse_spacing": 0.5, "file_save": True, "gif_save": True,
     "loss_terms": [], "include_labels": None, "sprites_sizes": None, "evaluation_metric": [],
-    "treat_iter_as_epoch": False,
+    "treat_iter_as_epoch": False, "amp": False, "tf32": False, "deterministic": False,
 }  # fmt: skip
 DSPRITES = {"z_dim": 7, "z_class": 7, "label_weight": 100, "classification_epoch": 20, "batch_size": 64, "seed": 883,
             "show_loss": 1000, "max_iter": 250000, "evaluate_iter": 125000, "test_iter": 9216, "masking_fact": 1,
