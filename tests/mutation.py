@@ -61,11 +61,13 @@ JUDGES: dict[str, dict[str, str]] = {
         "eval_metrics or matching or active_units or move_have'",
     },
     "inv_flow": {
-        "inv_flow/layers/*.py": "tests/inv_flow/test_golden.py tests/inv_flow/test_layers.py",
-        "inv_flow/model.py": "tests/inv_flow/test_golden.py tests/inv_flow/test_experiment.py",
-        "inv_flow/train/experiment.py": "tests/inv_flow/test_experiment.py",
-        "inv_flow/train/evaluation.py": "tests/inv_flow/test_experiment.py",
-        "inv_flow/train/optim.py": "tests/inv_flow/test_experiment.py",
+        "inv_flow/layers/*.py": "tests/inv_flow/test_golden.py tests/inv_flow/test_layers.py "
+        "tests/test_invertible_layers.py tests/inv_flow/test_inv_conv_layers.py",
+        "inv_flow/model.py": "tests/inv_flow/test_golden.py tests/inv_flow/test_layers.py "
+        "tests/inv_flow/test_behaviour.py",
+        "inv_flow/train/experiment.py": "tests/inv_flow/test_behaviour.py tests/inv_flow/test_experiment.py",
+        "inv_flow/train/evaluation.py": "tests/inv_flow/test_behaviour.py tests/inv_flow/test_experiment.py",
+        "inv_flow/train/optim.py": "tests/inv_flow/test_behaviour.py tests/inv_flow/test_experiment.py",
         "inv_flow/utils/inv_conv_cuda/torch_backend.py": "tests/inv_flow/test_inv_conv.py",
     },
     "nfpi": {

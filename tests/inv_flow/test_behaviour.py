@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from inv_flow import data, inv_flow_mnist
-from inv_flow.layers.convexp import ConvExp, conv_exp
 from inv_flow.layers.inv_conv import InverseConv2d
 from inv_flow.train.config import Config, parse
 from inv_flow.train.launch import build
@@ -305,45 +304,6 @@ def test_weight_decay_pulls_towards_zero(tmp_path):
         sums.append({n: p.detach() for n, p in experiment.model.named_parameters() if n in start})
     for name, value in start.items():
         assert torch.allclose(sums[1][name] - sums[0][name], -1e-4 * value, atol=1e-6), name
-
-
-def test_the_convolution_exponential_keeps_its_norm_while_its_kernel_grows():
-    """Its power iteration follows the kernel in training: one step a pass."""
-    torch.manual_seed(0)
-    layer, x = ConvExp((2, 5, 5), coeff=0.9).train(), torch.randn(3, 2, 5, 5)
-
-    def norm():
-        basis = torch.eye(50).view(50, 2, 5, 5)
-        matrix = torch.nn.functional.conv2d(basis, layer.normalized_kernel().detach(), padding=1).flatten(1)
-        return float(torch.linalg.matrix_norm(matrix, 2))
-
-    with torch.no_grad():
-        layer.kernel.copy_(torch.randn_like(layer.kernel))  # far from where it started
-        for _ in range(60):
-            layer(x)
-        layer.eval()
-        assert norm() == pytest.approx(0.9, rel=0.02)
-        frozen = layer.u.clone()
-        layer(x)
-        assert torch.equal(layer.u, frozen)  # an evaluation changes nothing
-        assert (layer.reverse(layer(x)[0]) - x).abs().max() < 1e-3
-        assert layer.terms_train < layer.terms_eval
-        assert torch.allclose(conv_exp(x, layer.kernel * 0, 3), x)
-
-
-def test_reconstruction_gradient_reaches_what_it_should(tmp_path):
-    """only_R_recon: the learned inverse alone, else the weight through W x too."""
-    from inv_flow.layers.selfnorm import SelfNormConv
-
-    torch.manual_seed(0)
-    layer, x = SelfNormConv(3, 3), torch.randn(2, 3, 5, 5)
-    with torch.no_grad():
-        layer.inverse.mul_(0.8)
-    for only_r in (False, True):
-        layer.zero_grad(set_to_none=True)
-        layer.reconstruction_loss(x, only_r=only_r).backward()
-        assert layer.inverse.grad.abs().max() > 0
-        assert (layer.weight.grad is None) == only_r
 
 
 # ------------------------------------------------------------------------------------------------------------ wandb

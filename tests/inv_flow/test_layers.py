@@ -9,6 +9,7 @@ from common.errors import NonFiniteError, UserError
 from inv_flow.layers.activations import SELU, SmoothLeakyRelu, SmoothTanh, SplineActivation
 from inv_flow.layers.actnorm import ActNorm
 from inv_flow.layers.conv1x1 import Conv1x1
+from inv_flow.layers.convexp import ConvExp, conv_exp
 from inv_flow.layers.coupling import Coupling
 from inv_flow.layers.emerging import SquareAutoRegressiveConv2d
 from inv_flow.layers.flow import FlowSequential
@@ -294,3 +295,40 @@ def test_num_layers_is_the_published_depth_of_a_cnn(layers, blocks, steps):
     assert sum(isinstance(layer, InverseConv2d) for layer in model.layers) == blocks * steps
     model = create_model(tiny("none", fc=True, num_layers=5, num_blocks=1))
     assert sum(isinstance(layer, SelfNormFC) for layer in model.layers) == 5
+
+
+def test_the_convolution_exponential_keeps_its_norm_while_its_kernel_grows():
+    """Its power iteration follows the kernel in training: one step a pass."""
+    torch.manual_seed(0)
+    layer, x = ConvExp((2, 5, 5), coeff=0.9).train(), torch.randn(3, 2, 5, 5)
+
+    def norm():
+        basis = torch.eye(50).view(50, 2, 5, 5)
+        matrix = torch.nn.functional.conv2d(basis, layer.normalized_kernel().detach(), padding=1).flatten(1)
+        return float(torch.linalg.matrix_norm(matrix, 2))
+
+    with torch.no_grad():
+        layer.kernel.copy_(torch.randn_like(layer.kernel))  # far from where it started
+        for _ in range(60):
+            layer(x)
+        layer.eval()
+        assert norm() == pytest.approx(0.9, rel=0.02)
+        frozen = layer.u.clone()
+        layer(x)
+        assert torch.equal(layer.u, frozen)  # an evaluation changes nothing
+        assert (layer.reverse(layer(x)[0]) - x).abs().max() < 1e-3
+        assert layer.terms_train < layer.terms_eval
+        assert torch.allclose(conv_exp(x, layer.kernel * 0, 3), x)
+
+
+def test_reconstruction_gradient_reaches_what_it_should():
+    """only_R_recon: the learned inverse alone, else the weight through W x too."""
+    torch.manual_seed(0)
+    layer, x = SelfNormConv(3, 3), torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        layer.inverse.mul_(0.8)
+    for only_r in (False, True):
+        layer.zero_grad(set_to_none=True)
+        layer.reconstruction_loss(x, only_r=only_r).backward()
+        assert layer.inverse.grad.abs().max() > 0
+        assert (layer.weight.grad is None) == only_r
