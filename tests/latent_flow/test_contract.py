@@ -237,6 +237,16 @@ def test_spike_path_kl():
     assert value > 0 and (logits.grad != 0).all()
 
 
+def test_speeds_are_drawn_from_the_slab():
+    """|Laplace(1, 0.1)|: quantiles of 1 -+ 0.1 log 2 at the quarters, hundredths 0.1 log 50 away."""
+    speed = spikes.draw_speed((40_000,), torch.Generator().manual_seed(0))
+    found = speed.quantile(torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99]))
+    tail, quarter = 0.1 * math.log(50), 0.1 * math.log(2)
+    expected = torch.tensor([1 - tail, 1 - quarter, 1.0, 1 + quarter, 1 + tail])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    assert speed.min() >= 0
+
+
 @pytest.mark.parametrize("link", ["logistic", "gumbel"])
 def test_relaxed_bernoulli_rate(link):
     logits = torch.tensor([-1.5, 0.0, 0.8])
