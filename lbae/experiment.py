@@ -261,7 +261,10 @@ class TextLog:
         self.start = time.perf_counter()
         if enabled:
             logs = folder / "log"
-            logs.mkdir(parents=True, exist_ok=True)
+            try:
+                logs.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {logs}: {error.strerror}") from error
             names = (logs / f"{prefix}-log-{k}.txt" for k in itertools.count())
             self.path = next(path for path in names if not path.exists())
             append_text(self.path, "")
@@ -323,7 +326,11 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def check_images(folder: Path) -> None:
-    """Refuse a folder with pictures that this program did not write: they would be scored together with its own."""
+    """Refuse a folder with pictures that this program did not write, as they would be scored together with its own, and
+    one whose place a file has.
+    """
+    if file := next((one for one in (folder, *folder.parents) if one.is_file()), None):
+        raise UserError(f"{file} is a file, where the folder {folder} has to be: move it away")
     foreign = sorted(set(_pictures(folder)) - written(folder))
     if foreign:
         raise UserError(
@@ -353,8 +360,11 @@ def new_images(folder: Path, fmt: str, facts: Mapping[str, Any] | None = None) -
     for left in folder.parent.glob(f".{folder.name}.*.new"):  # of a process that was killed
         if not _runs(left.name.split(".")[-2].split("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}-", suffix=".new", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}-", suffix=".new", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write in {folder.parent}: {error.strerror}") from error
     try:
         yield place
         names, old = {path.name for path in place.iterdir()}, written(folder)

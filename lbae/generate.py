@@ -14,11 +14,11 @@ from common.batches import Batches
 from common.checkpoint import atomic_write
 from common.errors import UserError
 from common.images import mosaic, save_image, save_images
-from common.launch import Distributed
+from common.launch import Distributed, autocast
 from lbae import sampler
 from lbae.data import load_split
 from lbae.experiment import Latents, check_images, new_images
-from lbae.model import LBAE, precision
+from lbae.model import LBAE
 from lbae.options import Params
 from lbae.reconstruct import load_trained, run_set, write_epoch
 
@@ -65,7 +65,7 @@ class Trained:
         """Images (N, C, S, S) in [0, 1] on the CPU of codes (N, D)."""
         parts = []
         for part in codes.split(DECODE):
-            with precision(self.params.amp, self.device):
+            with autocast(self.device, self.params.amp):
                 parts.append(self.model.gen(part.to(self.device, torch.float32)).float().cpu())
         return torch.cat(parts)
 

@@ -5,7 +5,6 @@ Letters: B batch, C image channels, S image size (32 or 64), D latent bits, w ba
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -52,14 +51,19 @@ class Encoded(NamedTuple):
     logvar: Tensor | None = None
 
 
+def activate(x: Tensor) -> Tensor:
+    """The leaky ReLU in the place of its input, which nothing else may need."""
+    return F.leaky_relu(x, SLOPE, inplace=True)
+
+
 class _Residual(nn.Module):
     """Shared by both nets: the block R(c) and the activation."""
 
     def residual(self, k: int, y: Tensor) -> Tensor:
         """act(bn(conv(act(bn(conv(act(y)))))) + y) with the layers b<k>1, b<k>2. y: (B, c, H, W) -> same."""
         h = F.leaky_relu(y, SLOPE)
-        h = F.leaky_relu(self.get_submodule(f"bn{k}1")(self.get_submodule(f"b{k}1")(h)), SLOPE)
-        return F.leaky_relu(self.get_submodule(f"bn{k}2")(self.get_submodule(f"b{k}2")(h)) + y, SLOPE)
+        h = activate(self.get_submodule(f"bn{k}1")(self.get_submodule(f"b{k}1")(h)))
+        return activate(self.get_submodule(f"bn{k}2")(self.get_submodule(f"b{k}2")(h)).add_(y))
 
     def add_residual(self, k: int, width: int, conv: type[nn.Module]) -> None:
         for part in (f"{k}1", f"{k}2"):
@@ -88,7 +92,7 @@ class Encoder(_Residual):
             self.l0l = nn.Linear(64 * w, zsize)
 
     def forward(self, x: Tensor) -> Encoded:
-        h = F.leaky_relu(self.bn0(self.ec0(x)), SLOPE)  # (B, w, S, S)
+        h = activate(self.bn0(self.ec0(x)))  # (B, w, S, S)
         h = self.residual(1, self.bn1(self.ec1(h)))  # (B, w, S/2, S/2)
         h = self.residual(2, self.bn2(self.ec2(h)))  # (B, 2w, S/4, S/4)
         if self.deep:
@@ -132,7 +136,7 @@ class Decoder(_Residual):
             h = self.residual(1, self.bn1(self.dc1(h)))  # (B, 4w, 8, 8)
         h = self.residual(2, self.bn2(self.dc2(h)))  # (B, 2w, S/4, S/4)
         h = self.residual(3, self.bn3(self.dc3(h)))  # (B, w, S/2, S/2)
-        h = F.leaky_relu(self.bn4(self.dc4(h)), SLOPE)  # (B, w, S, S)
+        h = activate(self.bn4(self.dc4(h)))  # (B, w, S, S)
         return torch.sigmoid(_full_precision(self.dc5(h)))
 
 
@@ -196,11 +200,6 @@ def build_model(params: Any) -> LBAE:
 def to_device(model: LBAE, device: torch.device) -> LBAE:
     """The model on `device`, its weights laid out as the images are (channels last, but on MPS)."""
     return model.to(device) if device.type == "mps" else model.to(device, memory_format=torch.channels_last)
-
-
-def precision(amp: str, device: torch.device) -> AbstractContextManager:
-    """bfloat16 convolutions with amp=bf16; the quantiser, the sigmoid and the losses stay float32."""
-    return torch.autocast(device.type, torch.bfloat16) if amp == "bf16" else nullcontext()
 
 
 def reparametrise(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:

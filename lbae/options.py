@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from common import datasets
 from common.errors import UserError
@@ -49,6 +49,8 @@ Text = Annotated[
 ]
 Suffix = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]*$", max_length=100), Says("part of a file name")]
 Width = Annotated[int, Field(ge=1, le=1024)]
+OLDER_AMP = {"off": False, "bf16": True}
+Amp = Annotated[bool, BeforeValidator(lambda value: OLDER_AMP.get(value, value) if isinstance(value, str) else value)]
 DataSet = Literal[tuple(datasets.names())]
 
 
@@ -145,7 +147,7 @@ class Params(DataOptions):
     zclamp_min: between(-10, 10, float) = coins(-1.0, "lower limit of the draws before rounding")
 
     seed: Seed = machine(12345, "seed of initialisation, data order and sampling", resume="same")
-    amp: Literal["off", "bf16"] = machine("off", "bf16: convolutions in bfloat16", resume="same")
+    amp: Amp = machine(False, "convolutions and products in bfloat16", resume="same")
     tf32: bool = machine(False, "GPU: convolutions and products with 10 bits of mantissa", resume="same")
     deterministic: bool = machine(False, "refuse kernels whose result varies between runs", resume="same")
     cuda_device: between(-1, 127) = machine(-1, "with device=auto or cuda: index of the GPU")
@@ -209,6 +211,11 @@ def from_saved(config: Mapping[str, Any], keys: Iterable[str], source: Any = "th
     except UserError as error:
         raise UserError(f"{source}: {error}; mend or delete the file") from None
     return {key: getattr(judged, key) for key in values}
+
+
+def as_declared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration with the values of today for those of older versions."""
+    return {**config, **({"amp": OLDER_AMP[config["amp"]]} if config.get("amp") in OLDER_AMP else {})}
 
 
 def experiment_name(params: Params) -> str:

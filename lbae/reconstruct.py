@@ -15,7 +15,7 @@ from common.batches import Batches
 from common.checkpoint import atomic_write
 from common.datasets.base import ImageSet
 from common.images import mosaic, save_image, save_images
-from common.launch import Distributed, full_precision, pick_device, seed_everything
+from common.launch import Distributed, autocast, full_precision, pick_device, seed_everything
 from common.run import Run
 from lbae.data import as_input, attributes, load_split
 from lbae.experiment import (
@@ -30,7 +30,7 @@ from lbae.experiment import (
     reference_folder,
     written,
 )
-from lbae.model import LBAE, build_model, losses, precision, to_device
+from lbae.model import LBAE, build_model, losses, to_device
 from lbae.options import Params
 
 MOSAIC_PAIRS = 64
@@ -69,7 +69,7 @@ def run_set(
         torch.manual_seed(params.seed)  # a VAE's reconstructions are drawn
         for i, (images, targets) in enumerate(batches.epoch(0)):
             x = as_input(images)
-            with precision(params.amp, dist.device):
+            with autocast(dist.device, params.amp):
                 xr, encoded = model(x)
             terms = losses(xr, x, encoded, params.binary_reco_loss, params.kl_weight, training=False)
             reco_loss = terms["reco_loss"] if x.device.type != "mps" else terms["reco_loss"].cpu()

@@ -90,18 +90,21 @@ def _refine_ref(group: np.ndarray, strict: bool, rounds: int | None) -> np.ndarr
     return best
 
 
-def margin_ref(L: np.ndarray, code: np.ndarray, m: np.ndarray) -> np.ndarray:
-    """The direction m (R,) of one code (D,) refined by the margin perceptron on unit normals (`split=margin`)."""
+def margin_ref(L: np.ndarray, code: np.ndarray) -> np.ndarray:
+    """The direction (R,) of one code (D,): ridge regression on the unit normals, then the margin perceptron
+    (`split=margin`; not published).
+    """
     rows = L[:-1] / np.linalg.norm(L[:-1], axis=1, keepdims=True)
-    r, best, fewest = 10 * m, m, np.inf
-    for _ in range(300):
-        q = code * (rows @ r)
+    r = rows.T @ np.linalg.solve(rows @ rows.T + 0.1 * np.eye(len(rows)), code)
+    r = 10 * r / np.linalg.norm(r)
+    best, fewest = r, np.inf
+    for _ in range(10):
         wrong = np.count_nonzero(np.where(rows @ r >= 0, 1, -1) != code)
         if wrong < fewest:
             best, fewest = r, wrong
-        short = q < 0.1
-        if not short.any():
+        if wrong == 0:
             break
+        short = code * (rows @ r) < 0.1
         r = r + 0.05 * (code[short, None] * rows[short]).sum(0)
         r = r * min(1.0, 10 / np.linalg.norm(r))
     return best / np.linalg.norm(best)

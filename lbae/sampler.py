@@ -19,7 +19,8 @@ from lbae.model import quantise
 
 SPLITS = ("mean", "margin")
 ATTR_MODES = ("conditional", "contrast")
-MARGIN, RATE, RADIUS, ROUNDS = 0.1, 0.05, 10.0, 300  # of the margin perceptron
+RIDGE = 0.1  # of the regression of a code on the unit normals
+MARGIN, RATE, RADIUS, ROUNDS = 0.1, 0.05, 10.0, 10  # of the margin perceptron
 NEGATIVE_ROUNDS = 10  # the published refinement of the negative group stops here
 FLAT = 1e-7  # a smaller sine of the angle means (anti)parallel directions
 
@@ -81,6 +82,22 @@ class Hyperplanes:
     def gram(self) -> Tensor:
         """Inner products of the normals without the mean hyperplane (D, D)."""
         return self.H[:-1, :-1].contiguous()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Lengths of the normals (D,)."""
+        return self.L[:-1].norm(dim=1).clamp_min(1e-150)
+
+    @cached_property
+    def unit_gram(self) -> Tensor:
+        """Inner products of the unit normals (D, D)."""
+        return self.gram / (self.lengths[:, None] * self.lengths)
+
+    @cached_property
+    def ridge(self) -> Tensor:
+        """Cholesky factor of `unit_gram` + RIDGE (D, D)."""
+        diagonal = torch.full_like(self.lengths, RIDGE).diag()
+        return torch.linalg.cholesky(self.unit_gram + diagonal)
 
     def moment_errors(self) -> tuple[float, float]:
         """Mean |error| of bit means and of second moments that the repair of H causes (0 when H needed none)."""
@@ -147,19 +164,17 @@ def directions(planes: Hyperplanes, codes: Tensor, split: str = "margin") -> Ten
     """A unit direction (B, R) whose sides of the hyperplanes are close to each of `codes` (B, D) in {-1, +1}.
 
     `split="mean"` is the published rule: the difference of the mean normals of both groups of bits, each refined by
-    giving its misplaced rows more weight. `split="margin"` goes on with a perceptron with margin on unit normals, which
-    usually reproduces the code exactly. Both work on the Gram matrix, so that a round costs one matrix product.
+    giving its misplaced rows more weight. `split="margin"` is the ridge regression of the code on the unit normals; a
+    perceptron with margin goes on with the codes that it leaves wrong. Both work on the Gram matrix, so that a round
+    costs one matrix product.
     """
     if split not in SPLITS:
         raise UserError(f"split={split}: expected {' or '.join(SPLITS)}")
-    codes = codes.to(planes.L)
-    coefficients = _mean_split(planes, codes)  # (B, D)
-    rows = planes.L[:-1]
+    codes, rows = codes.to(planes.L), planes.L[:-1]
     if split == "mean":
-        return unit(coefficients @ rows)
-    scale = rows.norm(dim=1).clamp_min(1e-300)
-    gram = planes.gram / (scale[:, None] * scale)
-    return unit(_margin_perceptron(gram, codes, coefficients * scale) @ (rows / scale[:, None]))
+        return unit(_mean_split(planes, codes) @ rows)
+    start = torch.cholesky_solve(codes.T, planes.ridge).T  # (B, D)
+    return unit(_margin_perceptron(planes.unit_gram, codes, start) / planes.lengths @ rows)
 
 
 def _lengths(coefficients: Tensor, products: Tensor) -> Tensor:
@@ -208,7 +223,7 @@ def _margin_perceptron(gram: Tensor, codes: Tensor, start: Tensor) -> Tensor:
     """Coefficients (B, D) of a direction on the unit rows with `gram` (D, D), refined from `start` (B, D).
 
     Rows whose signed projection is below MARGIN pull the direction by RATE; its length is kept below RADIUS; the
-    iterate with the fewest wrong signs wins. A code leaves as soon as every row has its margin.
+    iterate with the fewest wrong signs wins. A code leaves as soon as every sign is right, or after ROUNDS rounds.
     """
     products = start @ gram  # (B, D) projections on the rows
     factor = RADIUS / _lengths(start, products)
@@ -216,18 +231,17 @@ def _margin_perceptron(gram: Tensor, codes: Tensor, start: Tensor) -> Tensor:
     best, fewest = c.clone(), torch.full((len(c),), torch.inf, dtype=c.dtype, device=c.device)
     active = torch.arange(len(c), device=c.device)
     for _ in range(ROUNDS):
-        margins = codes[active] * products
         errors = (sign(products) != codes[active]).sum(1).to(c.dtype)
         better = errors < fewest[active]
         fewest[active[better]] = errors[better]
         best[active[better]] = c[better]
-        short = margins < MARGIN
-        on = short.any(1)
+        on = errors > 0
         if not on.any():
             break
-        active, c, products, short = active[on], c[on], products[on], short[on]
-        c = c + RATE * torch.where(short, codes[active], 0.0)
-        products = c @ gram
+        active, c, products = active[on], c[on], products[on]
+        pull = RATE * torch.where(codes[active] * products < MARGIN, codes[active], 0.0)
+        pulled = (pull != 0).any(0).nonzero()[:, 0]  # few of the rows
+        c, products = c + pull, products + pull[:, pulled] @ gram[pulled]
         shrink = (RADIUS / _lengths(c, products)).clamp_max(1.0)
         c, products = c * shrink, products * shrink
     return best

@@ -16,7 +16,14 @@ from torch import Tensor
 from common.batches import Batches
 from common.checkpoint import rng_state
 from common.errors import UserError
-from common.launch import Distributed, full_precision, normalise_over_processes, seed_everything
+from common.launch import (
+    Distributed,
+    autocast,
+    full_precision,
+    keep_freed_memory,
+    normalise_over_processes,
+    seed_everything,
+)
 from common.training import Place, Training
 from lbae.data import as_input, attributes, load_split
 from lbae.experiment import (
@@ -30,8 +37,8 @@ from lbae.experiment import (
     read_checkpoint,
     unpack_bits,
 )
-from lbae.model import Encoded, build_model, losses, parameter_counts, precision, to_device
-from lbae.options import Params
+from lbae.model import Encoded, build_model, losses, parameter_counts, to_device
+from lbae.options import Params, as_declared
 from lbae.reconstruct import pairs, run_set, save_pairs
 
 
@@ -39,6 +46,7 @@ def train(params: Params, folder: Path) -> None:
     """Train from scratch, or resume with `l`, `reload[=E]`, `resume=auto`; everything is written below `folder`."""
     with closing(Distributed.start(params.device_name)) as dist:
         full_precision(params.tf32)
+        keep_freed_memory()
         seed_everything(params.seed, params.deterministic)
         train_set, test_set = load_split(params, "train"), load_split(params, "test")
         places = {"workers": params.workers, "rank": dist.rank, "world": dist.world, "device": dist.device,
@@ -47,7 +55,7 @@ def train(params: Params, folder: Path) -> None:
         tests = Batches(test_set, params.batch_size_test, shuffle=False, drop_last=False, **places)
 
         model = to_device(build_model(params), dist.device)
-        fused = dist.device.type == "cuda"
+        fused = dist.device.type != "mps"
         optimizer = torch.optim.Adam(model.parameters(), lr=params.lr, weight_decay=params.l2, fused=fused)
         with LbaeTraining(folder, params, dist) as training:
             training.restore(enc=model.enc, gen=model.gen, optimizer=optimizer)
@@ -56,7 +64,7 @@ def train(params: Params, folder: Path) -> None:
             module.train()
             for images, targets in training.steps(batches, last=training.last_step(len(batches))):
                 x = as_input(images)  # (B, C, S, S) in [0, 1]
-                with precision(params.amp, dist.device):
+                with autocast(dist.device, params.amp):
                     xr, encoded = module(x)
                 terms = losses(xr, x, encoded, params.binary_reco_loss, params.kl_weight)  # (B,) each
                 loss = terms["loss"].mean()
@@ -91,7 +99,7 @@ class LbaeTraining(Training):
         dist.barrier()  # every process has looked before one writes
         super().__init__(
             folder, KIND, params, dist, resume=resumes, overwrite=params.overwrite, checkpoint=source,
-            read=self._read, place=self._place, saved_options=lambda state: state.get("config", {}),
+            read=self._read, place=self._place, saved_options=lambda state: as_declared(state.get("config", {})),
             last_row=lambda state: state["iter"], tensorboard=params.tensorboard, wandb=params.wandb or None,
         )  # fmt: skip
         self.checkpoint = self.best_path.with_name("last.cp")  # whatever was loaded, this is what is written

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from common.checkpoint import load_optimizer
-from common.launch import Distributed
+from common.launch import Distributed, autocast
 from lbae import mnist, sampler
 from lbae.data import as_input, attributes
-from lbae.model import LBAE, losses, precision
+from lbae.model import LBAE, losses
 from lbae.train import LbaeTraining
 
 ROOT = Path(mnist.__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def test_a_training_step_reads_nothing_and_stays_on_its_device(vae):
         training.step += 1
         images = torch.zeros(4, 1, 32, 32, dtype=torch.uint8, device=DEVICE)
         x = as_input(images)
-        with precision("off", DEVICE):
+        with autocast(DEVICE, False):
             xr, encoded = model(x)
         terms = losses(xr, x, encoded, binary=True, kl_weight=1.0)
         loss = terms["loss"].mean()

@@ -59,6 +59,15 @@ def test_pictures_of_others_stay_and_are_not_scored(copy):
         assert len(list(folder.glob("*.png"))) == (30 if words == ["eval"] else 9)
 
 
+@pytest.mark.parametrize(("file", "words"), [("generated", ["eval", "gen"]), ("reco", ["eval"]), ("log", ["eval"])])
+def test_a_file_in_a_folder_s_place_is_one_line(copy, file, words):
+    shutil.rmtree(copy / file, ignore_errors=True)
+    (copy / file).write_text("mine")
+    with pytest.raises(UserError, match=file):
+        mnist.main([*words, f"exp={copy}", "device=cpu", "gen_imgs=2"])
+    assert (copy / file).read_text() == "mine"
+
+
 @pytest.mark.parametrize("words", [["eval"], ["eval", "gen", "gen_imgs=30", "sample_method=random"]])
 def test_a_step_that_fails_leaves_the_images_of_the_last_one(copy, monkeypatch, words):
     run = [*words, f"exp={copy}", "device=cpu", "batch_size_test=10"]

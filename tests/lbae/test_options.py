@@ -10,12 +10,12 @@ from option_table import judged, option_names, run_inside
 
 from common.options import all_names
 from lbae import benchmark, celeba, cifar10, download, eval, fid, mnist, protocol, release
-from lbae.options import Params, experiment_name
+from lbae.options import Params, as_declared, experiment_name
 
 FOLDER = Path(mnist.__file__).resolve().parent
 SHARED = {
     "img_crop_size": 0, "vae_model": "ConvResBlock32", "width": 64, "zround": -1, "train_images": 0, "test_images": 0,
-    "keep_last_models": 10, "seed": 12345, "amp": "off", "interpolate_steps": 10, "int_endpoints": True,
+    "keep_last_models": 10, "seed": 12345, "amp": False, "interpolate_steps": 10, "int_endpoints": True,
     "int_source": "train", "split": "margin", "set_attr": -1, "attr_threshold": 0.12, "attr_mode": "conditional",
     "latents": "last", "zclamp": 1.0, "zclamp_min": -1.0, "img_format": "png", "stretch": False, "workers": 0,
     "hold": True, "deterministic": False, "print_every_batch": 100, "tensorboard": True, "wandb": "", "device": "auto",
@@ -124,6 +124,12 @@ def test_options_without_effect_are_named(words, idle):
     done = run_inside(mnist.main, [*words, "dry_run"])
     assert done.code == 0
     assert f"without effect in this command: {idle}\n" in done.err
+
+
+@pytest.mark.parametrize(("word", "value"), [("off", False), ("bf16", True), ("1", True), ("false", False)])
+def test_older_words_for_amp_are_taken(word, value):
+    assert json.loads(run_inside(mnist.main, [f"amp={word}", "dry_run"]).out)["amp"] is value
+    assert as_declared({"amp": word}) == {"amp": value if word in ("off", "bf16") else word}
 
 
 @pytest.mark.parametrize("word", ["help", "-h", "--help"])
