@@ -81,6 +81,14 @@ def test_random_items_do_not_depend_on_workers_start_or_the_global_stream():
     assert not set(noise) & set((draws(seed=6) % 1).tolist())
 
 
+def test_a_held_set_is_asked_no_more():
+    data, asked = Memory(6), []
+    data.images_at = lambda index: asked.append(len(index)) or data.images[index]
+    held = targets(Batches(data, 3, hold=True).epoch(0))
+    assert not asked
+    assert held == targets(Batches(data, 3).epoch(0)) and asked == [3, 3]
+
+
 def test_a_set_that_draws_is_never_held():
     """Holding it would repeat the first epoch's draws for ever."""
     batches = Batches(Noisy(4), 4, hold=True)

@@ -2,6 +2,7 @@ import copy
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import stat
@@ -193,6 +194,9 @@ def test_load_into_names_what_differs():
     assert torch.equal(model.weight, torch.ones(2, 3))
     with pytest.raises(UserError, match=r"missing: bias; unknown: offset; other shape: weight is \(2, 4\)"):
         checkpoint.load_into(model, {"weight": torch.ones(2, 4), "offset": torch.zeros(2)}, "file")
+    for count, shown in ((3, "unknown: 0, 1, 2)"), (4, "unknown: 0, 1, 2 ...)")):
+        with pytest.raises(UserError, match=re.escape(shown)):
+            checkpoint.load_into(model, {**model.state_dict(), **dict.fromkeys("0123"[:count], 1)}, "file")
 
 
 def test_prune_keeps_the_highest_numbers(tmp_path):

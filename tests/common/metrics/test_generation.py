@@ -411,6 +411,11 @@ def test_score_balances_prd_and_serves_statistics():
     assert score(a, stats, ("fid",), "raw", device="cpu")["fid"] == pytest.approx(
         score(a, b, ("fid",), "raw", device="cpu")["fid"]
     )
+    for few in (Statistics(stats.mu, stats.sigma, 1), a[:1]):
+        with pytest.raises(UserError, match=r"1 image\(s\), at least 2 are needed"):
+            score(a, few, ("fid",), "raw", device="cpu")
+    unknown = Statistics(stats.mu, stats.sigma)  # of another tool, which does not tell how many
+    assert score(a, unknown, ("fid",), "raw", device="cpu")["n_reference"] == 0
     with pytest.raises(UserError, match="fid only"):
         score(a, stats, ("fid", "kid"), "raw", device="cpu")
 
