@@ -237,6 +237,13 @@ def test_spike_path_kl():
     assert value > 0 and (logits.grad != 0).all()
 
 
+@pytest.mark.parametrize("value", [-0.1, 0.0, 1.0, 1.5, math.nan])
+def test_spike_probabilities_are_probabilities(value):
+    for name, prior in (("p_on", (value, 0.9)), ("p_stay", (0.1, value))):
+        with pytest.raises(UserError, match=f"needs {name} strictly between 0 and 1"):
+            spikes.spike_chain(3, *prior)
+
+
 def test_speeds_are_drawn_from_the_slab():
     """|Laplace(1, 0.1)|: quantiles of 1 -+ 0.1 log 2 at the quarters, hundredths 0.1 log 50 away."""
     speed = spikes.draw_speed((40_000,), torch.Generator().manual_seed(0))
