@@ -1,19 +1,22 @@
-"""Time the sampler against a plain transcription of the published one: `python -m lbae.benchmark`.
+"""CPU seconds of a training step and of the sampler: the published form against this code, in turns.
 
-Prints seconds and ratios for the hyperplanes, the directions of a batch of codes and interpolation paths, and images
-generated per second. The codes are correlated so that, as for trained latents, half of the eigenvalues are negative.
-Both sides run float64 on the same CPU threads; generation runs on the chosen device.
+    python -m lbae.benchmark                                    # the three published steps, and the sampler at D = 1500
+    python -m lbae.benchmark --cases mnist --batch-size 512 --threads 2
+    python -m lbae.benchmark --cases celeba --amp
+    python -m lbae.benchmark --cases hyperplanes directions paths --zsize 200 --rows 4000
 
-    python -m lbae.benchmark                     # the paper's D = 1500
-    python -m lbae.benchmark --zsize 200 --codes 20 --images 64 --width 8
+A step is input, forward, loss, backward and Adam at the published width. Its published form is the same network with
+contiguous tensors, activations that make new ones, and an unfused Adam; that of the sampler is `reference.py`, one code
+at a time. Codes are correlated so that, as for trained latents, half of the eigenvalues are negative.
 """
 
-import json
+import copy
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
+from unittest.mock import patch
 
 if __name__ == "__main__":
     sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
@@ -21,28 +24,76 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 
+from common.benchmark import BenchmarkOptions, Case, run_cases
 from common.errors import run_command
-from common.launch import pick_device
-from common.options import Device, Options, from_flags, option
-from lbae.model import IMAGE_SIZES, LBAE
-from lbae.options import Width, one_of
+from common.launch import autocast
+from common.options import from_flags, option
+from lbae import celeba, cifar10, mnist
+from lbae import model as networks
+from lbae.data import as_input
+from lbae.model import build_model, losses, to_device
+from lbae.options import Params, Width
 from lbae.reference import direction_ref, hyperplanes_ref, path_ref
-from lbae.sampler import directions, hyperplanes, interpolate, moments, sample_cov, sign
+from lbae.sampler import Hyperplanes, directions, hyperplanes, interpolate, moments, sign
+
+CONFIGS = {name: script.CONFIGS[f"{name}_bae"] for name, script in
+           (("mnist", mnist), ("cifar10", cifar10), ("celeba", celeba))}  # fmt: skip
+BATCH = {"mnist": 64, "cifar10": 64, "celeba": 16}  # published: 512, which takes long on a CPU
+Cases = Literal["mnist", "cifar10", "celeba", "hyperplanes", "directions", "paths"]
 
 
-class BenchmarkOptions(Options):
-    """The options of benchmark.py."""
+class Config(BenchmarkOptions):
+    """The options."""
 
-    zsize: Annotated[int, Field(ge=2, le=16384)] = option(1500, "latent bits (paper: 1500 for CelebA)")
-    codes: Annotated[int, Field(ge=1, le=100_000)] = option(100, "codes whose directions are timed")
-    rows: Annotated[int, Field(ge=2, le=10_000_000)] = option(20000, "training codes behind the moments")
-    images: Annotated[int, Field(ge=1, le=1_000_000)] = option(128, "images to generate")
-    width: Width = option(64, "base width of the decoder")
-    img_size: one_of(*IMAGE_SIZES) = option(64, "image side in pixels")
-    device: Device = option("auto", "device of the generation")
-    dry_run: bool = option(False, "check the options, print them as JSON and leave")
+    cases: Annotated[list[Cases], Field(min_length=1)] = option(
+        ["mnist", "cifar10", "celeba", "hyperplanes", "directions", "paths"], "what to time"
+    )
+    width: Width = option(64, "base width of the networks (published: 64)")
+    zsize: Annotated[int, Field(ge=2, le=16384)] = option(1500, "sampler: latent bits (published: 1500 for CelebA)")
+    codes: Annotated[int, Field(ge=2, le=100_000)] = option(20, "sampler: codes, of which half begin a path")
+    rows: Annotated[int, Field(ge=2, le=10_000_000)] = option(20000, "sampler: training codes behind the moments")
+
+
+def step_case(name: str, options: Config, device: torch.device) -> Case:
+    """A training step of a configuration on random images."""
+    params = Params(**CONFIGS[name], width=options.width)
+    torch.manual_seed(0)
+    published = build_model(params).to(device)
+    ours = to_device(copy.deepcopy(published), device)
+    batch = options.batch_size or BATCH[name]
+    images = torch.randint(0, 256, (batch, params.channels, params.img_size, params.img_size), dtype=torch.uint8,
+                           device=device)  # fmt: skip
+    plain = torch.optim.Adam(published.parameters(), lr=params.lr, weight_decay=params.l2, foreach=False)
+    fused = torch.optim.Adam(ours.parameters(), lr=params.lr, weight_decay=params.l2, fused=True)
+
+    def published_step():
+        x = images.float() / 255
+        with patch.object(networks, "activate", partial(F.leaky_relu, negative_slope=networks.SLOPE)):
+            xr, encoded = published(x)
+        flat, target = xr.flatten(1), x.flatten(1)
+        entropy = F.binary_cross_entropy if params.binary_reco_loss else F.mse_loss
+        loss = entropy(flat, target, reduction="none").sum() / batch
+        encoded.code.detach().cpu().numpy()
+        plain.zero_grad()
+        loss.backward()
+        plain.step()
+        return loss.detach()
+
+    def our_step():
+        x = as_input(images)
+        with autocast(device, options.amp):
+            xr, encoded = ours(x)
+        loss = losses(xr, x, encoded, params.binary_reco_loss)["loss"].mean()
+        fused.zero_grad(set_to_none=True)
+        loss.backward()
+        fused.step()
+        return loss.detach()
+
+    # where a logit is 0 up to rounding, its bit may be the other one: 1e-5 of the loss
+    return Case(f"{name}: training step, batch {batch}", published_step, our_step, 1e-2 if options.amp else 1e-4)
 
 
 def correlated_codes(n: int, zsize: int, seed: int = 0) -> torch.Tensor:
@@ -55,84 +106,70 @@ def correlated_codes(n: int, zsize: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.where(scores > 0, 1, -1).astype(np.int8))
 
 
-def seconds(work: Callable[[], object], repeat: int = 2) -> float:
-    """Best wall time of `repeat` calls."""
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def hyperplanes_case(options: Config, device: torch.device) -> Case:
+    """Normals from the training codes."""
+    z = correlated_codes(options.rows, options.zsize)
+    name = f"hyperplanes, D = {options.zsize}, {options.rows} codes"
+    return Case(name, lambda: void(hyperplanes_ref(z.numpy())), lambda: void(hyperplanes(*moments(z.to(device)))))
 
 
-def compare(zsize: int, codes: int, rows: int, steps: int = 10) -> list[tuple[str, float, float]]:
-    """(name, seconds of the transcription, seconds here) of the sampler's three pieces; results are compared too."""
-    z = correlated_codes(rows, zsize)
-    array = z.numpy()
+def published_normals(z: torch.Tensor) -> tuple[Hyperplanes, np.ndarray]:
+    """Our planes, and as triangular as the published ones, (D + 1, D + 1)."""
     planes = hyperplanes(*moments(z))
-    L, H, _ = hyperplanes_ref(array)
-    if not np.allclose(planes.H.numpy(), H, atol=1e-6):
-        raise ArithmeticError("the two repaired matrices differ")
-    some = z[:codes]
-    plain = np.stack([direction_ref(L, code)[1] for code in array[:codes]])
-    ours = sign(directions(planes, some, "mean") @ planes.L[:-1].T)
-    differ = np.mean(plain != ours.numpy())
-    if differ > 1e-3:
-        raise ArithmeticError(f"{differ:.1%} of the directions' signs differ")
-    pairs = max(1, codes // 10)
-
-    def plain_paths():
-        return [path_ref(L, array[i], array[-1 - i], steps) for i in range(pairs)]
-
-    def our_paths():
-        return interpolate(planes, z[:pairs], z.flip(0)[:pairs], steps, "mean")
-
-    return [
-        (
-            f"hyperplanes, D={zsize}, N={rows}",
-            seconds(lambda: hyperplanes_ref(array)),
-            seconds(lambda: hyperplanes(*moments(z))),
-        ),
-        (
-            f"directions of {codes} codes, split=mean",
-            seconds(lambda: [direction_ref(L, code) for code in array[:codes]]),
-            seconds(lambda: directions(planes, some, "mean")),
-        ),
-        (f"{pairs} paths of {steps} steps, split=mean", seconds(plain_paths), seconds(our_paths)),
-    ]
+    H = planes.H.numpy()
+    return planes, np.linalg.cholesky(H + 1e-8 * np.eye(len(H)))
 
 
-@torch.no_grad()
-def generation(zsize: int, width: int, img_size: int, images: int, device: torch.device) -> float:
-    """Images a second: sample codes by hyperplanes and decode them, in batches of at most 256."""
-    planes = hyperplanes(*moments(correlated_codes(4000, zsize).to(device)))
-    decoder = LBAE(img_size, 3, zsize, width).eval().to(device).gen
-    batch = min(256, images)
+def directions_case(options: Config, device: torch.device) -> Case:
+    """Directions of codes by the published rule; both sides make the same codes of them."""
+    z = correlated_codes(options.rows, options.zsize)
+    (planes, L), codes = published_normals(z), z[: options.codes]
 
-    def work():
-        for start in range(0, images, batch):
-            count = min(batch, images - start)
-            normals = torch.randn(count, planes.L.shape[1], dtype=torch.float64, device=device)
-            decoder(sample_cov(planes, normals).float()).cpu()
+    def published():
+        sides = np.stack([direction_ref(L, code)[1] for code in codes.numpy()])
+        return (sides != codes.numpy()).mean()
 
-    work()
-    return images / seconds(work)
+    def ours():
+        return (sign(directions(planes, codes, "mean") @ planes.L[:-1].T) != codes).double().mean()
+
+    return Case(f"directions of {options.codes} codes, split=mean", published, ours, rtol=0.05)
+
+
+def paths_case(options: Config, device: torch.device, split: str) -> Case:
+    """Interpolations of 10 steps; the published form knows split=mean alone."""
+    z = correlated_codes(options.rows, options.zsize)
+    planes, L = published_normals(z)
+    pairs = options.codes // 2
+    begin, end = z[:pairs], z[pairs : 2 * pairs]
+
+    def published():
+        for first, last in zip(begin.numpy(), end.numpy(), strict=True):
+            path_ref(L, first, last, 10)
+
+    name = f"{pairs} paths of 10 steps, split={split}{' (default)' if split == 'margin' else ''}"
+    return Case(name, published, lambda: void(interpolate(planes, begin, end, 10, split)))
+
+
+def void(_: object) -> None:
+    """Nothing: what was timed has no loss."""
+
+
+def cases(options: Config) -> Iterator[Callable[[torch.device], Case]]:
+    for name in options.cases:
+        if name in CONFIGS:
+            yield partial(step_case, name, options)
+        elif name == "paths":
+            yield from (partial(paths_case, options, split=split) for split in ("mean", "margin"))
+        else:
+            yield partial({"hyperplanes": hyperplanes_case, "directions": directions_case}[name], options)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, _ = from_flags(BenchmarkOptions, sys.argv[1:] if argv is None else argv, __doc__)
-    device = pick_device(args.device)
-    if args.dry_run:
-        print(json.dumps(args.as_dict(), indent=2))
+    options, _ = from_flags(Config, sys.argv[1:] if argv is None else argv, __doc__)
+    if options.dry_run:
+        print(options.model_dump_json(indent=2))
         return
-    print(f"threads {torch.get_num_threads()}, float64")
-    print(f"{'piece':<44} {'published (s)':>14} {'here (s)':>10} {'ratio':>8}")
-    for name, plain, ours in compare(args.zsize, args.codes, args.rows):
-        print(f"{name:<44} {plain:>14.3f} {ours:>10.4f} {plain / ours:>7.1f}x")
-    planes, codes = hyperplanes(*moments(correlated_codes(2000, args.zsize))), correlated_codes(args.codes, args.zsize)
-    print(f"split=margin, {args.codes} codes: {seconds(lambda: directions(planes, codes)):.3f} s")
-    rate = generation(args.zsize, args.width, args.img_size, args.images, device)
-    print(f"generated images per second ({device}, width {args.width}, {args.img_size}x{args.img_size}): {rate:.1f}")
+    run_cases(options, cases(options))
 
 
 if __name__ == "__main__":

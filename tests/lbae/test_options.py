@@ -61,7 +61,7 @@ SCRIPTS = {
     "eval": (eval.main, ["s=a", "t=b", "dry_run"], eval.Scores, "{}={}"),
     "eval.sh": (protocol.main, ["dry_run"], protocol.Protocol, "{}={}"),
     "fid": (fid.main, [*TWO, "--dry_run"], fid.FidOptions, FLAGS),
-    "benchmark": (benchmark.main, ["--dry_run"], benchmark.BenchmarkOptions, FLAGS),
+    "benchmark": (benchmark.main, ["--dry_run"], benchmark.Config, FLAGS),
     "download": (
         download.main,
         [str(FOLDER / "model_weights_urls.txt"), "--dry_run"],
