@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from common.checkpoint import load_state, save_state
 from common.errors import EXIT_NON_FINITE, NonFiniteError, UserError, run_command
 from common.launch import Distributed
-from inv_flow import classify_mnist, data, inv_flow_mnist, timing, toy_2d
+from inv_flow import benchmark, classify_mnist, data, inv_flow_mnist, timing, toy_2d
 from inv_flow.layers.conv1x1 import Conv1x1
 from inv_flow.layers.selfnorm import SelfNormConv
 from inv_flow.model import create_model
@@ -642,6 +642,14 @@ def test_timing_writes_rows_once_and_a_plot(tmp_path, capsys):
     with pytest.raises(UserError, match="nope"):  # before it measures anything
         timing.main([*argv, "--table", "10", "--layers", "none", "nope"])
     assert (tmp_path / "timing_table10.csv").read_text().count("none") == 0
+
+
+def test_the_published_form_and_ours_have_equal_losses(tmp_path, capsys):
+    argv = ["--block_size", "1", "--coupling_width", "8", "--batch_size", "4", "--threads", "1", "--repeat", "1"]
+    benchmark.main([*argv, "--json", str(tmp_path / "figures.json")])  # it compares them before it times them
+    cases = json.loads((tmp_path / "figures.json").read_text())["cases"]
+    assert [case["ratio"] is None for case in cases] == [False, False, True, True]
+    assert all(case["seconds"] > 0 for case in cases) and "step, batch 4" in capsys.readouterr().out
 
 
 def test_share_of_the_inverse_layers_in_a_step(tmp_path):

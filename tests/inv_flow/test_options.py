@@ -10,7 +10,7 @@ import pytest
 from option_table import judged, option_names, run_inside
 
 from common.errors import UserError
-from inv_flow import classify_mnist, inv_flow_mnist, timing, toy_2d
+from inv_flow import benchmark, classify_mnist, inv_flow_mnist, timing, toy_2d
 from inv_flow.train.config import NEEDS, Config, in_groups, layer_choice, parse
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +21,7 @@ TOOLS = {
     timing: (timing.TimingOptions, ["--sizes", "8", "--block_size", "1"]),
     toy_2d: (toy_2d.ToyOptions, []),
     classify_mnist: (classify_mnist.ClassifierOptions, []),
+    benchmark: (benchmark.GlowBenchmarkOptions, []),
 }
 
 
