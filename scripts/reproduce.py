@@ -140,10 +140,9 @@ def run(entries: list[dict[str, Any]], args: argparse.Namespace, end: float, sto
     """Run the plan through the engine until `end`; whether all that ran went well."""
     good = True
     for number, entry in enumerate(entries):
-        left = (end - time.monotonic()) / 60
+        left, waiting = (end - time.monotonic()) / 60, len(entries) - number
         if left < 0.05 or stopped:
             break
-        waiting = len(entries) - number
         wanted = entry["minutes"] or left / min(waiting, 4)
         share = min(left, max(1.5 * wanted + 2, left / waiting))
         table = entry["table"]
@@ -181,16 +180,13 @@ def main(argv: list[str] | None = None) -> None:
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     entries = plan(args, read_rows(args.root), device)
-    budget = 60 * args.hours
     print(f"{len(entries)} experiments with rows still to do; {args.hours:g} hours on {device}")
-    for entry in entries if args.dry_run else ():
-        print(shown(entry, budget))
     if args.dry_run:
-        return
+        return print("\n".join(shown(entry, 60 * args.hours) for entry in entries))
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(number))
-    good = run([entry for entry in entries if not entry["why"]], args, time.monotonic() + 60 * budget, stopped)
+    good = run([entry for entry in entries if not entry["why"]], args, time.monotonic() + 3600 * args.hours, stopped)
     collected = [sys.executable, str(ROOT / "scripts/results.py"), "--root", str(args.root), "--collect"]
     for paper in args.paper or [""]:
         subprocess.run([*collected, paper], check=False)
