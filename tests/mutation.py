@@ -73,9 +73,10 @@ JUDGES: dict[str, dict[str, str]] = {
     "nfpi": {
         "nfpi/fpi.py": "tests/nfpi/test_golden.py tests/nfpi/test_gaussians.py",
         "nfpi/gaussians.py": "tests/nfpi/test_golden.py tests/nfpi/test_gaussians.py",
-        "nfpi/conditional.py": "tests/nfpi/test_golden.py tests/nfpi/test_gaussians.py",
-        "nfpi/train.py": "tests/nfpi/test_runs.py",
-        "nfpi/cnn.py": "tests/nfpi/test_main.py",
+        "nfpi/conditional.py": "tests/nfpi/test_golden.py tests/nfpi/test_model.py tests/nfpi/test_behaviour.py "
+        "-k 'not option_changes'",
+        "nfpi/train.py": "tests/nfpi/test_behaviour.py tests/nfpi/test_runs.py -k 'not option_changes'",
+        "nfpi/cnn.py": "tests/nfpi/test_behaviour.py tests/nfpi/test_main.py -k 'not option_changes'",
     },
     "common": {
         "common/batches.py": "tests/common/test_batches.py",
