@@ -141,6 +141,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutation_") as folder:
         tree_copy(Path(folder))
         os.chdir(folder)
+        os.environ["PYTHONPATH"] = folder  # before an editable installation of the tree
         judges = JUDGES[args.paper].items()
         files = {str(path): tests for pattern, tests in judges for path in sorted(Path().glob(pattern))}
         files = {path: tests for path, tests in files.items() if args.only in (None, path)}
