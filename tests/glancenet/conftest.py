@@ -22,13 +22,24 @@ def small_command(folder, *words: str) -> list[str]:
     return [*SMALL, "--dset_dir", str(folder), "--test_output_dir", f"{folder}/test_pictures", *places, *words]
 
 
+def narrowed(patch: pytest.MonkeyPatch) -> None:
+    """Linear networks of 16 hidden units under their published names: for tests of what happens around networks."""
+    for network in (architectures.GaussianLinear, architectures.LinearDecoder):
+        patch.setattr(network, "widths", (16,))
+
+
 @pytest.fixture(scope="module")
 def narrow():
-    """Linear networks of 16 hidden units under their published names: for tests of what happens around networks."""
+    """`narrowed` for all tests of a file."""
     with pytest.MonkeyPatch.context() as patch:
-        for network in (architectures.GaussianLinear, architectures.LinearDecoder):
-            patch.setattr(network, "widths", (16,))
+        narrowed(patch)
         yield
+
+
+@pytest.fixture
+def narrow_here(monkeypatch):
+    """`narrowed` for one test."""
+    narrowed(monkeypatch)
 
 
 @pytest.fixture(scope="session")
