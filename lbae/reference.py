@@ -97,12 +97,13 @@ def margin_ref(L: np.ndarray, code: np.ndarray) -> np.ndarray:
     rows = L[:-1] / np.linalg.norm(L[:-1], axis=1, keepdims=True)
     r = rows.T @ np.linalg.solve(rows @ rows.T + 0.1 * np.eye(len(rows)), code)
     r = 10 * r / np.linalg.norm(r)
-    best, fewest = r, np.inf
-    for _ in range(10):
+    best, fewest, since = r, np.inf, 0
+    for _ in range(300):
         wrong = np.count_nonzero(np.where(rows @ r >= 0, 1, -1) != code)
+        since = since + 1
         if wrong < fewest:
-            best, fewest = r, wrong
-        if wrong == 0:
+            best, fewest, since = r, wrong, 0
+        if wrong == 0 or since == 40:
             break
         short = code * (rows @ r) < 0.1
         r = r + 0.05 * (code[short, None] * rows[short]).sum(0)

@@ -20,7 +20,7 @@ from lbae.model import quantise
 SPLITS = ("mean", "margin")
 ATTR_MODES = ("conditional", "contrast")
 RIDGE = 0.1  # of the regression of a code on the unit normals
-MARGIN, RATE, RADIUS, ROUNDS = 0.1, 0.05, 10.0, 10  # of the margin perceptron
+MARGIN, RATE, RADIUS, ROUNDS, STALL = 0.1, 0.05, 10.0, 300, 40  # of the margin perceptron
 NEGATIVE_ROUNDS = 10  # the published refinement of the negative group stops here
 FLAT = 1e-7  # a smaller sine of the angle means (anti)parallel directions
 
@@ -223,19 +223,22 @@ def _margin_perceptron(gram: Tensor, codes: Tensor, start: Tensor) -> Tensor:
     """Coefficients (B, D) of a direction on the unit rows with `gram` (D, D), refined from `start` (B, D).
 
     Rows whose signed projection is below MARGIN pull the direction by RATE; its length is kept below RADIUS; the
-    iterate with the fewest wrong signs wins. A code leaves as soon as every sign is right, or after ROUNDS rounds.
+    iterate with the fewest wrong signs wins. A code leaves as soon as every sign is right, after STALL rounds without
+    fewer wrong ones, or after ROUNDS rounds.
     """
     products = start @ gram  # (B, D) projections on the rows
     factor = RADIUS / _lengths(start, products)
     c, products = start * factor, products * factor
     best, fewest = c.clone(), torch.full((len(c),), torch.inf, dtype=c.dtype, device=c.device)
     active = torch.arange(len(c), device=c.device)
+    since = torch.zeros_like(active)  # rounds without fewer wrong signs
     for _ in range(ROUNDS):
         errors = (sign(products) != codes[active]).sum(1).to(c.dtype)
         better = errors < fewest[active]
         fewest[active[better]] = errors[better]
         best[active[better]] = c[better]
-        on = errors > 0
+        since[active] = torch.where(better, 0, since[active] + 1)
+        on = (errors > 0) & (since[active] < STALL)
         if not on.any():
             break
         active, c, products = active[on], c[on], products[on]
