@@ -96,6 +96,9 @@ class Distributed:
         self.device, self.rank, self.world, self.local_rank = device, rank, world, local_rank
         self._wrapped: list[nn.parallel.DistributedDataParallel] = []
 
+    def __deepcopy__(self, memo: dict) -> "Distributed":
+        return self  # a copy of a model that draws its noise by this belongs to the same processes
+
     @classmethod
     def start(cls, device: str = "auto") -> "Distributed":
         """Join the group that torchrun describes, or stay alone. Raises UserError for a bad device."""

@@ -116,7 +116,7 @@ def score(options: Scores) -> None:
         try:
             measure(section, folder, options, extractor, reference, statistics, curves)
         except UserError as error:
-            problems.append(str(error) if str(folder) in str(error) else f"{folder}: {error}")
+            problems.append(str(error) if f"{folder}/" in str(error) else f"{folder}: {error}")
         if section.ntest:
             sections.append(section)
             print(section, flush=True)

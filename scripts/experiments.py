@@ -46,6 +46,11 @@ class Step:
     clears: tuple[str, ...] = ()  # what a step with another command left, removed before this one starts
     watch: str = ""
 
+    @property
+    def done(self) -> str:
+        """The empty file that says that the step came to its end."""
+        return f"{{out}}/{self.name}.done"
+
 
 @dataclass(frozen=True)
 class Table:

@@ -52,10 +52,10 @@ run() { # a piece in a process of its own, its output and its record beside each
     (
         "${work[@]}" >"$out/$piece.txt" 2>&1 &
         child=$!
-        ( sleep 480; kill -TERM "$child" ) 2>/dev/null &
+        ( sleep 480; kill -TERM "$child" ) >/dev/null 2>&1 &  # holds nobody's pipe
         watch=$!
         wait "$child"; code=$?
-        kill "$watch" 2>/dev/null
+        { pkill -P "$watch"; kill "$watch"; } 2>/dev/null
         exit "$code"
     )
     code=$?

@@ -77,7 +77,7 @@ class Job:
         self.stopped = self.sent = 0.0
         self.last = "no output"
         folder.mkdir(parents=True, exist_ok=True)
-        self.record_path = folder / "record.json"
+        self.record_path, self.done = folder / "record.json", folder / f"{step}.done"
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.stop)
 
@@ -125,6 +125,7 @@ class Job:
                  "commit": asked("git", "rev-parse", "--short=7", "HEAD"),
                  "changed": bool(asked("git", "diff", "HEAD", "--stat")),
                  "date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}  # fmt: skip
+        self.done.unlink(missing_ok=True)
         self.write(entry)
         code = 0
         for words in commands:
@@ -148,6 +149,7 @@ class Job:
     def finish(self) -> None:
         """Mark the step as done."""
         self.write(self.entry | {"finished": True})
+        self.done.touch()
         self.say(f"{self.step}: done in {self.entry['seconds']:.0f} s")
 
     def follow(self, words: list[str], cwd: Path, env: dict[str, str]) -> int:

@@ -124,14 +124,14 @@ def tree_copy(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paper", choices=sorted(JUDGES))
     parser.add_argument("--mutants", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="FILE", help="a file of the table, to look at that one alone")
     parser.add_argument("--json", metavar="FILE", help="where every mutant's verdict and change are written")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         from cosmic_ray.mutating import mutate_and_test
     except ModuleNotFoundError:

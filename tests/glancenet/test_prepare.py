@@ -143,7 +143,7 @@ def test_pickled_clusters_become_the_classes(tmp_path, monkeypatch):
     values = np.array([3, 0, 5, 1, 4, 2])  # kmodes numbers values as it meets them
     path = pickled(tmp_path / "km.pickle", centroids, values, monkeypatch)
     prepare_clusters.main(["--in", path, "--out", str(tmp_path)])
-    images = np.zeros((24, 64, 64, 3), np.uint8)
+    images = np.full((24, 64, 64, 3), 200, np.uint8)
     np.savez(tmp_path / "mpi3d_toy.npz", images=images)
     sizes = [str(size) for size in SIZES]
     prepare_mpi3d.main(["--in", str(tmp_path / "mpi3d_toy.npz"), "--out", str(tmp_path), "--sizes", *sizes])

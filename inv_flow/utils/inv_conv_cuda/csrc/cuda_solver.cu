@@ -50,6 +50,11 @@ template <typename T, Form kForm, int P, int Q>
 __global__ void __launch_bounds__(kMostThreads, 1)
     solve_kernel(const Shape shape, const Plan plan, __grid_constant__ const Orders orders, const T* y, const T* w, T* x,
                  T* workspace) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  constexpr int R = kForm == kTile && Q == 2 && sizeof(T) == 4 ? 0 : Q;  // for sm_75 this one would spill
+#else
+  constexpr int R = Q;
+#endif
   extern __shared__ __align__(16) unsigned char shared[];
   T* state = reinterpret_cast<T*>(shared);
   const int group = blockIdx.x % shape.groups, code = orders.of(group);
@@ -67,8 +72,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int items = block.items();
   const auto own = block.item(lane);
   const auto tap = block.first_tap(share);
-  Quad<T> held[4 * Q + 1] = {};
-  if (Q > 0 && lane < items) block.template hold<Q>(own, tap, held);
+  Quad<T> held[4 * R + 1] = {};
+  if (R > 0 && lane < items) block.template hold<R>(own, tap, held);
   const int stride = gridDim.x / shape.groups * plan.images;
   for (int first = blockIdx.x / shape.groups * plan.images; first < shape.batch; first += stride) {
     block.first = first;
@@ -86,7 +91,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         const bool busy = start + lane < items;
         const auto item = start == 0 ? own : block.item(start + lane);
         Quad<T> sum[P] = {};
-        if (busy) block.template add_taps<Q>(d, turn, item, tap, held, sum);
+        if (busy) block.template add_taps<R>(d, turn, item, tap, held, sum);
         for (int apart = plan.split / 2; apart > 0; apart /= 2)
 #pragma unroll
           for (int q = 0; q < P; ++q)
