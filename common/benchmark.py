@@ -58,10 +58,10 @@ def seconds(work: Step, device: torch.device) -> float:
         began = time.process_time()
         work()
         return time.process_time() - began
-    torch.cuda.synchronize(device)
+    torch.accelerator.synchronize(device)
     began = time.perf_counter()
     work()
-    torch.cuda.synchronize(device)
+    torch.accelerator.synchronize(device)
     return time.perf_counter() - began
 
 
@@ -117,6 +117,11 @@ def run_cases(options: BenchmarkOptions, cases: Iterable[Callable[[torch.device]
     Each element of `cases` builds its case on the device when its turn comes, so that one model lives at a time.
     """
     device = start(options)
+    if options.figures:
+        try:  # before minutes are spent
+            Path(options.figures).open("a").close()
+        except OSError as error:
+            raise UserError(f"--json {options.figures}: cannot be written ({error.strerror})") from None
     peak = peak_flops(device, torch.bfloat16 if options.amp else torch.float32)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     kind = "bfloat16" if options.amp else "float32"
@@ -138,10 +143,7 @@ def run_cases(options: BenchmarkOptions, cases: Iterable[Callable[[torch.device]
             "machine": machine, "threads": options.threads, "torch": torch.__version__, "amp": options.amp,
             "peak_gigaflops": peak / 1e9, "cases": rows,
         }  # fmt: skip
-        try:
-            Path(options.figures).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--json {options.figures}: cannot be written ({error.strerror})") from None
+        Path(options.figures).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return rows
 
 

@@ -55,5 +55,6 @@ def test_figures_are_printed_and_written(tmp_path, capsys):
     assert row["ratio"] == row["published_seconds"] / row["seconds"]
     assert row["gigaflop"] == pytest.approx(2 * 64**3 / 1e9)
     assert "square" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--json"):
+    with pytest.raises(UserError, match="--json"):  # before anything is timed
         run_cases(options.with_changes(figures=str(tmp_path)), [case])
+    assert made == [CPU]

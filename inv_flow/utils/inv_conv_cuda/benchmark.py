@@ -15,7 +15,6 @@ kept a thread, is listed apart.
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from common.benchmark import processor
 from common.errors import UserError, run_command
 from inv_flow.utils.inv_conv_cuda import extension
 from inv_flow.utils.inv_conv_cuda.ops import available_backends, choose_backend, inverse_conv2d
@@ -231,16 +231,6 @@ def print_table(rows: list[dict]) -> None:
             print(f"{name}: geometric mean {geometric_mean(values):.2f}, largest {max(values):.2f}")
 
 
-def cpu_name() -> str:
-    """The model of the CPU, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def settings(device: str, threads: list[int] | None) -> list[tuple[torch.device, int]]:
     """(device, threads) to measure."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -283,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
 
     machine = {
         "torch": torch.__version__,
-        "cpu": cpu_name(),
+        "cpu": processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "compiled op": extension.load().description,
     }
