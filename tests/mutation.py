@@ -2,24 +2,35 @@
 
 Places are drawn with a fixed seed from all those where cosmic-ray's operators can change a file, one operator for each
 place, so that long formulas do not crowd out the rest. Each mutant is judged by one pytest run of the closest tests of
-its file, in a copy of the tree; a run that fails, or takes five times as long as the unchanged one, kills it.
-`bash scripts/mutation.sh PAPER` is the command.
+its file, in a copy of the tree and in a forked process, so that PyTorch is imported once; a run that fails, or takes
+five times as long as the unchanged one, kills it. `bash scripts/mutation.sh PAPER` is the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from difflib import unified_diff
 from pathlib import Path
+
+import pytest
+
+# imported once, for all mutants
+PACKAGES = ["torch", "torch._dynamo", "torchvision", "scipy.stats", "sklearn.ensemble", "pydantic", "matplotlib.pyplot"]
+    "torch torch._dynamo torchvision scipy.stats scipy.optimize sklearn.ensemble pydantic matplotlib.pyplot".split()
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -124,6 +135,25 @@ def tree_copy(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
+def passes(tests: str, limit: float) -> bool:
+    """Whether pytest with these arguments passes within `limit` seconds, in a process group of its own."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        with open(os.devnull, "r+") as nowhere:
+            for stream in (0, 1, 2):
+                os.dup2(nowhere.fileno(), stream)
+        os._exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *shlex.split(tests)]))
+    end = time.monotonic() + limit
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
+        time.sleep(0.05)
+    with contextlib.suppress(ProcessLookupError):  # what the tests started ends with them
+        os.killpg(child, signal.SIGKILL)
+    if not ended[0]:
+        os.waitpid(child, 0)
+    return bool(ended[0]) and os.waitstatus_to_exitcode(ended[1]) == 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paper", choices=sorted(JUDGES))
@@ -133,38 +163,45 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="where every mutant's verdict and change are written")
     args = parser.parse_args(argv)
     try:
-        from cosmic_ray.mutating import mutate_and_test
+        from cosmic_ray.mutating import use_mutation
+        from cosmic_ray.plugins import get_operator
     except ModuleNotFoundError:
         parser.error("cosmic-ray is not installed: pip install -e .[dev]")
+    for name in PACKAGES:
+        importlib.import_module(name)
 
     verdicts: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="mutation_") as folder:
         tree_copy(Path(folder))
         os.chdir(folder)
-        os.environ["PYTHONPATH"] = folder  # before an editable installation of the tree
+        os.environ |= {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}  # before an editable installation
+        sys.path[0] = folder
+        sys.dont_write_bytecode = True  # a mutant of the same size and second would be taken for the last one
         judges = JUDGES[args.paper].items()
         files = {str(path): tests for pattern, tests in judges for path in sorted(Path().glob(pattern))}
         files = {path: tests for path, tests in files.items() if args.only in (None, path)}
         if not files:
             parser.error(f"{args.only} is not in the table of {Path(__file__).name}")
-        judge = f"{shlex.quote(sys.executable)} -m pytest -x -q -n 0 -p no:cacheprovider "
         limits: dict[str, float] = {}
         for change in places(files, args.mutants, args.seed):
             path = str(change.module_path)
-            command = judge + files[path]
             if files[path] not in limits:
                 start = time.monotonic()
-                if subprocess.run(shlex.split(command), stdout=-1).returncode:
-                    parser.error(f"these tests fail without a mutant: {command}")
+                if not passes(files[path], 3600):
+                    parser.error(f"these tests fail without a mutant: {files[path]}")
                 limits[files[path]] = 60 + 5 * (time.monotonic() - start)
+                print(f"    unchanged: {files[path]} ({time.monotonic() - start:.0f} s)", flush=True)
             start = time.monotonic()
-            result = mutate_and_test((change,), command, limits[files[path]])
-            verdict = str(result.test_outcome.value if result.test_outcome else result.worker_outcome.value)
-            verdicts.append({"file": path, "line": change.start_pos[0], "verdict": verdict, "change": result.diff})
+            operator = get_operator(change.operator_name)(**change.operator_args)
+            with use_mutation(change.module_path, operator, change.occurrence) as (before, after):
+                verdict = "survived" if passes(files[path], limits[files[path]]) else "killed"
+            lines = unified_diff(before.split("\n"), after.split("\n"), lineterm="", n=1)
+            diff = "\n".join(line for line in lines if not line.startswith(("---", "+++")))
+            verdicts.append({"file": path, "line": change.start_pos[0], "verdict": verdict, "change": diff})
             seconds = time.monotonic() - start
-            print(f"{len(verdicts):3} {verdict:11} {path}:{change.start_pos[0]} ({seconds:.0f} s)", flush=True)
+            print(f"{len(verdicts):3} {verdict:8} {path}:{change.start_pos[0]} ({seconds:.0f} s)", flush=True)
             if verdict == "survived":
-                print(result.diff, flush=True)
+                print(diff, flush=True)
     if args.json:
         Path(ROOT, args.json).write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")
     for path in sorted({verdict["file"] for verdict in verdicts}):
