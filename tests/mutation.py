@@ -29,8 +29,6 @@ import pytest
 
 # imported once, for all mutants
 PACKAGES = ["torch", "torch._dynamo", "torchvision", "scipy.stats", "sklearn.ensemble", "pydantic", "matplotlib.pyplot"]
-    "torch torch._dynamo torchvision scipy.stats scipy.optimize sklearn.ensemble pydantic matplotlib.pyplot".split()
-)
 
 ROOT = Path(__file__).resolve().parent.parent
 
