@@ -30,7 +30,8 @@ class Run:
     """The record of one run in `folder`.
 
     Raises UserError when the folder already holds a run and neither `resume` nor `overwrite` was asked, when the folder
-    cannot be written, and when `wandb` is asked but not installed. `enabled=False` (ranks other than 0) writes nothing.
+    cannot be written, and when `wandb` is asked but not installed, or does not start. `enabled=False` (ranks other than
+    0) writes nothing.
     """
 
     def __init__(
@@ -51,29 +52,22 @@ class Run:
         if not enabled:
             return
         old = [self.folder / name for name in ("config.json", "metrics.csv")]
-        if not resume and any(path.exists() for path in old):
-            if not overwrite:
-                raise UserError(
-                    f"{self.folder} already holds a run; resume it, ask for overwrite, or name another folder"
-                )
-            for path in (*old, self.folder / "log.txt", *(self.folder / "tb").glob("events.out.tfevents.*")):
-                path.unlink(missing_ok=True)
+        replaces = not resume and any(path.exists() for path in old)
+        if replaces and not overwrite:
+            raise UserError(f"{self.folder} already holds a run; resume it, ask for overwrite, or name another folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}") from error
+        if wandb:
+            self._wandb = _wandb_run(wandb, config, self.folder)
+        if replaces:
+            for path in (*old, self.folder / "log.txt", *(self.folder / "tb").glob("events.out.tfevents.*")):
+                path.unlink(missing_ok=True)
         write_json(self.folder / "config.json", config)
         self._open_metrics(resume_step if resume else None)
         if tensorboard:
             self._board = Board(self.folder / "tb", resume_step if resume else None)
-        if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise UserError(
-                    "wandb was asked for but is not installed: pip install wandb, or leave the option out"
-                ) from None
-            self._wandb = client.init(project=wandb, config=config, dir=str(self.folder))
 
     def _open_metrics(self, resume_step: int | None) -> None:
         path = self.folder / "metrics.csv"
@@ -217,6 +211,23 @@ class Board:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _wandb_run(project: str, config: dict[str, Any], folder: Path) -> Any:
+    """A run of its own in `project`; one that is open already, as a flow's while its CNNs train, stays open."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "wandb was asked for but is not installed: pip install wandb, or leave the option out"
+        ) from None
+    try:
+        return wandb.init(project=project, config=config, dir=str(folder.absolute()), reinit="create_new")
+    except wandb.Error as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"wandb does not start ({why}): log in, set WANDB_MODE=offline, or leave the option out"
+        ) from error
 
 
 def _number(value: float | int | Tensor | np.generic) -> float | int:

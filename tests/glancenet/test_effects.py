@@ -107,7 +107,7 @@ ELSEWHERE = {
     "name": "test_main", "log_dir": "test_main", "out_path": "test_main", "ckpt_dir": "test_main",
     "train_output_dir": "test_main", "test_output_dir": "test_main", "ckpt_load": "test_resume",
     "ckpt_load_iternum": "test_resume", "ckpt_load_optim": "test_resume", "resume": "test_resume",
-    "overwrite": "test_resume", "use_wandb": "test_options", "verbose": "lines on the terminal",
+    "overwrite": "test_resume", "use_wandb": "tests/test_wandb.py", "verbose": "lines on the terminal",
     "dry_run": "test_options",
 }  # fmt: skip
 

@@ -216,11 +216,6 @@ def test_class_loss_alone_is_refused_where_there_are_no_classes():
     assert outcome.code == 2 and "classification_epoch" in outcome.err
 
 
-def test_wandb_is_missed_before_anything_is_written():
-    outcome = dry(main, [*BASE, "--use_wandb", "true"])
-    assert outcome.code in (0, 2) and ("wandb is not installed" in outcome.err) == (outcome.code == 2)
-
-
 def test_what_a_resumed_run_may_change():
     """The documented list, and nothing else."""
     old = parse(BASE).as_dict()

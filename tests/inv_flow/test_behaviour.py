@@ -16,7 +16,6 @@ from mnist_files import write_mnist
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.errors import UserError
 from inv_flow import data, inv_flow_mnist
 from inv_flow.layers.inv_conv import InverseConv2d
 from inv_flow.train.config import Config, parse
@@ -155,7 +154,7 @@ ELSEWHERE = {
     "deterministic": "a CPU's kernels are",
     "resume": "test_experiment", "overwrite": "test_experiment", "evaluate": "test_experiment, and below",
     "dry_run": "test_options", "smoke": "test_options",
-    "wandb": "test_wandb below", "wandb_project": "test_wandb below", "wandb_entity": "read by wandb itself",
+    "wandb": "tests/test_wandb.py", "wandb_project": "tests/test_wandb.py", "wandb_entity": "read by wandb itself",
 }  # fmt: skip
 
 
@@ -304,24 +303,6 @@ def test_weight_decay_pulls_towards_zero(tmp_path):
         sums.append({n: p.detach() for n, p in experiment.model.named_parameters() if n in start})
     for name, value in start.items():
         assert torch.allclose(sums[1][name] - sums[0][name], -1e-4 * value, atol=1e-6), name
-
-
-# ------------------------------------------------------------------------------------------------------------ wandb
-
-
-def test_wandb_offline_or_one_line_without_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    argv = arguments(tmp_path / "run", "--wandb", "--wandb_project", "of-mine")
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match="wandb"):
-            inv_flow_mnist.main(argv)
-        return
-    inv_flow_mnist.main(argv)
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
 def test_draws_average_in_probability_units(tmp_path):

@@ -112,7 +112,7 @@ ELSEWHERE = {
     "l, resume, overwrite, exp, cfg, exp_suffix": "which experiment: test_commands.py, test_resume.py",
     "eval, dry_run": "which command: test_commands.py, test_options.py",
     "vae_model": "has one value",
-    "wandb": "tests/common/test_run.py: the line where it is missing",
+    "wandb": "tests/test_wandb.py",
 }
 
 

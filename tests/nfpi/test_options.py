@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -95,13 +94,6 @@ def test_what_hydra_would_trip_over_is_one_line(word, named):
 def test_every_job_of_a_multirun_is_judged_before_the_first_starts(words, named):
     found = run_inside(main.main, [*DIGITS, "--multirun", *words])
     assert found.code == 2 and named in found.err and not list(Path.cwd().iterdir())
-
-
-def test_wandb_is_missed_before_anything_is_written():
-    found = run_inside(main.main, [*DIGITS, "wandb=project"])
-    installed = importlib.util.find_spec("wandb") is not None
-    assert found.code == (0 if installed else 2) and ("pip install wandb" in found.err) is not installed
-    assert not list(Path.cwd().iterdir())
 
 
 def test_dry_run_prints_the_resolved_options():
