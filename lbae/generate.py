@@ -1,7 +1,7 @@
 """Generate images: by random hyperplanes, along interpolations, from independent or fair bits."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.batches import Batches
 from common.checkpoint import atomic_write
-from common.errors import UserError
+from common.errors import UserError, suggest
 from common.images import mosaic, save_image, save_images
 from common.launch import Distributed, autocast
 from lbae import sampler
@@ -70,18 +70,30 @@ class Trained:
         return torch.cat(parts)
 
 
+def attribute_number(attribute: int | str, names: Sequence[str]) -> int:
+    """The number of an attribute or class, by number or by name. Raises UserError for a name that is not known."""
+    if isinstance(attribute, int):
+        return attribute
+    if attribute not in names:
+        known = f"there are {', '.join(names)}" if names else "these weights know no names: give the number"
+        raise UserError(f"set_attr={attribute}: no attribute or class of this name{suggest(attribute, names)}; {known}")
+    return names.index(attribute)
+
+
 def generate(params: Params, folder: Path) -> None:
     """Write `gen_imgs` images of `sample_method` to generated/samples_<method>/ and a mosaic a batch to generated/.
 
     Images of an earlier call give way only when all is done.
     """
     check_generator(params)
-    method, attribute = params.sample_method, params.set_attr >= 0
+    trained = Trained(params, folder, *load_trained(params, folder))
+    state, method, attribute = trained.state, params.sample_method, params.sets_attribute
+    if attribute:
+        number = attribute_number(params.set_attr, state.get("attribute_names", []))
+        params = trained.params = params.with_changes(set_attr=number)
     samples = folder / "generated" / f"samples_{method}{f'_attr_{params.set_attr}' if attribute else ''}"
     stem = f"_{method}{f'_attr_{float(params.set_attr)}' if attribute else ''}.jpg"
     check_images(samples)
-    trained = Trained(params, folder, *load_trained(params, folder))
-    state = trained.state
     with new_images(samples, params.img_format) as new:
         written, batch = 0, 0
         draw = code_source(trained)
@@ -138,25 +150,25 @@ def code_source(trained: Trained) -> Callable[[int], Codes]:
         return batches_of(lambda n: sampler.fair_bits((n, d), generator, *limits))
 
     latents = trained.training_latents()
-    mean, second = sampler.moments(latents.codes.to(device if device.type != "mps" else "cpu"))
+    codes = latents.codes.to(device if device.type != "mps" else "cpu")
     if method == "independent":
+        mean, _ = sampler.moments(codes)
         return batches_of(lambda n: sampler.independent_bits(mean, n, generator))
-    planes = sampler.hyperplanes(mean, second)
+    fitted = sampler.HyperplaneSampler(params.split).fit(codes, latents.labels)
+    planes = fitted.planes
     errors, negative = planes.moment_errors(), int((planes.eigenvalues < 0).sum())
     print(f"hyperplanes from {len(latents.codes)} codes: {negative} of {d + 1} eigenvalues negative; their repair "
           f"moves bit means by {errors[0]:.4f} and second moments by {errors[1]:.4f} on average")  # fmt: skip
     if method == "cov":
-        columns = planes.L.shape[1]
-        return batches_of(lambda n: sampler.sample_cov(
-            planes, torch.randn(n, columns, generator=generator, dtype=torch.float64)))  # fmt: skip
-    return interpolations(trained, planes, latents)
+        return batches_of(lambda n: fitted.sample(n, generator))
+    return interpolations(trained, fitted, latents)
 
 
-def interpolations(trained: Trained, planes: sampler.Hyperplanes, latents: Latents) -> Callable[[int], Codes]:
+def interpolations(trained: Trained, fitted: sampler.HyperplaneSampler, latents: Latents) -> Callable[[int], Codes]:
     """Paths between two codes, or from a code to itself with an attribute set."""
     params, mean = trained.params, None
-    if params.set_attr >= 0:
-        mean = sampler.attribute_mean(latents.codes, latents.labels, params.set_attr, params.attr_mode)
+    if params.sets_attribute:
+        mean = fitted.attribute_mean(params.set_attr, params.attr_mode).cpu()
         order = mean.argsort()
         with atomic_write(trained.folder / f"prob_dim_{params.set_attr}.npz") as file:
             np.savez(file, bits=order.numpy(), means=mean[order].numpy())
@@ -172,10 +184,8 @@ def interpolations(trained: Trained, planes: sampler.Hyperplanes, latents: Laten
         chosen = torch.from_numpy(sampler.choose_pairs(rng, len(ends.codes), count))
         begin, end = ends.codes[chosen[:, 0]], ends.codes[chosen[:, 1]]
         if mean is not None:
-            end = sampler.set_attribute(begin, mean, params.attr_threshold)
-        codes, _ = sampler.interpolate(
-            planes, begin.to(planes.L.device), end.to(planes.L.device), row - 2, params.split
-        )
+            end = fitted.set_attribute(begin, params.set_attr, params.attr_threshold, params.attr_mode)
+        codes = fitted.interpolate(begin, end, row - 2)
         return codes.flatten(0, 1).cpu(), row, counted_row.repeat(count)
 
     return paths

@@ -1,5 +1,6 @@
 """A trained Latent Bernoulli Autoencoder in one line: `lbae.load("mnist_bae_w16")`."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from common.released import weights_file
 from lbae.experiment import Latents, checkpoint_path, load_nets, newest_config, read_checkpoint, split_nets, unpack_bits
 from lbae.model import LBAE, build_model
 from lbae.options import Params, from_saved, saved_keys
+from lbae.sampler import HyperplaneSampler
 
 
 class Autoencoder(nn.Module):
@@ -44,11 +46,21 @@ class Autoencoder(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, D) of any number type -> images (B, C, S, S) in (0, 1)."""
-        return self.model.gen(codes.to(self.model.gen.l1l.weight.dtype))
+        return self.model.gen(codes.to(self.model.gen.l1l.weight))
 
     def forward(self, images: Tensor) -> Tensor:
         """The reconstruction of images."""
         return self.decode(self.encode(images))
+
+    @cached_property
+    def sampler(self) -> HyperplaneSampler:
+        """Random hyperplanes fitted to `codes` and `labels`. Raises UserError for a VAE, whose codes are no bits."""
+        return HyperplaneSampler().fit(self.codes, self.labels)
+
+    @torch.no_grad()
+    def sample(self, n: int, rng: Any = None) -> Tensor:
+        """n images (n, C, S, S) in (0, 1) of random hyperplanes' codes; rng: a seed, a numpy or a torch generator."""
+        return self.decode(self.sampler.sample(n, rng))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ Plain transcriptions of the published routines are in `lbae.reference`; the test
 import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -39,9 +40,7 @@ def moments(codes: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     zero_one = bool((codes == 0).any())
     valid = (codes == 0) | (codes == 1) if zero_one else codes.abs() == 1
     if len(codes) == 0 or not bool(valid.all()):
-        raise UserError(
-            "these latents are not bits: only a binary model samples by hyperplanes; use sample_method=random"
-        )
+        raise UserError("these codes are not bits (each -1 or +1, or each 0 or 1): hyperplanes sample nothing else")
     n, d = codes.shape
     total = torch.zeros(d, dtype=torch.float64, device=codes.device)
     product = torch.zeros(d, d, dtype=torch.float64, device=codes.device)
@@ -292,12 +291,12 @@ def attribute_mean(codes: Tensor, labels: Tensor, attribute: int, mode: str = "c
     labels = labels.reshape(len(labels), -1)
     if labels.shape[1] > 1:
         if not 0 <= attribute < labels.shape[1]:
-            raise UserError(f"set_attr={attribute}: there are {labels.shape[1]} attributes, counted from 0")
+            raise UserError(f"attribute {attribute}: there are {labels.shape[1]} attributes, counted from 0")
         rows = labels[:, attribute] == 1
     else:
         rows = labels[:, 0] == attribute
     if not bool(rows.any()):
-        raise UserError(f"set_attr={attribute}: no training latent has this attribute or class")
+        raise UserError(f"attribute {attribute}: no training latent has this attribute or class")
     chosen = codes[rows.to(codes.device)].double().mean(0)
     return chosen - codes.double().mean(0) if mode == "contrast" else chosen
 
@@ -319,3 +318,133 @@ def independent_bits(mean: Tensor, count: int, generator: torch.Generator) -> Te
     """Codes (count, D) int8 whose bits are independent with the given means (D,): a baseline without correlations."""
     draws = torch.rand((count, len(mean)), generator=generator, dtype=torch.float64)
     return torch.where(draws < (1 + mean.double().cpu()) / 2, 1, -1).to(torch.int8)
+
+
+class HyperplaneSampler:
+    """Random hyperplanes fitted to binary codes: new codes, paths between codes, attributes.
+
+    Codes are (N, D) with entries -1 and +1, or 0 and 1 (bool, too), as numpy arrays or tensors. What comes back is like
+    the codes of `fit`: array or tensor, entries, dtype, device. `split`: how a direction is found for a code, "margin"
+    or "mean" (published), see `directions`. `mean` (D,) and `planes` (a `Hyperplanes`) are what was fitted.
+    Every method raises UserError for codes that are not bits or of another width, and before `fit`.
+    Source: Fajtl et al., ICML 2020, section 3.
+
+        HyperplaneSampler().fit(codes).sample(16, rng=0)  # (16, D)
+    """
+
+    def __init__(self, split: str = "margin"):
+        if split not in SPLITS:
+            raise UserError(f"split={split}: expected {' or '.join(SPLITS)}")
+        self.split, self.planes = split, None
+
+    def fit(self, codes: np.ndarray | Tensor, labels: Any = None) -> Self:
+        """Fit the hyperplanes to the moments of codes (N, D); the work grows with N D^2 + D^3.
+
+        labels, for `set_attribute`: a class of each code (N,), numbers or text, or a table of 0/1 (N, A), a column an
+        attribute.
+        """
+        self._numpy = not isinstance(codes, Tensor)
+        tensor = _numbers(codes)
+        if tensor.ndim != 2 or not tensor.numel():
+            raise UserError(f"codes of shape {tuple(tensor.shape)}: expected (N, D), at least one of each")
+        self._dtype, self._zero = tensor.dtype, -1
+        if bool((tensor == 0).any()):
+            self._zero = 0
+        tensor = tensor.to(torch.int8) if tensor.dtype == torch.bool else tensor
+        self.mean, second = moments(tensor)
+        self.planes = hyperplanes(self.mean, second)
+        self._codes = self._labels = self._classes = None
+        self._means: dict[tuple[Any, str], Tensor] = {}
+        if labels is not None:
+            self._take_labels(tensor, labels)
+        return self
+
+    def _take_labels(self, codes: Tensor, labels: Any) -> None:
+        table = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+        if table.ndim not in (1, 2) or len(table) != len(codes) or not table.size:
+            raise UserError(f"labels of shape {table.shape} for {len(codes)} codes: expected (N,) or (N, A)")
+        if table.ndim == 1 or table.shape[1] == 1:
+            self._classes, table = np.unique(table.reshape(-1), return_inverse=True)
+        elif not np.isin(table, (0, 1)).all():
+            raise UserError("a table of attributes holds 0 and 1 only; give classes as (N,)")
+        self._codes, self._labels = codes, torch.from_numpy(table.astype(np.int64))
+
+    def sample(self, n: int, rng: Any = None) -> np.ndarray | Tensor:
+        """n new codes (n, D) with the first and second moments of the fitted ones, as far as their repair allows
+        (`planes.moment_errors()`). rng: a seed, a numpy or a torch generator; None: fresh random numbers.
+        """
+        planes = self._fitted()
+        if n < 1:
+            raise UserError(f"n={n}: at least one code")
+        shape = n, planes.L.shape[1]
+        if isinstance(rng, torch.Generator):
+            normals = torch.randn(shape, generator=rng, dtype=torch.float64, device=rng.device)
+        else:
+            normals = torch.from_numpy(np.random.default_rng(rng).standard_normal(shape))
+        return self._back(sample_cov(planes, normals))
+
+    def interpolate(self, begin: np.ndarray | Tensor, end: np.ndarray | Tensor, steps: int = 8) -> np.ndarray | Tensor:
+        """Paths (B, steps + 2, D) of codes from each of `begin` to each of `end` (B, D), both included; without B for
+        two single codes (D,).
+        """
+        first, last = self._signs(begin, "begin"), self._signs(end, "end")
+        if first.shape != last.shape:
+            raise UserError(f"begin {tuple(first.shape)} and end {tuple(last.shape)} differ in shape")
+        single = first.ndim == 1
+        path = interpolate(self._fitted(), first.view(-1, len(self.mean)), last.view(-1, len(self.mean)), steps,
+                           self.split)[0]  # fmt: skip
+        return self._back(path[0] if single else path)
+
+    def attribute_mean(self, attribute: Any, mode: str = "conditional") -> Tensor:
+        """Mean code (D,) float64, in [-1, 1], of the fitted codes with an attribute: a label of `fit`, or the number of
+        a column; in mode "contrast" minus the mean of all, in [-2, 2]. Raises UserError for one that no code has.
+        """
+        self._fitted()
+        if self._codes is None:
+            raise UserError("attributes need labels: fit(codes, labels)")
+        if self._classes is not None:
+            known = self._classes.tolist()
+            if attribute not in known:
+                few = ", ".join(map(str, known[:10]))
+                raise UserError(f"no training latent has the attribute or class {attribute!r}; known: {few}")
+            attribute = known.index(attribute)
+        if (attribute, mode) not in self._means:
+            mean = attribute_mean(self._codes, self._labels, attribute, mode)
+            # the mean of bits 0 and 1 is that of -1 and +1 halved and moved
+            self._means[attribute, mode] = mean if self._zero == -1 else 2 * mean - float(mode == "conditional")
+        return self._means[attribute, mode]
+
+    def set_attribute(
+        self, codes: np.ndarray | Tensor, attribute: Any, threshold: float = 0.12, mode: str = "conditional"
+    ) -> np.ndarray | Tensor:
+        """`codes` (B, D) with the bits that go with an attribute forced: to +1 where its mean code exceeds `threshold`,
+        to -1 (0) below -threshold. attribute, mode: as in `attribute_mean`.
+        """
+        return self._back(set_attribute(self._signs(codes, "codes"), self.attribute_mean(attribute, mode), threshold))
+
+    def _fitted(self) -> Hyperplanes:
+        if self.planes is None:
+            raise UserError("this sampler is not fitted: call fit(codes) first")
+        return self.planes
+
+    def _signs(self, codes: np.ndarray | Tensor, name: str) -> Tensor:
+        """Codes (..., D) as -1 and +1, int8, where the hyperplanes are."""
+        planes, tensor = self._fitted(), _numbers(codes)
+        if tensor.ndim not in (1, 2) or tensor.shape[-1] != len(self.mean):
+            raise UserError(f"{name} of shape {tuple(tensor.shape)}: expected (B, {len(self.mean)}), the fitted width")
+        if not bool(((tensor == 1) | (tensor == self._zero)).all()):
+            raise UserError(f"{name}: expected bits {self._zero} and 1, as those of fit")
+        return torch.where(tensor == 1, 1, -1).to(planes.L.device, torch.int8)
+
+    def _back(self, signs: Tensor) -> np.ndarray | Tensor:
+        """Codes -1 and +1 in the form of those of `fit`."""
+        codes = (signs if self._zero == -1 else signs > 0).to(self._dtype)
+        return codes.cpu().numpy() if self._numpy else codes
+
+
+def _numbers(codes: Any) -> Tensor:
+    """Codes as a tensor. Raises UserError for what holds no numbers."""
+    try:
+        return codes if isinstance(codes, Tensor) else torch.from_numpy(np.ascontiguousarray(codes))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"codes must be an array of numbers or a tensor, not {type(codes).__name__}") from error

@@ -34,7 +34,7 @@ from common.images import save_image
 from common.options import Count, Decay, NonNegative, Options, from_flags, option
 from nfpi import pictures
 from nfpi.data import read_pickle
-from nfpi.fpi import FixedPoint, solve
+from nfpi.estimator import FixedPointGaussians
 from nfpi.gaussians import ClassMoments, kl_matrix, off_diagonal
 
 STRENGTHS = (100.0, 1000.0, 5000.0, 10000.0, 50000.0, 100000.0)
@@ -111,12 +111,13 @@ class Config(Options):
                              "--force-isotropic and --no-variances out")  # fmt: skip
         return self
 
-    def fixed_point(self, strength: float) -> FixedPoint:
+    def fixed_point(self, strength: float) -> FixedPointGaussians:
         """The iteration for one lambda."""
-        return FixedPoint(
-            strength=strength, means=self.means, variances=self.variances and not self.force_isotropic,
+        return FixedPointGaussians(
+            strength, means=self.means, variances=self.variances and not self.force_isotropic,
             isotropic=self.isotropic, sum_trick=self.sum_trick, alpha=self.alpha, variance_update=self.variance_update,
             damping=self.damping, epsilon=self.epsilon, max_iters=self.max_iters,
+            start_variance=self.force_isotropic or None,
         )  # fmt: skip
 
 
@@ -146,29 +147,30 @@ def main(argv: list[str] | None = None) -> None:
     save_image(out / "tsne_gaussians.png", pictures.scatter(*gaussian_samples(mean, var), size=1))
     results = {}
     for strength in args.strength:
-        start = torch.full_like(var, args.force_isotropic) if args.force_isotropic else var
-        result = solve(mean, var, mean.float(), start.float(), args.fixed_point(strength))  # float32 iterates
-        smallest = float(off_diagonal(kl_matrix(result.mean, result.var)).min())
-        std = result.var.double().sqrt()
+        # float32 iterates, as the flow stores them
+        fitted = args.fixed_point(strength).fit(x.float().numpy(), y.numpy())
+        found_mean, found_var = fitted.gaussians.mean, fitted.gaussians.var
+        smallest = float(off_diagonal(kl_matrix(found_mean, found_var)).min())
+        std = found_var.double().sqrt()
         results[f"{strength:g}"] = {
-            "iterations": result.iterations,
-            "converged": result.converged,
-            "non_finite": result.non_finite,
-            "mean": result.mean.tolist(),
+            "iterations": fitted.n_iter_,
+            "converged": fitted.converged_,
+            "non_finite": fitted.non_finite_,
+            "mean": found_mean.tolist(),
             "std": std.tolist(),
             "smallest_kl": smallest,
-            "last_step": result.history[-1] if result.history else {},
+            "last_step": fitted.history_[-1] if fitted.history_ else {},
         }
-        ending = "converged" if result.converged else "non-finite" if result.non_finite else "max_iters"
+        ending = "converged" if fitted.converged_ else "non-finite" if fitted.non_finite_ else "max_iters"
         print(
-            f"lambda {strength:g}: {result.iterations} iterations ({ending}), mean std {std.mean():.4f}, "
-            f"closest centres {torch.pdist(result.mean.double()).min():.4f}, smallest KL {smallest:.4f}"
+            f"lambda {strength:g}: {fitted.n_iter_} iterations ({ending}), mean std {std.mean():.4f}, "
+            f"closest centres {torch.pdist(found_mean.double()).min():.4f}, smallest KL {smallest:.4f}"
         )
-        for m, s in zip(result.mean.tolist(), std.tolist(), strict=True):
+        for m, s in zip(found_mean.tolist(), std.tolist(), strict=True):
             print(f"  mean {m[0]:9.4f} {m[1]:9.4f}   std {s[0]:7.4f} {s[1]:7.4f}")
-        save_image(out / f"fpi_{strength:g}.png", pictures.scatter(*gaussian_samples(result.mean, result.var), size=1))
-        if result.history:
-            save_image(out / f"steps_{strength:g}.png", pictures.fpi_curves(result.history))
+        save_image(out / f"fpi_{strength:g}.png", pictures.scatter(*gaussian_samples(found_mean, found_var), size=1))
+        if fitted.history_:
+            save_image(out / f"steps_{strength:g}.png", pictures.fpi_curves(fitted.history_))
     write_json(out / "results.json", results)
 
 
