@@ -5,9 +5,11 @@ mu_y than eta_y. Both thresholds are quantiles over the training images (of clas
 as a coin toss.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+import torch
 
 from common.errors import UserError
 
@@ -66,6 +68,14 @@ def fit_thresholds(
     return Thresholds(float(np.quantile(errors, quantile)), np.array(per_class), np.asarray(means), z_class)
 
 
+def class_means(z: np.ndarray, y: np.ndarray, classes: int) -> np.ndarray:
+    """Mean latents (C, D) of the classes (n,) of 0 to C - 1; zeros for one without latents (n, D)."""
+    means = np.zeros((classes, z.shape[1]))
+    for c in np.unique(y):
+        means[c] = z[y == c].mean(0)
+    return means
+
+
 class Acceptance(NamedTuple):
     """Boolean masks (n,)."""
 
@@ -118,3 +128,106 @@ def probe_leakage(
         probe = LogisticRegression(max_iter=1000).fit(train[rows], train_label[rows])
         accuracy = expected_accuracy(probe.predict(test), test_label, test_accepted)
     return accuracy, leakage(accuracy)
+
+
+def squared_errors(x: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
+    """Sum of squared differences of each input and its reconstruction (n, ...): (n,)."""
+    return np.square(x - reconstruction).reshape(len(x), -1).sum(1)
+
+
+class OpenSet:
+    """The rejection around any encoder and decoder: learns from the known classes, then says what is not of them.
+
+    encode: inputs (b, ...) -> latents (b, D); decode: latents as `encode` gave them -> reconstructions (b, ...), or
+    None to judge by the distance alone. Both get batches of x as it is (array or tensor), without gradients. quantile:
+    the share of the training inputs that each of the two checks keeps. errors: (x, reconstruction), float64 arrays
+    -> (b,), the error that is thresholded. Source: GlanceNets (Marconato et al., NeurIPS 2022), section 4.3.
+
+    After `fit`: classes (C,), `thresholds` (see `Thresholds`, in the order of classes).
+
+        OpenSet(encode, decode).fit(x, y).accepts(others)  # bool (n,)
+    """
+
+    def __init__(
+        self, encode: Callable[[Any], Any], decode: Callable[[Any], Any] | None = None, quantile: float = 0.95,
+        errors: Callable[[np.ndarray, np.ndarray], np.ndarray] = squared_errors, batch_size: int = 256,
+    ):  # fmt: skip
+        if not 0 < quantile < 1 or batch_size < 1:
+            raise UserError(f"quantile={quantile}, batch_size={batch_size}: expected 0 < quantile < 1, batch_size >= 1")
+        self.encode, self.decode, self.quantile = encode, decode, quantile
+        self.errors, self.batch_size = errors, batch_size
+        self.thresholds: Thresholds | None = None
+
+    def fit(self, x: Any, y: Any, prototypes: Any = None) -> Self:
+        """Set both thresholds from inputs x (n, ...) of the known classes y (n,), numbers or text, at least 3 of each.
+
+        prototypes (C, D): a centre of each class, in the order of the sorted labels; by default the mean latents.
+        Raises UserError for labels or prototypes that do not fit x, for too few inputs of a class, and where all
+        latents of a class or all reconstruction errors are equal: nothing would ever be accepted.
+        """
+        y = np.asarray(y.cpu() if hasattr(y, "cpu") else y)
+        if y.ndim != 1 or len(y) != len(x):
+            raise UserError(f"labels of shape {y.shape} for {len(x)} inputs: expected one label an input, (n,)")
+        self.classes, index, counts = np.unique(y, return_inverse=True, return_counts=True)
+        if not len(y) or counts.min() < 3:
+            few = f"class {self.classes[counts.argmin()]} has {counts.min()}" if len(y) else "there are none"
+            raise UserError(f"a threshold needs three inputs of each class: {few}")
+        errors, z = self._measure(x)
+        means = class_means(z, index, len(counts)) if prototypes is None else _array(prototypes, "prototypes")
+        if means.shape != (len(counts), z.shape[1]):
+            raise UserError(f"prototypes of shape {means.shape} for {len(counts)} classes and latents of {z.shape[1]}")
+        found = fit_thresholds(errors, z, index, means, z.shape[1], self.quantile)
+        for c, reach in zip(self.classes, found.distance, strict=True):
+            if not reach > 0:
+                raise UserError(f"class {c}: its latents are all at the prototype, so that none could be accepted")
+        if self.decode is not None and not found.reconstruction > 0:
+            raise UserError("the reconstruction errors are 0, so that no input could be accepted; leave decode out")
+        self.thresholds = found
+        return self
+
+    def check(self, x: Any) -> Acceptance:
+        """Both checks of inputs x (n, ...): masks (n,) `reconstruction`, `latent`, and `both`."""
+        if self.thresholds is None:
+            raise UserError("this rejection is not fitted: call fit(x, y) first")
+        errors, z = self._measure(x)
+        if z.shape[1] != self.thresholds.z_class:
+            raise UserError(f"encode gave latents of {z.shape[1]} units, in fit of {self.thresholds.z_class}")
+        found = accept(errors, z, self.thresholds)
+        return found if self.decode is not None else Acceptance(np.ones(len(z), bool), found.latent)
+
+    def accepts(self, x: Any) -> np.ndarray:
+        """Which inputs x (n, ...) are of the known classes: bool (n,), those that pass both checks."""
+        return self.check(x).both
+
+    @torch.no_grad()
+    def _measure(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Reconstruction errors (n,), 0 without a decoder, and latents (n, D) of inputs x (n, ...)."""
+        if not hasattr(x, "shape") or not len(x):
+            raise UserError("the inputs must be an array or a tensor (n, ...), at least one")
+        errors, latents = [], []
+        for start in range(0, len(x), self.batch_size):
+            batch = x[start : start + self.batch_size]
+            code = self.encode(batch)
+            z = _array(code, "encode's latents")
+            if z.ndim != 2 or len(z) != len(batch):
+                raise UserError(f"encode gave {z.shape} for {len(batch)} inputs: expected latents (b, D)")
+            latents.append(z)
+            if self.decode is None:
+                errors.append(np.zeros(len(z)))
+                continue
+            wanted, seen = _array(batch, "the inputs"), _array(self.decode(code), "decode's reconstructions")
+            if seen.shape != wanted.shape:
+                raise UserError(f"decode gave {seen.shape} for inputs {wanted.shape}")
+            errors.append(_array(self.errors(wanted, seen), "the errors"))
+        return np.concatenate(errors), np.concatenate(latents)
+
+
+def _array(values: Any, name: str) -> np.ndarray:
+    """A float64 array. Raises UserError for what is not finite numbers."""
+    try:
+        array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name} must be an array of numbers or a tensor, not {type(values).__name__}") from error
+    if not np.isfinite(array).all():
+        raise UserError(f"{name} hold NaN or infinite values")
+    return array

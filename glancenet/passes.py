@@ -170,10 +170,7 @@ def prototypes(model: Algorithm, train: Encoded, n_classes: int) -> np.ndarray:
     means = model.class_means()
     if means is not None:
         return means.detach().double().cpu().numpy()
-    empirical = np.zeros((n_classes, train.z.shape[1]))
-    for c in np.unique(train.y):
-        empirical[c] = train.z[train.y == c].mean(0)
-    return empirical
+    return osr.class_means(train.z, train.y, n_classes)
 
 
 def fit_rejection(
