@@ -27,7 +27,8 @@ from latent_flow.encoders import (
     spike_probability,
     temperature,
 )
-from latent_flow.fields import DiffusionPrior, Flows
+from latent_flow.fields import DiffusionPrior
+from latent_flow.flow_field import FlowField
 from latent_flow.objective import Coefficients
 from latent_flow.rollout import constant_coefficients, rollout
 
@@ -92,7 +93,7 @@ class LatentFlow(nn.Module):
         bound = 10.0 if config.objective == "paper" else None
         self.vae = (ConvVAE2 if config.deep else ConvVAE)(c, s, n, bound)
         unsupervised = config.variant == "unsupervised"
-        self.support_sets = Flows(k, s, config.field if unsupervised else None)
+        self.support_sets = FlowField(k, s, config.field if unsupervised else None)
         self.prior = DiffusionPrior(k, config.steps) if config.objective == "upstream" else None
         self.reconstructor = None
         if config.variant == "weakly":
@@ -107,8 +108,7 @@ class LatentFlow(nn.Module):
 
     def stacked(self, steps: int, only: list[int] | None = None):
         """The flows ready for the times 0..`steps`."""
-        times = torch.arange(steps + 1, device=self.support_sets.MLP_SET[0].layer_x.weight.device)
-        return self.support_sets(times, only)
+        return self.support_sets.stacked(steps, only)
 
     def pairs(self, frames: Tensor) -> Tensor:
         """Consecutive frames (T+1, B, C, N, N) side by side: (T * B, 2C, N, N)."""
@@ -147,7 +147,7 @@ class Noise:
 
     eps: Tensor | None = None
     uniform: Tensor | None = None
-    tau: float | None = None
+    tau: float | Tensor | None = None
     decoded: Tensor | None = None
 
 

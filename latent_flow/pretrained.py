@@ -5,11 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
 from common.launch import pick_device
 from common.released import weights_file
 from latent_flow.model import LatentFlow
-from latent_flow.rollout import rollout
 from latent_flow.runs import load_run
 from latent_flow.transforms import NAMES
 
@@ -53,12 +51,8 @@ class FlowAutoencoder(nn.Module):
         superpose, other rows at other times switch.
         """
         weights = torch.as_tensor(weights, dtype=latents.dtype, device=latents.device)
-        if weights.ndim == 1:
-            weights = weights.expand(steps or self.model.config.steps, -1)
-        if weights.ndim != 2 or weights.shape[1] != self.model.config.flows:
-            raise UserError(f"weights {tuple(weights.shape)}: expected ({self.model.config.flows},) or (steps, that)")
-        c = weights[:, None].expand(-1, len(latents), -1)
-        return rollout(self.model.stacked(len(c)), latents, c, None, "none").z
+        steps = len(weights) if weights.ndim == 2 else steps or self.model.config.steps
+        return self.model.support_sets.rollout(latents, weights, steps)
 
 
 def load(name: str | Path, device: str = "cpu") -> FlowAutoencoder:

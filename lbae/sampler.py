@@ -327,7 +327,7 @@ class HyperplaneSampler:
     the codes of `fit`: array or tensor, entries, dtype, device. `split`: how a direction is found for a code, "margin"
     or "mean" (published), see `directions`. `mean` (D,) and `planes` (a `Hyperplanes`) are what was fitted.
     Every method raises UserError for codes that are not bits or of another width, and before `fit`.
-    Source: Fajtl et al., ICML 2020, section 3.
+    Source: Fajtl et al., ICML 2020.
 
         HyperplaneSampler().fit(codes).sample(16, rng=0)  # (16, D)
     """

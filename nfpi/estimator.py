@@ -32,7 +32,7 @@ class FixedPointGaussians(ClassifierMixin, BaseEstimator):
     After `fit`, in the type of z (float32, else float64): classes_ (K,), means_ and variances_ (K, d), n_iter_,
     converged_, and history_, a dictionary of changes and KL divergences an iteration.
     Raises ValueError for z that is not a finite (n, d) table, for one class, and for a class with one sample; warns
-    (ConvergenceWarning) when max_iters end the iteration. Source: Enescu & Sahbi, BMVC 2024, section 3.
+    (ConvergenceWarning) when max_iters end the iteration. Source: Enescu & Sahbi, BMVC 2024.
 
         FixedPointGaussians().fit(z, y).predict(z)  # labels (n,)
     """
