@@ -22,6 +22,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".
 MAX_PIXELS = 1 << 26  # of one picture; a small file may claim any size
 PIXELS_A_BYTE = 1000  # of a file above 16 kB; a picture that shows something takes more room
 ORIENTATION = 0x0112  # the EXIF tag
+TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 
 P = TypeVar("P", str, Path)
 
@@ -76,6 +77,23 @@ def open_picture(path: str | Path, channels: int | None = None) -> Image.Image:
         refuse_web_page(path)
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"cannot read {path} as an image ({reason}); repair it or take it out") from error
+
+
+def picture_head(path: str | Path) -> tuple[str, bool, tuple[int, int]]:
+    """Format, whether it is in colour, (height, width) as it is shown; without decoding the picture.
+
+    Raises UserError as `open_picture` does.
+    """
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels")
+            turned = picture.getexif().get(ORIENTATION) in TURNED
+            return picture.format, picture.mode not in ("1", "L", "LA"), (width, height) if turned else (height, width)
+    except Exception:
+        open_picture(path)  # says what is wrong with it
+        raise
 
 
 def read_picture(path: str | Path) -> np.ndarray:

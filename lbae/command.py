@@ -1,4 +1,4 @@
-"""The command behind mnist.py, cifar10.py and celeba.py: which experiment it means, and what it does there."""
+"""The command behind mnist.py, cifar10.py, celeba.py and folder.py: which experiment it means, what it does there."""
 
 import json
 import os
@@ -42,7 +42,13 @@ def main(configs: Configs, script: str, about: str, argv: list[str] | None = Non
         generate(params, folder) if params.gen else evaluate(params, folder)
     else:
         use_all_gpus(params, script, argv)
-        train(params, folder)
+        train(params.with_changes(**absolute_places(params)), folder)
+
+
+def absolute_places(params: Params) -> dict[str, str]:
+    """The data's places as evaluations in the experiment's own folder find them, too."""
+    given = {key: Path(getattr(params, key)).expanduser() for key in ("data_root", "labels") if getattr(params, key)}
+    return {key: str(path.resolve()) for key, path in given.items() if path.exists()}
 
 
 def preset(configs: Configs, cfg: str) -> dict[str, Any]:

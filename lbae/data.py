@@ -1,7 +1,5 @@
 """The data sets as the network sees them: uint8 (C, S, S), in a fixed order, without augmentation."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,17 +7,20 @@ from torch import Tensor
 
 from common import datasets
 from common.datasets.base import ImageSet, Subset
+from common.datasets.folder import Table
 from common.errors import UserError
 from lbae.options import CROPPED, Params
 
+HELD_OUT = 0.1  # of a folder without train/ and test/
 FACTOR_IMAGES = {"train": 8000, "test": 2000}  # drawn from a set of factor combinations, which has no splits of its own
 
 
 def load_split(params: Params, split: str) -> ImageSet:
     """The `train` or `test` images of `params.dataset`, of `params.img_size`, limited to train_images / test_images.
 
-    A folder without train/ and test/ gives a tenth of its images, drawn once, for testing. Raises UserError when the
-    data are absent, or do not have the model's number of channels.
+    A folder without train/ and test/ gives a tenth of its images, drawn by held_out_seed, for testing. Its targets are
+    the CSV's attributes where there is one, else its classes. Raises UserError when the data are absent, or do not have
+    the model's number of channels. A training downloads a small public set that is absent.
     """
     name = params.dataset
     options = {"image_size": params.img_size}
@@ -27,14 +28,14 @@ def load_split(params: Params, split: str) -> ImageSet:
         options["pad"] = 2  # 28x28 becomes 32x32 with a black frame, as published
     elif name in CROPPED:
         options |= {"crop": params.img_crop_size or None, "channels": params.channels}
-    halves = name == "folder" and not _has_splits(datasets.data_root(params.data_root or None))
-    full = datasets.load(name, params.data_root or None, "all" if halves else split, **options)
+    if name == "folder":
+        options |= {"held_out": HELD_OUT, "seed": params.held_out_seed, "labels": params.labels}
+    full = datasets.load(name, params.data_root or None, split, fetch=not params.eval, **options)
+    if getattr(full, "table", None) is not None:
+        full.targets, full.classes = table_attributes(full.table, params.labels)
     limit = params.train_images if split == "train" else params.test_images
     rows = np.arange(len(full))
-    if halves:
-        held_out = np.random.default_rng(0).permutation(len(full))[: max(1, len(full) // 10)]
-        rows = np.sort(held_out) if split == "test" else np.delete(rows, held_out)
-    elif hasattr(full, "factor_sizes"):
+    if hasattr(full, "factor_sizes"):
         n = FACTOR_IMAGES
         drawn = np.random.default_rng(0).permutation(len(full))[: n["train"] + n["test"]]
         rows = drawn[: n["train"]] if split == "train" else drawn[n["train"] :]
@@ -47,12 +48,26 @@ def load_split(params: Params, split: str) -> ImageSet:
     return data
 
 
-def _has_splits(root: Path) -> bool:
-    """Whether a folder of images holds train/ and test/. Raises UserError for one of the two."""
-    found = [name for name in ("train", "test") if (root / name).is_dir()]
-    if len(found) == 1:
-        raise UserError(f"{root} holds {found[0]}/ alone: add the other one of train/ and test/, or move its images up")
-    return bool(found)
+def table_attributes(table: Table, source: str) -> tuple[Tensor, list[str]]:
+    """Attributes int64 (N, A), 0 (also where missing) or 1, and their names: a CSV's binary columns, and one for each
+    word of its class and its categorical columns. Raises UserError where it has none.
+    """
+    columns = [one for one in (table.classes, *table.concepts) if one and one.kind != "continuous"]
+    if not columns:
+        raise UserError(f"{source} has no attributes: every column holds numbers; write 0 and 1, or words")
+    names, values = zip(*(column.encoded() for column in columns), strict=True)
+    names, table_values = [name for part in names for name in part], np.concatenate(values, axis=1)
+    if len(names) == 1:  # one column of labels is taken for classes
+        names, table_values = [f"not {names[0]}", names[0]], np.concatenate([1 - table_values, table_values], axis=1)
+    return torch.from_numpy(np.nan_to_num(table_values).astype(np.int64)), names
+
+
+def attribute_names(data: ImageSet) -> list[str]:
+    """The names that `set_attr` takes: of classes, attributes, or the values of factors; [] where there are none."""
+    if hasattr(data, "factor_sizes"):
+        factors = zip(data.factor_names, data.factor_sizes, strict=True)
+        return [f"{name}={value}" for name, size in factors for value in range(size)]
+    return list(data.classes or ())
 
 
 def attributes(data: ImageSet, targets: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ from lbae.options import DataOptions, DataSet, Text
 from lbae.results import Results, Section, read_epoch
 
 NOT_PLOTTED = ("reco",)
+CLUSTERS = 20  # of precision and recall
 Curve = tuple[np.ndarray, np.ndarray]
 
 
@@ -102,8 +103,8 @@ def score(options: Scores) -> None:
         if not folder.is_dir():
             raise UserError(f"no folder {folder}; generate the images first")
     epoch, loss = read_epoch(Path("fid-epoch.txt").read_text() if Path("fid-epoch.txt").is_file() else "")
-    extractor = pick_extractor(options)
     reference_images = open_images(options.s, options.limit or None)
+    extractor = pick_extractor(options, len(reference_images))
     reference = FeatureCache().features(reference_images, extractor.fit(reference_images))
     print(f"features {extractor.fingerprint}{'; ' + extractor.note if extractor.note else ''}")
     statistics = Statistics.from_features(reference, extractor.fingerprint)
@@ -151,32 +152,40 @@ def measure(
         section.kid_std = deviation
     if options.prd:
         pair = same_size(features, reference)
-        curves[folder.name] = precision_recall_distribution(*pair)
+        clusters = min(CLUSTERS, len(pair[0]))
+        if clusters < CLUSTERS:
+            note = f"precision and recall: {clusters} clusters instead of {CLUSTERS}, the sets have as many images"
+            warnings.warn(note, stacklevel=2)
+        curves[folder.name] = precision_recall_distribution(*pair, clusters)
         section.prd_n, section.f8 = len(pair[0]), f_beta_pair(*curves[folder.name])
 
 
-def pick_extractor(options: ScoreOptions):
+def pick_extractor(options: ScoreOptions, references: int = 65):
     """The extractor of `feat`.
 
-    `auto` takes Inception when its weights are here, else lenet on the experiment's data set, else pixel-pca64.
+    `auto` takes Inception when its weights are here, else lenet on the experiment's data set (not on a folder of one's
+    own), else pixel-pca64, or with fewer components than there are reference images.
     """
     common = {"device": options.device, "mode": options.mode, "progress": sys.stderr.isatty()}
     inception = {"weights": options.inception or None, "download": False}
     config, _ = newest_config(Path())
     lenet = {"dataset": options.lenet_data or config.get("dataset") or "mnist",
              "data_root": options.data_root or config.get("data_root") or None}  # fmt: skip
+    own_images = lenet["dataset"] == "folder"  # whose classes, if any, tell little of what they show
+    if options.feat == "lenet" and own_images:
+        raise UserError("feat=lenet is trained on a public set: give lenet_data=mnist or cifar10, or feat=pixel-pca8")
     if options.feat != "auto":
         extra = inception if options.feat.startswith("inception") else lenet if options.feat == "lenet" else {}
         return make_extractor(options.feat, **common, **extra)
     if options.inception:
         name = "inception-tf" if options.inception.endswith(".pb") else "inception"
         return make_extractor(name, **common, **inception)
-    for name, extra in (("inception", inception), ("lenet", lenet)):
+    for name, extra in (("inception", inception), ("lenet", lenet))[: 1 if own_images else 2]:
         try:
             return make_extractor(name, **common, **extra)
         except UserError as error:
             print(f"feat=auto: without {name} ({error})", file=sys.stderr)
-    return make_extractor("pixel-pca64", **common)
+    return make_extractor(f"pixel-pca{min(64, max(1, references - 1))}", **common)
 
 
 def same_size(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

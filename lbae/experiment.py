@@ -104,6 +104,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         tensors, config = load_weights(path)
         state = {**split_nets(tensors), "config": config, "epoch": config.get("epoch")}
         state |= {"loss_eval": config.get("loss_eval"), "iter": config.get("iter", 0)}
+        state["attribute_names"] = config.get("attribute_names", [])
     else:
         state = load_tensors(path)
         if not (isinstance(state, dict) and {"epoch", "enc", "gen"} <= state.keys()):
@@ -158,7 +159,7 @@ def name_checkpoint(numbered: Path, state: Mapping[str, Any], improved: bool, ke
     models = numbered.parent
     if improved:
         _alias(numbered, models / "best.cp")
-        facts = {key: state[key] for key in ("epoch", "iter", "loss_eval")}
+        facts = {key: state[key] for key in ("epoch", "iter", "loss_eval", "attribute_names")}
         save_weights(models / "best.safetensors", join_nets(state), {**state["config"], **facts})
     _alias(numbered, models / "last.cp")
     # later epochs of a run that was taken up again at an earlier one are left alone

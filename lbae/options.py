@@ -35,6 +35,14 @@ def one_of(*values: int) -> Any:
     return Annotated[int, AfterValidator(check), Says(words)]
 
 
+def _number_or_name(value: Any) -> Any:
+    """A word of a command line: -1 and up is a number, anything else the name of an attribute or class."""
+    value = int(value) if isinstance(value, str) and value.removeprefix("-").isdigit() else value
+    if isinstance(value, int) and not isinstance(value, bool) and not -1 <= value <= 100_000:
+        raise ValueError("expected a number of -1 to 100000, or a name")
+    return value
+
+
 def _fits_a_file_system(value: str) -> str:
     if any(len(os.fsencode(part)) > 255 for part in value.split("/")):
         raise ValueError("a name in it is longer than 255 bytes")
@@ -47,6 +55,8 @@ Text = Annotated[
     AfterValidator(_fits_a_file_system),
     Says("text on one line"),
 ]
+Attribute = Annotated[int | Annotated[str, Field(min_length=1, max_length=200)], BeforeValidator(_number_or_name),
+                      Says("a number of -1 to 100000, or a name")]  # fmt: skip
 Suffix = Annotated[str, Field(pattern=r"^[^/\x00-\x1f]*$", max_length=100), Says("part of a file name")]
 Width = Annotated[int, Field(ge=1, le=1024)]
 OLDER_AMP = {"off": False, "bf16": True}
@@ -106,6 +116,8 @@ class Params(DataOptions):
     zround: between(-9, 9) = model(-1, "decimals to which codes are rounded; negative: sign")
     binary_reco_loss: bool = model(False, "binary cross entropy instead of squared error")
     kl_weight: NonNegative = model(0.0, "weight of the VAE's KL term, divided by D")
+    labels: Text = model("", "folder: a CSV of attributes (file, then a column each; data_root's, too)")
+    held_out_seed: Seed = model(0, "folder without train/ and test/: seed of the tenth that is held out for testing")
     exp_suffix: Suffix = model("1", "end of the experiment's name")
     train_images: Whole = model(0, "use the first n training images (0: all)")
     test_images: Whole = model(0, "use the first n test images (0: all)")
@@ -138,7 +150,7 @@ class Params(DataOptions):
         "train", "ends are training codes, as the published code takes them, or test codes, as its page says"
     )
     split: Literal[SPLITS] = paths("margin", "direction of a code: margin perceptron, or the published means")
-    set_attr: between(-1, 100_000) = paths(-1, "interpolate from a code towards this attribute (or class)")
+    set_attr: Attribute = paths(-1, "interpolate from a code towards this attribute or class, by number or name")
     attr_threshold: between(0, 2, float) = attributes(0.12, "bits whose mean exceeds this are forced")
     attr_mode: Literal[ATTR_MODES] = attributes(
         "conditional", "mean of the bits with the attribute; contrast: minus the mean of all"
@@ -163,7 +175,9 @@ class Params(DataOptions):
             raise ValueError("gen and eval_train are two commands: write `eval gen`, then `eval eval_train`")
         if self.zclamp_min > self.zclamp:
             raise ValueError(f"zclamp_min={self.zclamp_min:g} exceeds zclamp={self.zclamp:g}")
-        if self.gen and self.sample_method != "int" and self.set_attr >= 0:
+        if self.labels and self.dataset != "folder":
+            raise ValueError(f"labels={self.labels} goes with dataset=folder")
+        if self.gen and self.sample_method != "int" and self.sets_attribute:
             raise ValueError(f"set_attr={self.set_attr} goes with sample_method=int")
         return self
 
@@ -171,6 +185,11 @@ class Params(DataOptions):
     def has_bits(self) -> bool:
         """Whether codes are in {-1, +1}."""
         return not self.vae and self.zround < 0
+
+    @property
+    def sets_attribute(self) -> bool:
+        """Whether paths lead to an attribute."""
+        return self.set_attr != -1
 
     @property
     def device_name(self) -> str:
@@ -228,13 +247,14 @@ def without_effect(params: Params, given: Iterable[str]) -> list[str]:
     """The options among those given that change nothing in this command."""
     idle = {"zround"} if params.vae else {"kl_weight"}
     idle |= set() if params.dataset in CROPPED else {"img_crop_size"}
+    idle |= set() if params.dataset == "folder" else {"held_out_seed"}
     idle |= keys_of(TRAINING) | {"overwrite"} if params.eval else keys_of(GENERATION, CODES, PATHS, ATTRIBUTES, COINS)
     if params.eval and not params.gen:
         idle |= keys_of(GENERATION, CODES, PATHS, ATTRIBUTES, COINS)
     if params.gen:
         method = params.sample_method
         idle |= set() if method == "int" else keys_of(PATHS, ATTRIBUTES)
-        idle |= set() if params.set_attr >= 0 else keys_of(ATTRIBUTES)
+        idle |= set() if params.sets_attribute else keys_of(ATTRIBUTES)
         idle |= keys_of(CODES) if method == "random" else keys_of(COINS)
         idle |= keys_of(COINS) if params.vae else set()
     return sorted(idle & set(given))

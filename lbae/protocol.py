@@ -6,7 +6,7 @@
 Reconstructs the test set, generates as many images as it has by cov, random and int (a VAE: random), and appends FID,
 KID and precision/recall to results.txt; PR.pdf is the precision-recall curve. It stops at the first step that fails,
 with that step's exit code. exp=FOLDER evaluates that folder instead of the current one. Options are those of mnist.py,
-cifar10.py and celeba.py that evaluate and generate, and those of eval.py; int takes batch_size_test=10 and
+cifar10.py, celeba.py and folder.py that evaluate and generate, and those of eval.py; int takes batch_size_test=10 and
 interpolate_steps=10 where they are not given.
 """
 
@@ -27,6 +27,7 @@ from common.errors import UserError, run_command
 from common.launch import pick_device
 from common.options import Says, from_tokens, option
 from lbae import celeba, cifar10, mnist
+from lbae import folder as own
 from lbae.command import preset, released_experiment, with_saved
 from lbae.eval import ScoreOptions, Scores, score
 from lbae.experiment import newest_config, reference_folder, written
@@ -34,7 +35,8 @@ from lbae.generate import generate
 from lbae.options import TRAINING, Params, experiment_name, keys_of
 from lbae.reconstruct import evaluate
 
-SCRIPTS = {"mnist": mnist.CONFIGS, "cifar10": cifar10.CONFIGS, "celeba": celeba.CONFIGS}
+SCRIPTS = {"mnist": mnist.CONFIGS, "cifar10": cifar10.CONFIGS, "celeba": celeba.CONFIGS,
+           "folder": own.CONFIGS}  # fmt: skip
 METHODS = ("cov", "int", "random", "independent")  # in the order of the scores
 EMPTY = Path(__file__).resolve().parent / "exp"  # evaluates the released model as long as it holds no experiment
 NOT_HERE = {"eval", "gen", "eval_train", "overwrite", "sample_method", "set_attr", "resume"} | keys_of(TRAINING)

@@ -49,6 +49,7 @@ def pack(folder: Path, target: Path) -> None:
         raise UserError(f"{folder}: labels beyond 0..255 cannot be packed")
     tensors = {**join_nets(state), "latents.codes": pack_bits(latents.codes), "latents.labels": labels}
     facts = {key: state[key] for key in ("epoch", "iter", "loss_eval")}
+    facts |= {key: state[key] for key in ("attribute_names",) if state.get(key)}
     config, source = newest_config(folder)
     kept = from_saved(config, saved_keys(resumes=True) - {"data_root", "wandb"}, source)
     save_weights(target, tensors, {**kept, "release": facts})

@@ -1,7 +1,7 @@
 """The training loop of the Latent Bernoulli Autoencoder; networks and losses are in lbae/model.py.
 
-Started by mnist.py, cifar10.py and celeba.py. An epoch ends with a pass over the test set, the codes of the training
-images, and models/weights-<E>.cp. SIGTERM or Ctrl-C saves in the middle of an epoch.
+Started by mnist.py, cifar10.py, celeba.py and folder.py. An epoch ends with a pass over the test set, the codes of the
+training images, and models/weights-<E>.cp. SIGTERM or Ctrl-C saves in the middle of an epoch.
 """
 
 import math
@@ -25,7 +25,7 @@ from common.launch import (
     seed_everything,
 )
 from common.training import Place, Training
-from lbae.data import as_input, attributes, load_split
+from lbae.data import as_input, attribute_names, attributes, load_split
 from lbae.experiment import (
     KIND,
     Latents,
@@ -59,6 +59,7 @@ def train(params: Params, folder: Path) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=params.lr, weight_decay=params.l2, fused=fused)
         with LbaeTraining(folder, params, dist) as training:
             training.restore(enc=model.enc, gen=model.gen, optimizer=optimizer)
+            training.names = attribute_names(train_set)
             training.start(model, len(train_set), len(test_set))
             module = dist.wrap(normalise_over_processes(model, dist))
             module.train()
@@ -106,6 +107,7 @@ class LbaeTraining(Training):
         self.iter, self.best, self.loss_eval = 0, math.inf, None
         self.codes: list[Tensor] = []  # packed bits (B, D / 8), or floats (B, D), of the running epoch
         self.labels: list[Tensor] = []
+        self.names: list[str] = []  # of attributes or classes
         self._unread: list[tuple[int, dict[str, Tensor]]] = []  # (iter, terms) of batches, still on the device
         self._row: list[list[float]] = []
         if self.state is not None:
@@ -229,6 +231,7 @@ class LbaeTraining(Training):
             "epoch": epoch - 1, "iter": self.iter, "loss_eval": None if self.codes else self.loss_eval,
             "best": self.best, "batch": len(self.codes), "config": own.pop("options"),
             "codes": [part.cpu() for part in self.codes], "labels": [part.cpu() for part in self.labels],
+            "attribute_names": self.names,
         }  # fmt: skip
 
 

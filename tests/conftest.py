@@ -9,6 +9,7 @@ import torch
 # small tensors gain nothing from threads, and the suite runs in one process a core
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
+os.environ.setdefault("OFFLINE", "1")  # no test downloads a data set
 
 
 def pytest_addoption(parser):

@@ -6,7 +6,7 @@
     images, targets = mnist.arrays()               # uint8 (N, C, H, W), int64 (N,) or (N, F)
 
 Files are looked for below `root`: the argument, else the environment variable DATA_ROOT, else `data/`. A set that is
-not there raises UserError with the expected path and the command that prepares it; `load` never downloads.
+not there raises UserError with the expected path and the command that prepares it; only fetch=True downloads.
 
 Every set has `name`, `split`, `classes` (names or None), `channels`, `image_size`, `targets`, `len`, `[i]`,
 `images_at(rows)` (many images at once), `arrays(max_bytes)` and `fingerprint()`. Pixels are 0..255; binary images
@@ -17,6 +17,7 @@ Options by set:
     mnist fashion_mnist svhn cifar10 cifar100   pad (black, before resizing), image_size
     digits                                      the same, seed, test_fraction (0.2)
     celeba folder                               image_size (celeba: 64), crop, channels, cache, threads
+    folder                                      labels, class_column, held_out, seed, need_classes (see folder.py)
     tiny_imagenet imagenet32 imagenet64         image_size, cache, threads (image_size: folders of images only)
     sprites                                     sizes (3, 6, 40, 32, 32), image_size (64)
     dsprites shapes3d mpi3d_toy                 sizes, for a file with another grid
@@ -50,10 +51,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.datasets import classic, faces, files, grids, imagenet
+from common.datasets import classic, faces, files, folder, grids, imagenet
 from common.datasets.base import ArraySet, FactorSet, ImageSet, Subset, split, subset
 from common.datasets.sprites import BITS_FILE, Sprites
-from common.errors import UserError, disk_full, suggest
+from common.errors import MissingDataError, UserError, disk_full, suggest
 
 __all__ = ["ArraySet", "FactorSet", "ImageSet", "Subset", "data_root", "load", "names", "split", "subset"]
 
@@ -67,15 +68,6 @@ def _sprites(root: Path, split: str, **options: Any) -> Sprites:
     sprites = Sprites(**options)
     sprites.use_bits(root / "sprites" / BITS_FILE)
     return sprites
-
-
-def _folder(root: Path, split: str, **options: Any) -> files.FileSet:
-    parts = (root / split, root / "val") if split == "valid" else (root / split,)
-    part = files.first_present([path for path in parts if path.is_dir()])
-    if part is None and split in ("valid", "test"):
-        raise UserError(f"folder: {root} has no sub-folder {split!r}; put the images of that split there")
-    part = root if part is None or split == "all" else part
-    return files.FolderSet("folder", part, split, train=root / "train" if part != root else None, **options)
 
 
 def _kept(read: Callable[..., ImageSet]) -> Callable[..., ImageSet]:
@@ -110,7 +102,11 @@ SETS: dict[str, tuple[Callable[..., ImageSet], tuple[str, ...], tuple[str, ...]]
     "imagenet32": (_kept(partial(imagenet.load_imagenet, "imagenet32")), ("image_size", *FILES), WITH_VALID),
     "imagenet64": (_kept(partial(imagenet.load_imagenet, "imagenet64")), ("image_size", *FILES), WITH_VALID),
     "tiny_imagenet": (_kept(imagenet.load_tiny_imagenet), ("image_size", *FILES), WITH_VALID),
-    "folder": (_kept(_folder), ("image_size", "crop", "channels", *FILES), ANY),
+    "folder": (
+        _kept(folder.load_folder),
+        ("image_size", "crop", "channels", "labels", "class_column", "held_out", "seed", "need_classes", *FILES),
+        ANY,
+    ),
     "sprites": (_sprites, ("sizes", "image_size", "transform"), ANY),
     "dsprites": (_grid(grids.DSprites), ("sizes", "transform"), ANY),
     "shapes3d": (_grid(grids.Shapes3D), ("sizes", "transform"), ANY),
@@ -133,8 +129,12 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path("data") if Path("data").is_dir() else REPOSITORY_DATA
 
 
-def load(name: str, root: str | Path | None = None, split: str = "train", **options: Any) -> ImageSet:
+def load(
+    name: str, root: str | Path | None = None, split: str = "train", fetch: bool = False, **options: Any
+) -> ImageSet:
     """The image set `name`, split `split` (`val` is read as `valid`), with the options of that set.
+
+    fetch: download a small public set that is absent (`prepare.SMALL`), where there is a network and no OFFLINE=1.
 
     Raises UserError for an unknown name, split or option (naming the nearest), for absent files (naming the expected
     path and the command that prepares them) and for damaged ones.
@@ -148,8 +148,16 @@ def load(name: str, root: str | Path | None = None, split: str = "train", **opti
     for option in options:
         if option not in known:
             raise UserError(f"{name} has no option {option!r}{suggest(option, known)}; it has {', '.join(known)}")
+    place = data_root(root)
     try:
-        return reader(data_root(root), split, **options)
+        try:
+            return reader(place, split, **options)
+        except MissingDataError:
+            from common.datasets.prepare import fetch_small
+
+            if not (fetch and fetch_small(name, place)):
+                raise
+        return reader(place, split, **options)
     except OSError as error:
         if disk_full(error):  # of a cache that is written
             raise

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from common.errors import UserError
 
@@ -91,8 +92,14 @@ class ImageSet(Dataset):
             )
         if self.is_random:
             raise UserError(f"{self.name} has a random transform, so it has no fixed arrays; load it without")
-        parts = [self.images_at(np.arange(i, min(i + 4096, len(self)))) for i in range(0, len(self), 4096)]
-        return torch.cat(parts), self.targets
+        step = 1024
+        starts = tqdm(range(0, len(self), step), f"reading {self.name}", disable=None, leave=False, delay=2)
+        return torch.cat([self.images_at(np.arange(i, min(i + step, len(self)))) for i in starts]), self.targets
+
+    def in_memory(self) -> "ArraySet":
+        """The same set, every image decoded now: an unreadable file is named before any work."""
+        images, targets = self.arrays()
+        return ArraySet(self.name, self.split, images, targets, classes=self.classes, options=self.options)
 
     def fingerprint(self) -> str:
         """16 hex digits that change with the name, split, length, options, and the first or last item."""

@@ -34,6 +34,16 @@ def digest_of(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
+def reachable(url: str, seconds: float = 5.0) -> bool:
+    """Whether a server gives the first byte of `url`."""
+    request = urllib.request.Request(url, headers={"Range": "bytes=0-0"})
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as response:
+            return "html" not in response.headers.get_content_type()
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError):
+        return False
+
+
 def _receive(url: str, part: Path) -> None:
     """Download `url` into `part`, from its end when it has content already."""
     have = part.stat().st_size if part.exists() else 0

@@ -125,34 +125,39 @@ def class_names(folder: Path) -> list[str]:
     return [sub.name for sub in subfolders(folder) if any(n.lower().endswith(PICTURE_SUFFIXES) for n in files(sub))]
 
 
-class FolderSet(FileSet):
-    """Any folder of images. Images in sub-folders: each first-level sub-folder is a class, in natural order.
+def folder_items(folder: Path, train: Path | None = None) -> tuple[list[Path], np.ndarray, list[str] | None]:
+    """(files, class codes (N,), class names or None) of a folder; classes are its first-level sub-folders.
 
-    Images directly in the folder: no classes (`classes` is None) and targets 0. `paths` is in natural order, so that
-    numbered frames are consecutive. `train`, the folder of the training images, gives the classes where it is another.
+    Files directly in the folder have no classes, and code 0. `train`, the folder of the training images, gives the
+    classes where it is another. Files are in natural order. Raises UserError for a folder without images, and for a
+    class that `train` lacks.
     """
+    if not folder.is_dir():
+        raise UserError(f"folder: {folder} is not a folder of images; give the folder as root")
+    loose = list_pictures(folder)
+    groups = {sub.name: paths for sub in subfolders(folder) if (paths := tree(sub))}
+    if loose and groups:
+        raise UserError(f"{folder} has images beside sub-folders with images ({next(iter(groups))}): keep one kind")
+    if not loose and not groups:
+        raise UserError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
+    classes = list(groups)
+    if train is not None and train.is_dir() and train.resolve() != folder.resolve():
+        classes = class_names(train)
+        odd = next((key for key in groups if key not in classes), "images without a class" if loose else None)
+        if odd is not None and (classes or groups):
+            raise UserError(f"{folder} has {odd}, which {train} has not: the classes of both must be the same")
+    counts = [len(paths) for paths in groups.values()] or [len(loose)]
+    codes = [classes.index(key) for key in groups] or [0]
+    paths = loose or [path for paths in groups.values() for path in paths]
+    return paths, np.repeat(codes, counts).astype(np.int64), classes or None
+
+
+class FolderSet(FileSet):
+    """A folder of images as `folder_items` finds them."""
 
     def __init__(self, name: str, folder: Path, split: str, train: Path | None = None, **options: Any):
-        if not folder.is_dir():
-            raise UserError(f"{name}: {folder} is not a folder of images; give the folder as root")
-        loose = list_pictures(folder)
-        groups = {sub.name: paths for sub in subfolders(folder) if (paths := tree(sub))}
-        if loose and groups:
-            raise UserError(f"{folder} has images beside sub-folders with images ({next(iter(groups))}): keep one kind")
-        if not loose and not groups:
-            raise UserError(f"{folder} holds no images ({', '.join(PICTURE_SUFFIXES)})")
-        classes = list(groups)
-        if train is not None and train.is_dir() and train.resolve() != folder.resolve():
-            classes = class_names(train)
-            odd = next((key for key in groups if key not in classes), "images without a class" if loose else None)
-            if odd is not None and (classes or groups):
-                raise UserError(f"{folder} has {odd}, which {train} has not: the classes of both must be the same")
-        counts = [len(paths) for paths in groups.values()] or [len(loose)]
-        codes = [classes.index(key) for key in groups] or [0]
-        targets = torch.from_numpy(np.repeat(codes, counts).astype(np.int64))
-        paths = loose or [path for paths in groups.values() for path in paths]
-        super().__init__(name, split, paths, targets, classes or None, **options)
-        self.folder = folder
+        paths, targets, classes = folder_items(folder, train)
+        super().__init__(name, split, paths, torch.from_numpy(targets), classes, **options)
 
 
 def cached(source: FileSet, folder: Path) -> ArraySet:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     import common.start  # noqa: F401
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ from pydantic import field_validator
 from common.checkpoint import atomic_write
 from common.datasets import SETS, data_root, grids, load
 from common.datasets.archives import is_archive, put, unpack
-from common.datasets.download import Remote, fetch
+from common.datasets.download import Remote, fetch, reachable
 from common.datasets.imagenet import batch_files
 from common.datasets.readers import NpzFile, reading
 from common.datasets.sprites import BITS_FILE, Sprites, write_bits
@@ -40,6 +41,7 @@ from common.errors import MissingDataError, UserError, refuse_web_page, run_comm
 from common.images import PICTURE_SUFFIXES
 from common.options import Options, Says, from_flags, option
 
+SMALL = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn", "dsprites")  # come by themselves for a training
 OPTIONAL = ("extra", "all")  # splits that a prepared set may lack
 
 # ---------------------------------------------------------------- what is made of files in their places
@@ -285,6 +287,31 @@ def prepare(
     if not lines:
         raise UserError(f"{', '.join(map(str, units))} is in place; still missing: {still[0]}")
     return [*lines, *(f"still missing: {line}" for line in still)]
+
+
+def fetch_small(name: str, root: Path) -> bool:
+    """Download a small public set that is absent, and say so; False where it is none of them, OFFLINE is set, or its
+    server cannot be reached. Of several processes one downloads, the others wait for it.
+    """
+    if name not in SMALL or os.environ.get("OFFLINE", "0") not in ("", "0"):
+        return False
+    source = SOURCES[name]
+    if not any(reachable(url) for url in source.remotes[0].urls):
+        return False
+    folder = root / ".downloads"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(f"cannot write into {root} ({error.strerror}): give another folder") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print(f"{name} is not in {root}: getting it from {source.remotes[0].urls[-1].split('/')[2]} ({source.about}; "
+              "its digest is checked, OFFLINE=1 prevents this)", file=sys.stderr, flush=True)  # fmt: skip
+        prepare(name, root)
+    finally:
+        os.close(lock)
+    return True
 
 
 def report(name: str, root: Path) -> tuple[list[str], list[MissingDataError]]:

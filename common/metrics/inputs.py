@@ -12,16 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from common.errors import UserError
-from common.images import MAX_PIXELS, PICTURE_SUFFIXES, list_pictures, open_picture, read_picture, to_uint8
+from common.images import PICTURE_SUFFIXES, list_pictures, picture_head, read_picture, to_uint8
 from common.metrics.frechet import read_npz
 from common.metrics.resize import resize
 
 _ARRAY_NAMES = ("images", "samples", "x", "arr_0")
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange width and height
 _READERS = 8  # threads that decode pictures
 
 
@@ -74,7 +72,7 @@ class Folder(Images):
             inside = " (its sub-folders are not searched)" if any(path.is_dir() for path in folder.iterdir()) else ""
             raise UserError(f"{folder}: no image in this folder{inside}; expected files {', '.join(PICTURE_SUFFIXES)}")
         with ThreadPoolExecutor(_READERS) as pool:
-            formats, colours, self._sizes = zip(*pool.map(_head, self.files), strict=True)
+            formats, colours, self._sizes = zip(*pool.map(picture_head, self.files), strict=True)
         self.formats = frozenset(formats)
         self.channels = 3 if any(colours) else 1
         self.sizes = sorted(set(self._sizes))
@@ -130,20 +128,6 @@ class Folder(Images):
         if picture.shape[1:] != self._sizes[index]:
             raise UserError(f"{self.files[index]}: changed while it was read")
         return picture
-
-
-def _head(path: Path) -> tuple[str, bool, tuple[int, int]]:
-    """Format, whether it is in colour, (height, width) as it is shown; without decoding the picture."""
-    try:
-        with Image.open(path) as picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width} x {height} pixels")
-            turned = picture.getexif().get(_ORIENTATION) in _TURNED
-            return picture.format, picture.mode not in ("1", "L", "LA"), (width, height) if turned else (height, width)
-    except Exception:
-        open_picture(path)  # says what is wrong with it
-        raise
 
 
 def file_sha256(path) -> str:

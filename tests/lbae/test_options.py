@@ -19,7 +19,8 @@ SHARED = {
     "int_source": "train", "split": "margin", "set_attr": -1, "attr_threshold": 0.12, "attr_mode": "conditional",
     "latents": "last", "zclamp": 1.0, "zclamp_min": -1.0, "img_format": "png", "stretch": False, "workers": 0,
     "hold": True, "deterministic": False, "print_every_batch": 100, "tensorboard": True, "wandb": "", "device": "auto",
-    "cuda_device": -1, "data_root": "", "tf32": False, "batch_size": 512,
+    "cuda_device": -1, "data_root": "", "tf32": False, "batch_size": 512, "labels": "",
+    "held_out_seed": 0,
 }  # fmt: skip
 COLUMNS = ("dataset", "img_size", "channels", "zsize", "vae", "dec_in_channels", "binary_reco_loss", "kl_weight", "lr",
            "l2", "batch_size_test", "epochs_max", "gen_imgs", "sample_method", "exp_suffix", "parallel")  # fmt: skip

@@ -1,0 +1,243 @@
+"""docs/your_data.md: the five papers' commands on a folder of pictures of one's own, with labels from a CSV.
+
+The pictures are bars of three colours and any height on black, in frames of different sizes, so that a test knows what
+every label means.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import shutil
+import struct
+import threading
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.datasets import load, prepare
+from common.datasets.download import Remote
+from common.errors import UserError, run_command
+from lbae import folder as lbae_folder
+from lbae import mnist as lbae_mnist
+from lbae import protocol
+
+COLOURS = ("blue", "green", "red")
+
+
+def draw(root, n=60, layout="flat", grey=False, ext="png", size=None):
+    """n pictures in `root`, flat, in class sub-folders, or below train/ and test/; and labels.csv: file, y (the class),
+    bright, colour, size. A seventh of the cells of `bright` is empty.
+    """
+    rng, rows = np.random.default_rng(0), []
+    for i in range(n):
+        height, width = size or rng.integers(20, 40, 2)
+        share, colour, brightness = rng.uniform(0.3, 0.9), int(rng.integers(3)), 100 + 150 * (i % 2)
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[int(height * (1 - share) / 2) : int(height * (1 + share) / 2), width // 4 :, 2 - colour] = brightness
+        place = {"flat": "", "classes": f"k{i % 3}/", "splits": f"{'train' if i % 5 else 'test'}/k{i % 3}/"}[layout]
+        path = root / f"{place}im{i}.{ext}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).convert("L" if grey else "RGB").save(path)
+        rows.append([f"{place}im{i}.{ext}", f"k{i % 3}", "" if i % 7 == 6 else i % 2, COLOURS[colour], f"{share:.3f}"])
+    with open(root / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file", "y", "bright", "colour", "size"], *rows])
+    return root
+
+
+def refusal(capsys, main, *words):
+    """The one line in which a command refuses."""
+    assert run_command(lambda: main([str(word) for word in words])) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# ---- the reader that all five share
+
+
+@pytest.mark.parametrize("layout", ["flat", "classes", "splits"])
+def test_labels_follow_their_pictures(tmp_path, layout):
+    root, seen = draw(tmp_path, layout=layout), []
+    for split in ("train", "test"):
+        images = load("folder", root, split, held_out=0.2, labels="labels.csv", class_column="y", channels=0,
+                      image_size=20, need_classes=True)  # fmt: skip
+        bright, colour, size = images.table.concepts
+        assert (bright.kind, colour.kind, size.kind) == ("binary", "categorical", "continuous")
+        assert colour.categories == COLOURS and images.classes == ["k0", "k1", "k2"]
+        for path, pixels, target, is_bright, code in zip(
+            images.paths, images.arrays()[0], images.targets, bright.values, colour.values, strict=True
+        ):
+            number = int(path.stem[2:])
+            assert target == number % 3
+            assert np.isnan(is_bright) if number % 7 == 6 else is_bright == number % 2
+            assert pixels.amax((1, 2)).argmax() == 2 - code
+            seen.append(path)
+        assert set(images.targets.tolist()) == {0, 1, 2}
+    assert sorted(seen) == sorted(tmp_path.rglob("*.png"))  # each once, in one of the parts
+
+
+def test_what_is_held_out_follows_from_the_seed_alone(tmp_path):
+    draw(tmp_path, layout="classes")
+    parts = [load("folder", tmp_path, "test", held_out=0.25, seed=seed, image_size=8).paths for seed in (1, 1, 2)]
+    assert parts[0] == parts[1] != parts[2]
+    assert [sum(path.parent.name == f"k{i}" for path in parts[0]) for i in range(3)] == [5, 5, 5]
+
+
+def test_a_grey_folder_is_grey(tmp_path):
+    draw(tmp_path, grey=True, ext="jpg")
+    assert load("folder", tmp_path, held_out=0.1, channels=0, image_size=8).channels == 1
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "im9.jpg")
+    assert load("folder", tmp_path, held_out=0.1, channels=0, image_size=8).channels == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["file,y", "im0.png,a", "no.png,b"], "names no.png, which is not an image of"),
+        (["file,y", "im0.png,a", "im0.png,a"], "names im0.png twice"),
+        (["file,y", "im0.png,a,b"], "line 2: 3 cells, the header has 2"),
+        (["file,y", "im0.png,"], "column 'y' is empty"),
+        (["file,y", "im0.png,a"], "gives no class of"),
+        (["file,x", "im0.png,a"], "no column 'y'"),
+        (["file,y,note", *(f"im{i}.png,{i % 2},n{i}" for i in range(120))], "120 different words"),
+        (["file"], "no table of labels"),
+        (["<html><body>no"], "is a web page"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_by_its_line_or_column(tmp_path, lines, words):
+    draw(tmp_path, 120, size=(8, 8))
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=words):
+        load("folder", tmp_path, labels="labels.csv", class_column="y")
+
+
+def test_a_folder_that_does_not_fit_is_refused(tmp_path):
+    def refused(words, **options):
+        with pytest.raises(UserError, match=words):
+            load("folder", tmp_path, "train", held_out=0.1, need_classes=True, image_size=8, **options)
+
+    draw(tmp_path, 3, "classes")
+    refused("holds 3 image")
+    draw(tmp_path, 12)  # flat, beside sub-folders
+    refused("images beside sub-folders")
+    for name in ("k0", "k1", "k2"):
+        shutil.rmtree(tmp_path / name)
+    refused("has no classes")
+    (tmp_path / "only").mkdir()
+    for path in tmp_path.glob("*.png"):
+        path.rename(tmp_path / "only" / path.name)
+    refused(r"has one class \(only\)")
+    shutil.rmtree(tmp_path / "only")
+    draw(tmp_path, 60, "splits")
+    shutil.rmtree(tmp_path / "test" / "k1")
+    refused("test has no image of class k1")
+    shutil.rmtree(tmp_path / "test")
+    refused("holds train/ alone")
+
+
+# ---- LBAE
+
+TINY_LBAE = ("width=4", "zsize=16", "img_size=32", "batch_size=16", "epochs_max=1", "device=cpu", "tensorboard=0")
+
+
+def test_lbae(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("METRICS_CACHE", str(tmp_path / "cache"))
+    # relative places: the evaluation below is called from another folder
+    lbae_folder.main(["data_root=mine", "labels=mine/labels.csv", "exp=exp/own", *TINY_LBAE])
+    assert "54 training and 6 test images" in capsys.readouterr().err
+    stored = json.loads((tmp_path / "exp/own/models/best.json").read_text())["attribute_names"]
+    assert stored == ["y=k0", "y=k1", "y=k2", "bright", "colour=blue", "colour=green", "colour=red"]
+    words = ["eval", "gen", "exp=exp/own", "sample_method=int", "gen_imgs=9", "batch_size_test=2", "device=cpu"]
+    lbae_folder.main([*words, "set_attr=colour=red"])
+    named = np.load(tmp_path / "exp/own/prob_dim_6.npz")["means"]
+    with np.load(tmp_path / "exp/own/latents-last.npz") as latents:
+        codes = np.unpackbits(latents["codes"], axis=1, count=16) * 2.0 - 1
+        red = codes[latents["labels"][:, 6] == 1].mean(0)
+    np.testing.assert_allclose(np.sort(red), named)
+    assert "did you mean 'colour=red'" in refusal(capsys, lbae_folder.main, *words, "set_attr=colour=rad")
+    monkeypatch.chdir(tmp_path / "exp/own")
+    protocol.main(["methods=cov", "device=cpu", "kid_subsets=3"])  # scores 6 images, which 64 components do not fit
+    assert "feat:pixel-pca5" in Path("results.txt").read_text()
+    assert Path("reconstructed_eval/sample_0_0.jpg").stat().st_size > 500
+
+
+def test_lbae_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "mine", 20)
+    (tmp_path / "mine/im7.png").write_bytes(b"\x89PNG no")
+    line = refusal(capsys, lbae_folder.main, "data_root=mine", "exp=e", *TINY_LBAE)
+    assert "mine/im7.png as an image" in line and not (tmp_path / "e/models").exists()
+    assert "goes with dataset=folder" in refusal(capsys, lbae_mnist.main, "labels=x.csv")
+
+
+# ---- small public sets
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch):
+    """MNIST's four files, of 40 images each, on a server that `prepare` takes for the published one."""
+    files, remotes = tmp_path / "files", []
+    files.mkdir()
+    rng = np.random.default_rng(0)
+    for part in ("train", "t10k"):
+        content = {
+            "images-idx3": struct.pack(">4i", 2051, 40, 28, 28) + rng.bytes(40 * 784),
+            "labels-idx1": struct.pack(">2i", 2049, 40) + bytes(i % 10 for i in range(40)),
+        }
+        for name, data in content.items():
+            (files / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(data))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(files))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    web = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=partial(web.serve_forever, poll_interval=0.01), daemon=True).start()
+    for path in sorted(files.iterdir()):
+        digest = hashlib.md5(path.read_bytes()).hexdigest()
+        remotes.append(Remote(path.name, (f"http://127.0.0.1:{web.server_port}/{path.name}",), "md5", digest))
+    source = prepare.SOURCES["mnist"]
+    monkeypatch.setitem(prepare.SOURCES, "mnist", replace(source, remotes=tuple(remotes)))
+    monkeypatch.setenv("OFFLINE", "0")
+    yield web
+    web.shutdown()
+    web.server_close()
+
+
+TRAIN_MNIST = ("width=2", "zsize=8", "batch_size=20", "epochs_max=1", "device=cpu", "tensorboard=0")
+
+
+def test_a_training_gets_mnist_by_itself(tmp_path, mirror, capsys):
+    words = (f"data_root={tmp_path / 'data'}", f"exp={tmp_path / 'e'}", *TRAIN_MNIST)
+    lbae_mnist.main(list(words))
+    said = [line for line in capsys.readouterr().err.splitlines() if "getting it" in line]
+    assert len(said) == 1 and "12 MB" in said[0] and "127.0.0.1" in said[0]
+    assert len(load("mnist", tmp_path / "data", "test")) == 40
+
+
+def test_a_download_with_another_digest_is_not_kept(tmp_path, mirror, monkeypatch, capsys):
+    source = prepare.SOURCES["mnist"]
+    wrong = tuple(replace(remote, digest="0" * 32) for remote in source.remotes)
+    monkeypatch.setitem(prepare.SOURCES, "mnist", replace(source, remotes=wrong))
+    words = (f"data_root={tmp_path / 'data'}", f"exp={tmp_path / 'e'}", *TRAIN_MNIST)
+    assert "not the published one" in refusal(capsys, lbae_mnist.main, *words)
+    assert not list((tmp_path / "data").rglob("*ubyte*"))
+
+
+@pytest.mark.parametrize("why", ["OFFLINE=1", "no network", "evaluation"])
+def test_without_network_or_training_nothing_is_downloaded(tmp_path, mirror, monkeypatch, capsys, why):
+    words = [f"data_root={tmp_path / 'data'}", f"exp={tmp_path / 'e'}", *TRAIN_MNIST]
+    if why == "OFFLINE=1":
+        monkeypatch.setenv("OFFLINE", "1")
+    elif why == "no network":
+        mirror.shutdown()
+        mirror.server_close()
+    if why == "evaluation":
+        line = refusal(capsys, lambda argv: load("mnist", tmp_path / "data", "test"))
+    else:
+        line = refusal(capsys, lbae_mnist.main, *words)
+    assert "mnist is not there" in line and "common.datasets.prepare mnist" in line
+    assert not list(tmp_path.glob("data/*"))
