@@ -191,6 +191,14 @@ def test_modularity_explicitness():
     assert random["explicitness_score_test"] == pytest.approx(0.5, abs=5 * 0.02)
 
 
+def test_explicitness_does_not_depend_on_the_units_of_the_codes():
+    factors = grid((3, 3), 30)
+    codes = factors + np.random.default_rng(4).normal(size=factors.shape)
+    first, second = (scores("modularity_explicitness", c, factors, held_out=True)["explicitness_score_test"]
+                     for c in (codes, [1e-3, 1e3] * codes + 5.0))  # fmt: skip
+    assert 0.7 < first < 0.99 and second == pytest.approx(first, abs=1e-6)
+
+
 def test_modularity_of_random_codes_falls_to_0_with_equal_biases():
     """Estimated informations of independent columns differ by sqrt(2 / df) only, so each code informs of all alike."""
     factors = np.random.default_rng(0).integers(0, 32, size=(20_000, 3))

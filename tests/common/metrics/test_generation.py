@@ -61,6 +61,13 @@ def test_frechet_of_singular_covariances(rank):
     assert frechet_distance(zero, f @ f.T, zero, f @ f.T) == pytest.approx(0, abs=1e-8)
 
 
+def test_frechet_keeps_what_is_small_in_a_singular_covariance():
+    """Spectrum 1, 1e-10, 0 against 1, 1, 1: dropping the middle one would cost 2e-5."""
+    a, zero = np.array([1, 1e-10, 0]), np.zeros(3)
+    expected = np.square(np.sqrt(a) - 1).sum()
+    assert frechet_distance(zero, np.diag(a), zero, np.eye(3)) == pytest.approx(expected, rel=1e-9)
+
+
 def test_frechet_of_an_ill_conditioned_covariance():
     """Spectra over nine decades, as wide as those of network features: both routes agree with the closed form."""
     d = 60
