@@ -159,9 +159,9 @@ def passes(tests: str, limit: float) -> bool:
     child = os.fork()
     if child == 0:
         os.setsid()
-        with open(os.devnull, "r+") as nowhere:
-            for stream in (0, 1, 2):
-                os.dup2(nowhere.fileno(), stream)
+        with open(os.devnull) as nowhere, open("output.txt", "w") as output:
+            for stream, file in enumerate((nowhere, output, output)):
+                os.dup2(file.fileno(), stream)
         options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *shlex.split(tests)]
         os._exit(pytest.main(options, [FastestFirst(Path("seconds.json"))]))
     end = time.monotonic() + limit
@@ -208,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
             if files[path] not in limits:
                 start = time.monotonic()
                 if not passes(files[path], 3600):
+                    print(Path("output.txt").read_text()[-3000:])
                     parser.error(f"these tests fail without a mutant: {files[path]}")
                 limits[files[path]] = 60 + 5 * (time.monotonic() - start)
                 print(f"    unchanged: {files[path]} ({time.monotonic() - start:.0f} s)", flush=True)
