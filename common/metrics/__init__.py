@@ -1,8 +1,9 @@
-"""The measuring instruments: generation metrics here, disentanglement metrics in `common.metrics.disentanglement`.
+"""The measuring instruments: of generated images, and of a representation's disentanglement.
 
 The names below are loaded on first use, so that importing this package costs nothing:
 
-    from common.metrics import Statistics, frechet_distance, kernel_distance, load_images, make_extractor
+    from common.metrics import score, frechet_distance, kernel_distance  # images or features against others
+    from common.metrics import mig, dci, alignment_linear                # mig(codes, factors)
 """
 
 import importlib
@@ -22,6 +23,18 @@ _HOME = {
     "make_extractor": "features",
     "FeatureCache": "features",
     "score": "generation",
+    "mig": "disentanglement",
+    "modularity_explicitness": "disentanglement",
+    "sap_score": "disentanglement",
+    "irs": "disentanglement",
+    "dci": "disentanglement",
+    "dci_fast": "disentanglement",
+    "alignment_linear": "disentanglement",
+    "factor_vae_metric": "disentanglement",
+    "beta_vae_sklearn": "disentanglement",
+    "evaluate": "disentanglement",
+    "Arrays": "disentanglement",
+    "bin_factors": "disentanglement",
 }
 __all__ = list(_HOME)
 

@@ -58,11 +58,11 @@ def score(
 ) -> dict:
     """All `metrics` of `evaluated` against `reference` as a flat dict of numbers and strings, ready for JSON.
 
-    Each set: whatever `open_images` takes, a `Statistics`, or an .npz with `features` (n, d) or `mu` and `sigma`
-    (`fid` only, unless it holds `activations`). metrics: fid, kid, prd, ipr. features: a name for `make_extractor`
-    (`options` are its options) or an extractor. `cache`: keeps features on disk. `limit`: the first so many images.
-    PRD needs sets of one size and draws (by `seed`) that many rows from the larger one, with a warning. Sets whose
-    pixels, colour or file format differ are compared with a warning.
+    Each set: whatever `open_images` takes, an array or tensor of features (n, d), a `Statistics`, or an .npz with
+    `features` (n, d) or `mu` and `sigma` (`fid` only, unless it holds `activations`). metrics: fid, kid, prd, ipr.
+    features: for images, a name for `make_extractor` (`options` are its options) or an extractor. `cache`: keeps
+    features on disk. `limit`: the first so many images. PRD needs sets of one size and draws (by `seed`) that many rows
+    from the larger one, with a warning. Sets whose pixels, colour or file format differ are compared with a warning.
     Raises UserError for unknown metrics, unusable sets and options out of range.
     """
     metrics = tuple(dict.fromkeys(metrics))
@@ -121,6 +121,8 @@ def _open(source, limit: int | None, load: dict) -> Sample:
     name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
     if isinstance(source, Statistics):
         return Sample(name, statistics=source, extractor=source.extractor)
+    if getattr(source, "ndim", None) == 2:
+        return Sample(name, features=check_features(source[:limit], f"features ({name})"))
     if isinstance(source, (str, Path)) and Path(source).suffix == ".npz":
         arrays = read_npz(source)
         if "mu" in arrays and "sigma" in arrays:
@@ -153,11 +155,11 @@ def _describe(extractor: Extractor | None) -> dict:
     """Name, fingerprint, resize mode and comparability of the features."""
     if extractor is None:
         return {
-            "features": "from file",
+            "features": "given",
             "fingerprint": "",
             "resize": "",
             "comparable": False,
-            "note": "features read from files: their extractor decides what they may be compared to",
+            "note": "features as they were given: their extractor decides what they may be compared to",
         }
     return {
         "features": extractor.name,

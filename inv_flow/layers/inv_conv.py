@@ -94,11 +94,19 @@ class InverseConv2d(_TriangularConv2d):
     identity plus N(0, init_std^2). max_row_sum = rho in (0, 1) rescales each output channel's free taps so that the sum
     of |w| is rho at most, which certifies |x|_inf <= |y|_inf / (1 - rho); without it large weights make the solve
     explode while the log-determinant stays 0. Raises ValueError for arguments that do not fit.
+    `forward` and `inverse` return the image and its log-determinant, as the flows of normflows do.
+    Source: Inverse-Flow (Nagar & Varma, AISTATS 2025), section 3.
+
+        x, log_det = InverseConv2d(12, 3, "TL")(y)  # y, x (B, 12, H, W), log_det (B,)
     """
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """y (B, C, H, W) -> x (B, C, H, W) with conv(x) = y, and the log-determinant 0 (B,)."""
+        """y (B, C, H, W) -> x (B, C, H, W) with conv(x) = y, and the log-determinant 0 (B,) in nats."""
         return self.solve(y), _no_log_det(y)
+
+    def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) -> y = conv(x) (B, C, H, W), and the log-determinant 0 (B,)."""
+        return self.convolve(x), _no_log_det(x)
 
     def reverse(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> y = conv(x) (B, C, H, W)."""
@@ -106,7 +114,7 @@ class InverseConv2d(_TriangularConv2d):
 
 
 class MaskedConv2d(_TriangularConv2d):
-    """Masked convolution as a flow layer (FInC Flow): `forward` convolves, `reverse` solves.
+    """Masked convolution as a flow layer (FInC Flow): `forward` convolves, `reverse` and `inverse` solve.
 
     Arguments as in `InverseConv2d`.
     """
@@ -114,6 +122,10 @@ class MaskedConv2d(_TriangularConv2d):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) -> conv(x) (B, C, H, W), and the log-determinant 0 (B,)."""
         return self.convolve(x), _no_log_det(x)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """y (B, C, H, W) -> x (B, C, H, W) with conv(x) = y, and the log-determinant 0 (B,)."""
+        return self.solve(y), _no_log_det(y)
 
     def reverse(self, y: Tensor) -> Tensor:
         """y (B, C, H, W) -> x (B, C, H, W) with conv(x) = y."""
