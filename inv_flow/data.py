@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from common.batches import Batches
-from common.datasets import ArraySet, load, split, subset
+from common.datasets import ArraySet, data_root, folder, load, split, subset
 from common.errors import UserError
 from common.launch import Distributed
 from inv_flow.train.config import Config
 
 TRAIN_SIZES = {"mnist": 50_000, "cifar10": 40_000}  # the rest of the training file is the validation split
 IMAGENET_VAL = 20_000
+HELD_OUT = 0.1  # of a folder without train/ and test/
 HELD_BYTES = 4_000_000_000  # CelebA at 64 pixels takes half of it
 
 
@@ -58,7 +59,10 @@ def image_size(config: Config) -> tuple[int, int, int]:
         return channels, side or height, side or width
     if config.data_aug and name not in AUGMENTATIONS:
         raise UserError(f"data_aug: {name} has no augmentation; it is for {' and '.join(AUGMENTATIONS)}")
-    if name.startswith("imagenet"):
+    if name == "folder":
+        found = folder.look(data_root(config.data_root))
+        size = (found.channels, side or found.height, side or found.width)
+    elif name.startswith("imagenet"):
         own = int(name.removeprefix("imagenet") or side or 32)
         if own not in (32, 64) or side not in (0, own):
             raise UserError(f"resolution={side}: {name} is published at 32 and 64 pixels; set dataset=imagenet and one "
@@ -81,12 +85,12 @@ def noise_images(n: int, size: tuple[int, ...], seed: int) -> ArraySet:
 def datasets(config: Config) -> tuple:
     """(train, val, test) sets of `config.dataset`. Raises UserError where they are absent."""
     name, root, side = config.dataset, config.data_root, config.resolution
-    options = {"image_size": side} if side else {}
-    size = image_size(config)
+    options: dict = {"image_size": side} if side else {}
+    size, fetch = image_size(config), not config.evaluate
     if config.test:
         train, val, test = (noise_images(n, size, config.seed + i) for i, n in enumerate((1000, 200, 200)))
     elif name in TRAIN_SIZES:
-        plain, test = load(name, root, "train", **options), load(name, root, "test", **options)
+        plain, test = load(name, root, "train", fetch, **options), load(name, root, "test", **options)
         source = load(name, root, "train", transform=AUGMENTATIONS[name](), **options) if config.data_aug else plain
         train = subset(source, indices=np.arange(min(TRAIN_SIZES[name], len(source) * 5 // 6)))
         val = subset(plain, indices=np.arange(len(train), len(plain)))
@@ -97,7 +101,13 @@ def datasets(config: Config) -> tuple:
     elif name == "celeba":
         train, val, test = (load(name, root, part, image_size=side or 64) for part in ("train", "valid", "test"))
     else:
-        whole, test = load(name, root, "train", **options), load(name, root, "test", **options)
+        if name == "folder":
+            own = size[1:] if not side and folder.look(data_root(root)).own else None
+            options = {"image_size": None if own else size[1], "channels": size[0]}
+            options |= {"held_out": HELD_OUT, "seed": config.seed}
+        whole, test = load(name, root, "train", fetch, **options), load(name, root, "test", **options)
+        if name == "folder":
+            whole, test = whole.in_memory(), test.in_memory()
         val, train = split(whole, [len(whole) // 8, len(whole) - len(whole) // 8], config.seed)
     if config.n_train:
         train = subset(train, n=min(config.n_train, len(train)), seed=config.seed)
@@ -118,7 +128,7 @@ def loaders(config: Config, dist: Distributed) -> tuple[tuple[int, int, int], tu
     }  # fmt: skip
     evaluation = {**options, "shuffle": False, "drop_last": False}
     return size, (
-        Batches(train, config.batch_size, **options),
+        Batches(train, config.batch_size, **(evaluation if config.evaluate else options)),
         Batches(val, config.batch_size, **evaluation),
         Batches(test, config.batch_size, **evaluation),
     )

@@ -66,6 +66,17 @@ class FlowModel(FlowSequential):
         """n images (n, C, H, W) of integers in 0..levels-1; every latent is temperature * N(0, I)."""
         return self.sample(n, self.latent_sizes, temperature).clamp(0, self.levels - 1)
 
+    @property
+    def padding_note(self) -> str:
+        """What bits per dimension count, in words, where the images are padded; else ""."""
+        if not isinstance(self.layers[0], Pad2d):
+            return ""
+        channels, height, width = self.image_size
+        left, right, top, bottom = self.layers[0].padding
+        padded = f"{height + top + bottom}x{width + left + right}"
+        return (f"images {channels}x{height}x{width} are padded to {padded} so that they squeeze; bits/dim count the "
+                f"{math.prod(self.image_size):,} real dimensions")  # fmt: skip
+
     def set_exact(self, exact: bool) -> None:
         """Let self-normalising layers use the exact log-determinant and inverse (True) or the learned ones (False)."""
         for module in self.modules():
@@ -141,9 +152,15 @@ def create_model(config: Config) -> FlowModel:
     if config.image_size is None or len(config.image_size) != 3:
         raise UserError(f"image_size={config.image_size}: expected channels,height,width")
     channels, height, width = config.image_size
-    layers: list[nn.Module] = [Pad2d(config.padding)] if config.padding else []
-    layers += preprocessing(config.alpha, config.levels)
     height, width = height + 2 * config.padding, width + 2 * config.padding
+    bottom = right = 0
+    if config.dataset == "folder" and not config.fc:  # images of any size
+        multiple = 2 ** (config.num_blocks - (not config.first_squeeze))
+        bottom, right = -height % multiple, -width % multiple
+    pad = config.padding or bottom or right
+    layers: list[nn.Module] = [Pad2d(config.padding, bottom, right)] if pad else []
+    layers += preprocessing(config.alpha, config.levels)
+    height, width = height + bottom, width + right
     if config.fc:
         return fully_connected(config, layers, (channels, height, width))
     latents, index, total = [], 0, config.num_blocks * config.steps

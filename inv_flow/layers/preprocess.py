@@ -100,22 +100,23 @@ class Flatten(FlowLayer):
 
 
 class Pad2d(FlowLayer):
-    """Zero padding by `padding` pixels on each side, so that a third squeeze divides 28 x 28; reverse crops.
+    """Zero padding by `padding` pixels on each side, so that a third squeeze divides 28 x 28, and by more at the
+    `bottom` and on the `right`; reverse crops.
 
     It stands before `Dequantization`: the flow is then a density on the padded integer image, whose border is always 0,
     and -log p over the unpadded pixel count bounds their bits per dimension from above.
     """
 
-    def __init__(self, padding: int):
+    def __init__(self, padding: int, bottom: int = 0, right: int = 0):
         super().__init__()
-        self.padding = padding
+        self.padding = (padding, padding + right, padding, padding + bottom)  # left, right, top, bottom
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return F.pad(x, (self.padding,) * 4), no_log_det(x)
+        return F.pad(x, self.padding), no_log_det(x)
 
     def reverse(self, z: Tensor) -> Tensor:
-        p = self.padding
-        return z[:, :, p : z.shape[2] - p, p : z.shape[3] - p]
+        left, right, top, bottom = self.padding
+        return z[:, :, top : z.shape[2] - bottom, left : z.shape[3] - right]
 
 
 def preprocessing(alpha: float = 1e-6, levels: int = 256) -> list[FlowLayer]:

@@ -22,7 +22,7 @@ from common.options import (
     option,
 )
 
-DATASETS = ("mnist", "cifar10", "imagenet", "imagenet32", "imagenet64", "celeba", "digits")
+DATASETS = ("mnist", "cifar10", "imagenet", "imagenet32", "imagenet64", "celeba", "digits", "folder")
 LAYERS = ("inverse", "none", "glow", "finc", "emerging", "convexp", "snf", "unit")
 
 
@@ -60,7 +60,11 @@ class Config(Options):
         None, "folder of the data sets (default: DATA_ROOT or data/)", group="data", resume="change"
     )
     resolution: int = option(
-        0, "side of the images: celeba (64), imagenet (32), others resized (0: their own)", group="data", ge=0, le=1024
+        0,
+        "side of the images: celeba (64), imagenet (32), others resized (0: their own; folder: 64 at most)",
+        group="data",
+        ge=0,
+        le=1024,
     )
     data_aug: bool = option(False, "random crops (mnist), shifts and flips (cifar10) of training images", group="data")
     n_train: Whole = option(0, "use only that many training images, drawn by the seed (0: all)", group="data")

@@ -143,6 +143,8 @@ class Experiment:
         training.run.info(
             f"{self.config.name}: {parameters:,} parameters, {self.dist.world} process(es) on {self.dist.device}"
         )
+        if note := self.model.padding_note:
+            training.run.info(note)
         self.model.set_exact(not self.config.modified_grad)
         if training.step == 0:
             batch = next(iter(batches_of(self.loaders["train"])))

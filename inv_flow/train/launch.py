@@ -115,6 +115,8 @@ def evaluate_run(config: Config, given: dict[str, Any]) -> None:
     model = make_model(config)
     load_into(model, tensors, weights)
     model.to(dist.device).eval()
+    if model.padding_note:
+        print(model.padding_note)
     model.set_exact(not config.modified_grad)
     try:
         _, (_, val, test) = loaders(config, dist)

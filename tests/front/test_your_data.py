@@ -23,6 +23,7 @@ from PIL import Image
 from common.datasets import load, prepare
 from common.datasets.download import Remote
 from common.errors import UserError, run_command
+from inv_flow import inv_flow_mnist
 from lbae import folder as lbae_folder
 from lbae import mnist as lbae_mnist
 from lbae import protocol
@@ -174,6 +175,36 @@ def test_lbae_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     line = refusal(capsys, lbae_folder.main, "data_root=mine", "exp=e", *TINY_LBAE)
     assert "mine/im7.png as an image" in line and not (tmp_path / "e/models").exists()
     assert "goes with dataset=folder" in refusal(capsys, lbae_mnist.main, "labels=x.csv")
+
+
+# ---- Inverse-Flow
+
+TINY_FLOW = ("--dataset", "folder", "--block_size", "1", "--coupling_width", "4", "--split_width", "4", "--epochs", "1",
+             "--n_samples", "4", "--device", "cpu", "--out", "run")  # fmt: skip
+
+
+def test_inverse_flow_pads_what_does_not_squeeze_and_counts_the_real_dimensions(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "mine", grey=True, ext="jpg", size=(15, 21))
+    monkeypatch.chdir(tmp_path)
+    inv_flow_mnist.main(["--data_root", "mine", "--batch_size", "8", *TINY_FLOW])
+    text = capsys.readouterr().err
+    assert "images 1x15x21 are padded to 16x24" in text and "count the 315 real dimensions" in text
+    inv_flow_mnist.main(["--evaluate", "--dataset", "folder", "--data_root", "mine", "--out", "run", "--device", "cpu"])
+    found = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert found["test_bpd"] == pytest.approx(found["test_nll"] / (315 * np.log(2)), rel=1e-6)
+    assert found["recon_images"] == 6 and found["recon_max_grey"] < 0.01
+    with Image.open(tmp_path / "run/samples/evaluation.png") as picture:
+        assert picture.size == (10 * (21 + 2) + 2, 10 * (15 + 2) + 2)  # cropped to the real ones
+
+
+def test_inverse_flow_makes_pictures_of_many_sizes_one(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "mine", layout="splits")
+    monkeypatch.chdir(tmp_path)
+    inv_flow_mnist.main(["--data_root", "mine", "--batch_size", "8", "--resolution", "12", *TINY_FLOW])
+    assert json.loads((tmp_path / "run/config.json").read_text())["image_size"] == [3, 12, 12]
+    (tmp_path / "mine/train/k1/im1.png").write_bytes(b"no")
+    words = ["--data_root", "mine", "--batch_size", "8", *TINY_FLOW, "--overwrite"]
+    assert "k1/im1.png as an image" in refusal(capsys, inv_flow_mnist.main, *words)
 
 
 # ---- small public sets
