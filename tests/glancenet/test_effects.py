@@ -21,79 +21,55 @@ FACTOR = f"{GLANCE} --loss_terms FACTORVAE --size_layer_disc 8 --lr_D 0.01 --w_t
 IFCVAE = "--alg IFCVAE --encoder ShallowGaussianLinear PadlessConv64 --size_layer_disc 8 --include_labels 1"
 GROWN = " --max_c 3000 --iterations_c 1"  # above the KL: below it the capacity moves no gradient
 CAPACITY = f"{GLANCE} --controlled_capacity_increase true"
-DIP = f"{GLANCE} --loss_terms DIPVAEI"
+MEASURED = "--metric_train 100 --metric_eval 100"
 DRAWN = f"{GLANCE} --file_save true --gif_save false --traverse_z true"
-TEST = "eval_results/test_metrics.csv"
-# option: (another value, the call that it changes, where the change shows: the weights or a file)
-EFFECTS = {
-    "alg": ("VAE", GLANCE, "weights"),
-    "encoder": ("PadlessGaussianConv64", GLANCE, "weights"),
-    "decoder": ("DeepLinear", GLANCE, "weights"),
-    "z_dim": ("9", GLANCE, "weights"),
-    "z_class": ("4", GLANCE, "weights"),
-    "num_layer_disc": ("3", FACTOR, "weights"),
-    "size_layer_disc": ("9", FACTOR, "weights"),
-    "loss_terms": ("INFOVAE", GLANCE, "weights"),
-    "w_recon": ("0.5", GLANCE, "weights"),
-    "w_kld": ("3", GLANCE, "weights"),
-    "label_weight": ("50", GLANCE, "weights"),
-    "latent_weight": ("50", GLANCE, "weights"),
-    "latent_loss": ("BCE", GLANCE, "weights"),
-    "masking_fact": ("40", GLANCE, "weights"),
-    "conditional_prior": ("true", GLANCE, "weights"),
-    "cluster_dim": ("3", PRIOR, "weights"),
-    "classification_epoch": ("0.3", GLANCE, "weights"),
-    "controlled_capacity_increase": ("true", GLANCE + GROWN, "weights"),
-    "max_c": ("1", CAPACITY + GROWN, "weights"),
-    "iterations_c": ("1", CAPACITY, "weights"),
-    "w_tc": ("9", FACTOR, "weights"),
-    "w_infovae": ("90", f"{GLANCE} --loss_terms INFOVAE", "weights"),
-    "w_dipvae": ("9", DIP, "weights"),
-    "lambda_od": ("9", DIP, "weights"),
-    "lambda_d_factor": ("1", DIP, "weights"),
-    "w_le": ("9", IFCVAE, "weights"),
-    "w_aux": ("9", IFCVAE, "weights"),
-    "batch_size": ("6", GLANCE, "weights"),
-    "max_iter": ("4", GLANCE, "weights"),
-    "max_epoch": ("0.5", GLANCE, "weights"),
-    "lr_G": ("0.02", GLANCE, "weights"),
-    "lr_D": ("0.02", FACTOR, "weights"),
-    "beta1": ("0.5", GLANCE, "weights"),
-    "beta2": ("0.9", GLANCE, "weights"),
-    "warmup_epochs": ("3", GLANCE, "weights"),
-    "lr_scheduler_args": ("gamma=0.1", f"{GLANCE} --lr_scheduler ExponentialLR --lr_scheduler_args gamma=0.9 "
-                          "--schedulers_iter 1", "weights"),
-    "w_recon_scheduler_args": ("target_value=0 epochs=1", f"{GLANCE} --w_recon_scheduler LinearScheduler "
-                               "--w_recon_scheduler_args target_value=9 epochs=1 --schedulers_iter 1", "weights"),
-    "schedulers_iter": ("1", f"{GLANCE} --lr_scheduler ExponentialLR --lr_scheduler_args gamma=0.1", "weights"),
-    "sprites_sizes": ("3 1 1 3 4", GLANCE, "weights"),
-    "include_labels": ("1", GLANCE, "weights"),
-    "n_classes": ("3", GLANCE, "weights"),
-    "seed": ("5", GLANCE, "weights"),
-    "amp": ("true", GLANCE, "weights"),
-    "max_eval_images": ("1", GLANCE, TEST),
-    "mc_samples": ("3", GLANCE, TEST),
-    "osr_quantile": ("0.5", GLANCE, "train_runs/thr_rec.csv"),
-    "osr_sample": ("true", GLANCE, "train_runs/thr_y.csv"),
-    "evaluation_metric": ("mig", GLANCE + " --metric_train 100 --metric_eval 100", "eval_results/dis_metrics.csv"),
-    "metric_train": ("200", GLANCE + " --metric_train 100 --metric_eval 100 --evaluation_metric mig",
-                     "eval_results/dis_metrics.csv"),
-    "test_iter": ("1", GLANCE, TEST),
-    "evaluate_iter": ("1", GLANCE + " --metric_train 100 --metric_eval 100 --evaluation_metric mig --test_iter 1",
-                      "eval_results/dis_metrics.csv"),
-    "float_iter": ("1", GLANCE, "run/metrics.csv"),
-    "all_iter": ("1", GLANCE, "run/metrics.csv"),
-    "treat_iter_as_epoch": ("true", GLANCE + " --test_iter 1", TEST),
-    "show_loss": ("1", GLANCE + " --float_iter 100", "run/metrics.csv"),
-    "file_save": ("true", GLANCE, "x/recon.jpg"),
-    "gif_save": ("true", DRAWN, "x/gif_rand0.gif"),
-    "traverse_min": ("-1", DRAWN, "x/traverse_rand0.jpg"),
-    "traverse_max": ("1", DRAWN, "x/traverse_rand0.jpg"),
-    "traverse_spacing": ("1", DRAWN, "x/traverse_rand0.jpg"),
-    "traverse_z": ("true", f"{GLANCE} --file_save true", "x/traverse_rand0.jpg"),
-    "traverse_l": ("true", f"{GLANCE} --file_save true", "x/traverse_rand0.jpg"),
-    "traverse_c": ("true", "--alg CVAE --include_labels 1 --file_save true", "x/traverse_rand0.jpg"),
+# options that change the trained weights, each with another value, by the call in which they do
+WEIGHTS = {
+    GLANCE: {
+        "alg": "VAE", "encoder": "PadlessGaussianConv64", "decoder": "DeepLinear", "z_dim": "9", "z_class": "4",
+        "loss_terms": "INFOVAE", "w_recon": "0.5", "w_kld": "3", "label_weight": "50", "latent_weight": "50",
+        "latent_loss": "BCE", "masking_fact": "40", "conditional_prior": "true", "classification_epoch": "0.3",
+        "batch_size": "6", "max_iter": "4", "max_epoch": "0.5", "lr_G": "0.02", "beta1": "0.5", "beta2": "0.9",
+        "warmup_epochs": "3", "sprites_sizes": "3 1 1 3 4", "include_labels": "1", "n_classes": "3", "seed": "5",
+        "amp": "true",
+    },
+    PRIOR: {"cluster_dim": "3"},
+    GLANCE + GROWN: {"controlled_capacity_increase": "true"},
+    CAPACITY + GROWN: {"max_c": "1"},
+    CAPACITY: {"iterations_c": "1"},
+    FACTOR: {"num_layer_disc": "3", "size_layer_disc": "9", "w_tc": "9", "lr_D": "0.02"},
+    f"{GLANCE} --loss_terms INFOVAE": {"w_infovae": "90"},
+    f"{GLANCE} --loss_terms DIPVAEI": {"w_dipvae": "9", "lambda_od": "9", "lambda_d_factor": "1"},
+    IFCVAE: {"w_le": "9", "w_aux": "9"},
+    f"{GLANCE} --lr_scheduler ExponentialLR --lr_scheduler_args gamma=0.9 --schedulers_iter 1": {
+        "lr_scheduler_args": "gamma=0.1"},
+    f"{GLANCE} --lr_scheduler ExponentialLR --lr_scheduler_args gamma=0.1": {"schedulers_iter": "1"},
+    f"{GLANCE} --w_recon_scheduler LinearScheduler --w_recon_scheduler_args target_value=9 epochs=1 "
+    "--schedulers_iter 1": {"w_recon_scheduler_args": "target_value=0 epochs=1"},
 }  # fmt: skip
+# those that change a file, by the file and the call
+FILES = {
+    ("eval_results/test_metrics.csv", GLANCE): {"max_eval_images": "1", "mc_samples": "3", "test_iter": "1"},
+    ("eval_results/test_metrics.csv", f"{GLANCE} --test_iter 1"): {"treat_iter_as_epoch": "true"},
+    ("train_runs/thr_rec.csv", GLANCE): {"osr_quantile": "0.5"},
+    ("train_runs/thr_y.csv", GLANCE): {"osr_sample": "true"},
+    ("eval_results/dis_metrics.csv", f"{GLANCE} {MEASURED}"): {"evaluation_metric": "mig"},
+    ("eval_results/dis_metrics.csv", f"{GLANCE} {MEASURED} --evaluation_metric mig"): {"metric_train": "200"},
+    ("eval_results/dis_metrics.csv", f"{GLANCE} {MEASURED} --evaluation_metric mig --test_iter 1"): {
+        "evaluate_iter": "1"},
+    ("run/metrics.csv", GLANCE): {"float_iter": "1", "all_iter": "1"},
+    ("run/metrics.csv", f"{GLANCE} --float_iter 100"): {"show_loss": "1"},
+    ("x/recon.jpg", GLANCE): {"file_save": "true"},
+    ("x/gif_rand0.gif", DRAWN): {"gif_save": "true"},
+    ("x/traverse_rand0.jpg", DRAWN): {"traverse_min": "-1", "traverse_max": "1", "traverse_spacing": "1"},
+    ("x/traverse_rand0.jpg", f"{GLANCE} --file_save true"): {"traverse_z": "true", "traverse_l": "true"},
+    ("x/traverse_rand0.jpg", "--alg CVAE --include_labels 1 --file_save true"): {"traverse_c": "true"},
+}  # fmt: skip
+EFFECTS = {
+    name: (value, call, where)
+    for (where, call), options in ({("weights", call): options for call, options in WEIGHTS.items()} | FILES).items()
+    for name, value in options.items()
+}
 # options without such a line, and why
 ELSEWHERE = {
     "discriminator": "one choice is left for latents", "label_tiler": "one choice", "image_size": "one choice",
