@@ -5,6 +5,7 @@
     python scripts/results.py --check              exit code 2 and one line per problem
     python scripts/results.py --paper lbae         print one paper's part, write nothing
     python scripts/results.py --list               one line per row: state, id, what it is
+    python scripts/results.py --claims             write CLAIMS.md and the claims of README.md (scripts/claims.py)
     python scripts/results.py --add new.json       add or change rows that are still to do ("-" reads standard input)
 
 A row is one number of one model (scripts/templates/row.schema.json says what each key holds). `ours` is null while
@@ -34,6 +35,7 @@ if __name__ == "__main__":
     sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
 
 from common.errors import UserError, run_command, suggest
+from scripts.claims import between, render_claims
 from scripts.collect import asked_for, collect_row, read_json, read_value
 from scripts.experiments import problem
 from scripts.tables import (
@@ -75,7 +77,8 @@ def validate(row: Any, where: str) -> Row:
 def read_rows(root: Path) -> list[Row]:
     """All rows of root/results/*.json in the order of PAPERS, then of the file. Raises UserError."""
     rows: list[Row] = []
-    paths = sorted((root / "results").glob("*.json"), key=lambda path: [*PAPERS, path.stem].index(path.stem))
+    found = [path for path in (root / "results").glob("*.json") if path.stem != "claims"]
+    paths = sorted(found, key=lambda path: [*PAPERS, path.stem].index(path.stem))
     for path in paths:
         name = f"results/{path.name}"
         if path.stem not in PAPERS:
@@ -162,7 +165,7 @@ def counted(text: str, rows: list[Row]) -> str:
     full, small, left = counts(rows)
     line = (f"Of {len(rows)} numbers, {full} were measured at the paper's size, {small} by smaller or different runs, "
             f"{left} are not yet run.")  # fmt: skip
-    return re.sub(r"(?s)(<!-- counts -->\n).*?(\n<!-- end -->)", lambda found: found[1] + line + found[2], text)
+    return between(text, "counts", line)
 
 
 def check(root: Path, rows: list[Row]) -> list[str]:
@@ -176,6 +179,12 @@ def check(root: Path, rows: list[Row]) -> list[str]:
         problems.append("README.md counts the numbers wrong")
     if problems:
         problems.append("write it again: python scripts/results.py")
+    if (root / "results/claims.json").is_file():
+        problems += [
+            f"{path.name}: the claims differ from what their rows give: python scripts/results.py --claims"
+            for path, text in render_claims(root, rows).items()
+            if not path.is_file() or path.read_text(encoding="utf-8") != text
+        ]
     lost: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         problems += check_files(row, root)
@@ -254,13 +263,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="write nothing; exit code 2 when something does not fit")
     what.add_argument("--collect", nargs="?", const="", metavar="WHAT", help="a row, a table, a paper; all of them")
+    what.add_argument("--claims", action="store_true", help="write CLAIMS.md from results/claims.json and the rows")
     what.add_argument("--add", nargs="+", metavar="FILE", help="JSON snippets of rows; - is standard input")
     what.add_argument("--list", action="store_true", help="print state, id, setting and metric of every row")
     parser.add_argument("--paper", help="print this paper's part only; with --list, list it only")
     parser.add_argument("--out", type=Path, help="with --collect: also write what was collected as JSON")
     parser.add_argument("--root", type=Path, default=ROOT, help="another checkout of the repository")
     args = parser.parse_args(argv)
-    if args.paper is not None and (args.check or args.add or args.collect is not None):
+    if args.paper is not None and (args.check or args.claims or args.add or args.collect is not None):
         raise UserError("--paper goes with --list or alone")
     if args.paper is not None and args.paper not in PAPERS:
         raise UserError(f"unknown paper {args.paper!r}{suggest(args.paper, PAPERS)}: one of {', '.join(PAPERS)}")
@@ -313,13 +323,17 @@ def _change(root: Path, args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError; --check prints its problems on stderr first."""
     args = parse(argv)
-    if args.list or args.check or args.paper is not None:
+    if args.list or args.check or args.claims or args.paper is not None:
         rows = read_rows(args.root)
         shown = [row for row in rows if args.paper in (None, row["paper"])]
     if args.list:
         for row in shown:
             state = "to do" if row["ours"] is None else row["protocol"].split(":")[0]
             print(f"{state:8}{row['id']:48} {row['setting']}: {row['metric']} ({row['data']})")
+    elif args.claims:
+        for path, text in render_claims(args.root, rows).items():
+            write(path, text)
+            print(f"wrote {path}")
     elif args.paper is not None:
         print(render(rows, args.paper).rstrip())
     elif args.check:
