@@ -89,7 +89,7 @@ TRAIN = {
     "batch_size": "batch_size=8", "epochs_max": "epochs_max=1", "keep_last_models": "keep_last_models=1",
     "print_every_batch": "print_every_batch=1", "tensorboard": "tensorboard=1", "seed": "seed=1", "amp": "amp=1",
     "kl_weight": "vae=1 | kl_weight=5", "channels": "FOLDER channels=1 | channels=3",
-    "img_crop_size": "FOLDER channels=3 | img_crop_size=20",
+    "img_crop_size": "FOLDER channels=3 | img_crop_size=20", "held_out_seed": "FOLDER channels=3 | held_out_seed=1",
 }  # fmt: skip
 EVALUATION = {
     "eval_train": "| eval_train", "reload": "| reload=0", "batch_size_test": "| batch_size_test=6",
@@ -106,9 +106,9 @@ GENERATION = {
     "zclamp": "gen sample_method=random | zclamp=-0.4", "zclamp_min": "gen sample_method=random | zclamp_min=0.4",
 }  # fmt: skip
 ELSEWHERE = {
-    "device, cuda_device, parallel, tf32": "a GPU's; test_device.py",
+    "device, cuda_device, parallel, tf32, cuda_graph": "a GPU's; test_device.py",
     "workers, hold, deterministic": "same result: the test below",
-    "data_root": "where the data lie: test_files.py",
+    "data_root, labels": "which data: test_files.py, front/test_your_data.py",
     "l, resume, overwrite, exp, cfg, exp_suffix": "which experiment: test_commands.py, test_resume.py",
     "eval, dry_run": "which command: test_commands.py, test_options.py",
     "vae_model": "has one value",
