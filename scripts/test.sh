@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
-exec "${VENV:-.venv}/bin/python" -m pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile "$@"
+exec "${VENV:-.venv}/bin/python" -m pytest -n "${TEST_PROCESSES:-auto}" --dist loadfile --no-loadscope-reorder "$@"
