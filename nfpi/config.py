@@ -20,6 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from common import datasets
+from common.datasets import folder
 from common.errors import UserError, suggest
 from common.options import (
     Count,
@@ -44,6 +46,7 @@ from nfpi.augment import CNN_RECIPES, RECIPES
 from nfpi.layers import ConvType, FlowType
 from nfpi.model import FlowConfig, LevelMethod
 
+FOLDER, HELD_OUT, LARGEST = "folder", 0.1, 32  # a folder of one's own: held out without test/, largest side
 CONFIGS = Path(__file__).parent / "___configs"
 MAX_YAML_BYTES = 1_000_000
 
@@ -331,7 +334,9 @@ class Config(Options):
     label_encoder: LabelEncoder = same("the class band")
 
     dataset_name: str = same("an entry of dataset_info")
-    dataset_nf: str = same("<data_path>/<dataset_nf>/<dataset_nf>.pickle, or a set of common.datasets")
+    dataset_nf: str = same(
+        "<data_path>/<dataset_nf>/<dataset_nf>.pickle, or a set of common.datasets; folder: the images below data_path"
+    )
     dataset_classification: str = call("images of the real-data CNN; a path ending in .pickle: a generated set")
     data_path: str | None = change("folder of the data sets; null: the environment's DATA_ROOT, else data/")
     dataset_info: DatasetInfo = same("data sets")
@@ -592,7 +597,35 @@ def judge(values: DictConfig, name: str = "") -> Config:
     if not values.keys() & {"train", "val"}:
         raise UserError(f"configuration {name} begins with defaults: [base, _self_] and holds differences")
     values.pop("hydra", None)
+    if values["dataset_name"] == FOLDER:
+        found_in_folder(values)
     return Config.build(values)
+
+
+def found_in_folder(values: dict[str, Any]) -> None:
+    """Fill in what `dataset_info.folder` leaves to the images below data_path: channels, size, number, classes.
+
+    The size is the images' own up to 32 pixels, else a square of them, cut to what `num_levels` halves.
+    """
+    plain = {"train_ratio": 0.9, "augmentation": "noise", "cnn": "plain"}
+    info, root = values["dataset_info"].setdefault(FOLDER, {}), datasets.data_root(values["data_path"])
+    found = folder.look(root, LARGEST)
+    images = datasets.load(FOLDER, root, held_out=HELD_OUT, seed=values["seed"], need_classes=True)
+    step = 2 ** int(values["num_levels"])
+    height, width = (max(side // step, 1) * step for side in (found.height, found.width))
+    if (height, width) != (found.height, found.width):
+        height = width = min(height, width)  # resized: a square
+    facts = {"ch": found.channels, "h": height, "w": width, "train_size": len(images),
+             "num_classes": len(images.classes)}  # fmt: skip
+    info |= {name: value for name, value in {**plain, **facts}.items() if info.get(name) is None}
+
+
+def folder_options(config: Config) -> dict[str, Any]:
+    """How `common.datasets.load` gives the images of `dataset_info.folder`."""
+    info, found = config.dataset, folder.look(datasets.data_root(config.data_path), LARGEST)
+    own = found.own and (found.height, found.width) == (info.h, info.w)
+    return {"held_out": HELD_OUT, "seed": config.seed, "need_classes": True, "channels": info.ch,
+            "image_size": None if own else info.h}  # fmt: skip
 
 
 def _check_yaml(path: Path) -> None:

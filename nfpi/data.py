@@ -93,8 +93,10 @@ def from_arrays(part: Mapping[str, Any], classes: Sequence[Any], source: str | P
     return Images(images[:, None] if images.ndim == 3 else images, targets, tuple(str(c) for c in classes))
 
 
-def load_split(name: str, root: str | None, split: str) -> Images:
-    """The `train` or `test` images of data set `name` below `root` (None: see `common.datasets.data_root`)."""
+def load_split(name: str, root: str | None, split: str, **options: Any) -> Images:
+    """The `train` or `test` images of data set `name` below `root` (None: see `common.datasets.data_root`), with the
+    `options` of `common.datasets.load`.
+    """
     path = datasets.data_root(root) / name / f"{name}.pickle"
     if path.is_file():
         content = read_pickle(path)
@@ -106,7 +108,7 @@ def load_split(name: str, root: str | None, split: str) -> Images:
             f"no data set {name}: expected {path}, which python nfpi/extract_dataset.py {name} --folder FOLDER makes, "
             f"or one of {', '.join(datasets.names())}"
         )
-    loaded = datasets.load({"fashionmnist": "fashion_mnist"}.get(name, name), root=root, split=split)
+    loaded = datasets.load({"fashionmnist": "fashion_mnist"}.get(name, name), root=root, split=split, **options)
     images, targets = loaded.arrays()
     return Images(torch.as_tensor(images), torch.as_tensor(targets).long(), tuple(str(c) for c in loaded.classes or ()))
 

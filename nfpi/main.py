@@ -45,9 +45,11 @@ from common.options import check_resume, compare, flat
 from nfpi import augment, cnn
 from nfpi.conditional import ConditionalFlow
 from nfpi.config import (
+    FOLDER,
     Config,
     composed,
     config_place,
+    folder_options,
     help_text,
     judge,
     override_names,
@@ -88,8 +90,11 @@ def load_images(config: Config) -> tuple[Images, Images, Images]:
     def checked(images: Images, source: str) -> Images:
         return images.check(shape, info.num_classes, source)
 
-    train, test = (checked(load_split(config.dataset_nf, config.data_path, split), f"data set {config.dataset_nf}")
-                   for split in ("train", "test"))  # fmt: skip
+    options: dict[str, Any] = {"fetch": bool(config.train_nf or config.train_classifier)}
+    if config.dataset_nf == FOLDER:
+        options |= folder_options(config)
+    train, test = (checked(load_split(config.dataset_nf, config.data_path, split, **options),
+                           f"data set {config.dataset_nf}") for split in ("train", "test"))  # fmt: skip
     if name == config.dataset_nf or not config.train_classifier:
         return train, test, train
     if name.endswith(".pickle"):
@@ -220,6 +225,8 @@ def _stages(config: Config, output: Path, given: list[str], state: dict[str, Any
     check_files(config)
     config, model = loaded_model(config, given, dist.device)
     real, test, cnn_images = load_images(config)
+    shape = "x".join(map(str, real.images.shape[1:]))
+    notes.append(f"{len(real)} training and {len(test)} test images of {shape}, {config.dataset.num_classes} classes")
     if config.train_classifier and config.cnn_load_path:
         cnn.new_net(config)  # refuses weights that do not fit before hours of training
     if state is not None:

@@ -235,7 +235,7 @@ def _check_classes(train: _Items, test: _Items | None, root: Path) -> None:
     if len(present) < 2:
         what = f"one class ({present[0]})" if present else "no classes"
         raise UserError(f"{root} has {what}: two at least are needed; put the images of each into a sub-folder of its "
-                        "name, or name the classes in a CSV")  # fmt: skip
+                        "name")  # fmt: skip
     if test is None:
         alone = next((name for name, n in zip(names, counts, strict=True) if n == 1), None)
         if alone is not None:

@@ -27,6 +27,7 @@ from inv_flow import inv_flow_mnist
 from lbae import folder as lbae_folder
 from lbae import mnist as lbae_mnist
 from lbae import protocol
+from nfpi import main as nfpi_main
 
 COLOURS = ("blue", "green", "red")
 
@@ -205,6 +206,45 @@ def test_inverse_flow_makes_pictures_of_many_sizes_one(tmp_path, monkeypatch, ca
     (tmp_path / "mine/train/k1/im1.png").write_bytes(b"no")
     words = ["--data_root", "mine", "--batch_size", "8", *TINY_FLOW, "--overwrite"]
     assert "k1/im1.png as an image" in refusal(capsys, inv_flow_mnist.main, *words)
+
+
+# ---- NFPI
+
+TINY_NFPI = ("--config-path=___configs/folder", "--config-name=mean", "data_path=mine", "device=cpu", "num_levels=2",
+             "num_flows=[1,1]", "num_blocks=[1,1]", "hidden_channels=[4,4]", "train.epochs=1", "train.warmup_steps=1",
+             "classification.folder.epochs=1", "classification.resnet_version=18", "classification.stem=imagenet",
+             "temperature_sampling_for_results=0")  # fmt: skip
+
+
+def test_nfpi(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "mine", layout="classes", size=(18, 13))
+    monkeypatch.chdir(tmp_path)
+    nfpi_main.main(list(TINY_NFPI))
+    assert "54 training and 6 test images of 3x12x12, 3 classes" in capsys.readouterr().err
+    (results,) = tmp_path.glob("outputs/folder/mean/*/_/version_0/results.json")
+    found = json.loads(results.read_text())
+    assert found["finished"] and found["config"]["dataset_info"]["folder"]["num_classes"] == 3
+    assert 0 <= found["nf"]["acc"] <= 1 and 0 <= found["cnn"]["1.0"] <= 1
+    with Image.open(results.parent / "pictures/samples_2.png") as picture:
+        assert picture.size == (8 * 14 + 2, 8 * 14 + 2)
+
+
+def test_nfpi_takes_test_from_its_folder_and_grey_from_the_files(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "mine", layout="splits", grey=True, size=(8, 16))
+    monkeypatch.chdir(tmp_path)
+    nfpi_main.main([*TINY_NFPI, "train_classifier=0", "test_nf_alone=0"])
+    assert "48 training and 12 test images of 1x8x16" in capsys.readouterr().err
+
+
+def test_nfpi_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "mine", layout="classes")
+    (tmp_path / "mine/k1/im4.png").write_bytes(b"no")
+    assert "k1/im4.png as an image" in refusal(capsys, nfpi_main.main, *TINY_NFPI)
+    shutil.rmtree(tmp_path / "mine/k1")
+    shutil.rmtree(tmp_path / "mine/k0")
+    assert "mine has one class (k2)" in refusal(capsys, nfpi_main.main, *TINY_NFPI, "dry_run=1")
+    assert not list(tmp_path.rglob("version_*"))
 
 
 # ---- small public sets

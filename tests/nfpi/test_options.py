@@ -249,7 +249,7 @@ PUBLISHED = {
 
 def test_shipped_files_resolve_to_the_published_values():
     shipped = {f"{p.parent.name}/{p.stem}" for p in CONFIGS.glob("*/*.yaml") if p.parent.name != "level_method"}
-    assert shipped == DIFFERENCES.keys()
+    assert shipped - {"folder/mean"} == DIFFERENCES.keys()  # which is for one's own images
     base = flat(resolve(*config_place("___configs/cifar10", "mean"), []).as_dict())
     assert {name: base[name] for name in PUBLISHED} == PUBLISHED
     for name, differences in DIFFERENCES.items():
