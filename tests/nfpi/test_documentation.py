@@ -40,7 +40,7 @@ def documented():
 @pytest.mark.parametrize("command", documented())
 def test_documented_commands_compose(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for i in range(12 if "MYIMAGES" in command else 0):
+    for i in range(120 if "MYIMAGES" in command else 0):
         path = tmp_path / "MYIMAGES" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16)).save(path)
