@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from common.checkpoint import load_state, load_weights, read_json
 from common.launch import Distributed
+from common.options import flat
 from nfpi import cnn, data, main, sample
 from nfpi.conditional import STATE_KIND, ConditionalFlow
 from nfpi.config import Config, composed, config_place, without_effect
@@ -53,18 +54,22 @@ def run(folder, changes):
 
 
 def prints(folder):
-    """A digest of all that a run computed, and the names of its files."""
-    digest, names = hashlib.sha256(), []
+    """A digest of a run's weights, one of the sets that it generated, and all that it measured and wrote, by name."""
+    weights, sets, rows, names = hashlib.sha256(), hashlib.sha256(), [], []
     for path in sorted(folder.rglob("*")):
         names.append(path.relative_to(folder).as_posix())
         if path.suffix == ".safetensors":
             for key, tensor in sorted(load_weights(path)[0].items()):
-                digest.update(key.encode() + tensor.numpy().tobytes())
+                weights.update(key.encode() + tensor.numpy().tobytes())
+        elif path.suffix == ".pickle":
+            made = data.load_generated(path, ())
+            sets.update(made.images.numpy().tobytes() + made.targets.numpy().tobytes())
         elif path.name == "metrics.csv":
-            digest.update(path.read_bytes())
+            rows.append(path.read_text())
     results = read_json(folder / "results.json")
     figures = {stage: results.get(stage) for stage in ("nf", "cnn")}
-    return digest.hexdigest(), figures, [name for name in names if "/tb/" not in f"/{name}"]
+    return {"weights": weights.hexdigest(), "sets": sets.hexdigest(), "figures": (rows, figures),
+            "files": [name for name in names if "/tb/" not in f"/{name}"]}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,6 +100,16 @@ FPI = "val.gmm.fpi_info."
 MOVING = {f"{FPI}lambda_fpi_mu": 5, f"{FPI}lambda_fpi_sigma": 5, f"{FPI}interval_sigma": [0, 200],
           f"{FPI}identity_diag": False}  # fmt: skip
 LATE = {"train.epochs": 3, "val.gmm.merge_datasets_after": 3}
+BAND = {"val.gmm.gaussian_method_name": "one_conditioned_on_images"}
+# the gradient baseline: three moves of the Gaussians, along schedules with a knot on each side of the second
+GLEM = LATE | {"val.gmm.training_algorithm": "glem"}
+for _part in ("mu", "sigma"):
+    for _values, _first, _last in ((f"{_part}_lr", 0.1, 0.01), (f"lambda_kld_{_part}", 50, 5),
+                                   (f"lambda_nf_{_part}", 1, 0.2)):  # fmt: skip
+        GLEM |= {f"val.gmm.{_values}_arr": [_first, _last]}
+        GLEM |= {f"val.gmm.{_values}_steps{'_arr' if 'lr' in _values else ''}": [0, 3]}
+FREE = GLEM | {"val.gmm.reparam_name": "no_reparam"}
+STEEP = GLEM | {"val.gmm.use_adam_for_gradients": 0}  # Adam's direction hardly hangs on the gradient's size
 
 # option: another value, and what else both runs have
 FLOW = {
@@ -119,33 +134,118 @@ FLOW = {
     f"{FPI}use_isotropic_variance_when_training_mean": (0, {f"{FPI}identity_diag": False}),
     f"{FPI}sum_mu_diffs_arr_square": (0, MOVING), f"{FPI}interval_mu": ([-1, -1], {}),
     f"{FPI}interval_sigma": ([0, 200], {k: v for k, v in MOVING.items() if "interval" not in k}),
-    f"{FPI}pw_kld_factors_scale": (7, {}),
+    f"{FPI}pw_kld_factors_scale": (7, {}), f"{FPI}damping": (0.5, {}), f"{FPI}variance_update": ("exact", MOVING),
+    "amp": (1, {}), "label_encoder.pxh": (4, BAND), "label_encoder.iters": (0, BAND),
+    "nf_weights_load_path": ("TRAINED", {}), "gaussians_load_path": ("TRAINED", {}),
 }  # fmt: skip
+FIGURES_ALONE = {"test_every_n_epochs", "test_nf_alone", "num_test_alone", "test.batch_size",
+                 "test.uniform_noise_value"}  # fmt: skip
+GRADIENTS = {
+    "n_loops": (2, GLEM), "kld": (7, STEEP), "use_adam_for_gradients": (0, GLEM),
+    "reset_adam_after_first_iteration": (0, GLEM), "adam_beta1": (0.5, GLEM), "adam_beta2": (0.5, GLEM),
+    "reparam_name": ("no_reparam", GLEM), "reparam_method.sigmoid.a": (2.0, GLEM),
+    "reparam_method.sigmoid.b": (2.0, GLEM), "reparam_method.sigmoid.c": (0.5, GLEM),
+    "reparam_method.no_reparam.eps": (2.0, FREE), "reparam_method.no_reparam.init_value": (1.3, FREE),
+}  # fmt: skip
+for _part in ("mu", "sigma"):
+    GRADIENTS |= {
+        f"{_part}_lr_arr": ([0.2, 0.01], GLEM), f"{_part}_lr_steps_arr": ([0, 1], GLEM),
+        f"manual_sched_lr_{_part}": ("lin", GLEM), f"lambda_kld_{_part}_arr": ([50, 9], STEEP),
+        f"lambda_kld_{_part}_steps": ([0, 1], STEEP), f"manual_sched_lambda_kld_{_part}": ("geom", STEEP),
+        f"lambda_nf_{_part}_arr": ([0.5, 0.2], STEEP), f"lambda_nf_{_part}_steps": ([0, 1], STEEP),
+        f"manual_sched_lambda_nf_{_part}": ("lin", STEEP), f"kld_blank_{_part}": (1, GLEM),
+    }  # fmt: skip
+FLOW |= {f"val.gmm.{name}": row for name, row in GRADIENTS.items()}
 MIXED = {"classifier_nf_strategy": "mix_datasets"}
+REAL = {"classifier_nf_strategy": "do_not_use", "nf_load_path": ""}
+ODD = {"classification.digits.batch_size": 7}  # 20 images: a last batch that is not full
+ADAM = {"classification.optimizer_name": "adam", "classification.digits.epochs": 2, "classification.adam.steps": [1]}
+# of the CNNs: another value, what else both runs have, and where it shows
+CNNS = {
+    "T": (0.5, {}, "sets"), "sample_seed_start": (3, {}, "sets"), "num_imgs_scale": (0.03, {}, "sets"),
+    "dataset_info.digits.train_size": (2000, {}, "sets"), "mixing_nbr": (0.03, MIXED, "sets"),
+    "do_all_classifications": (0, {}, "files"), "cnn_load_path": ("CNN", {}, "files"),
+    "classifier_nf_strategy": ("mix_datasets", {}, "weights"), "dataset_info.digits.cnn": ("cifar", {}, "weights"),
+    "do_k_bits_posterize_transform": (1, REAL | {"bits": 2}, "weights"),
+    "dataset_classification": ("GENERATED", REAL, "weights"),
+    "classification.resnet_version": (34, {}, "weights"), "classification.stem": ("small", {}, "weights"),
+    "classification.drop_last": (False, ODD, "weights"), "classification.optimizer_name": ("adam", {}, "weights"),
+    "classification.sgd.weight_decay": (0.1, {}, "weights"), "classification.sgd.max_lr": (0.3, {}, "weights"),
+    "classification.adam.lr": (0.01, ADAM, "weights"), "classification.adam.steps_decay": (0.1, ADAM, "weights"),
+    "classification.adam.steps": ([9], ADAM | {"classification.adam.steps_decay": 0.1}, "weights"),
+    "classification.digits.epochs": (2, {}, "weights"), "classification.digits.batch_size": (9, {}, "weights"),
+    "classification.digits.imgs_per_class": (3, REAL, "weights"), "seed": (3, {}, "weights"),
+}  # fmt: skip
+FILES = {"TRAINED": "", "CNN": "nf_datasets/cnn.safetensors", "GENERATED": "pickle_datasets/ds_0.pickle"}
+ELSEWHERE = {
+    "train_nf, train_classifier, resume, nf_ckpt_path, nf_load_path": "the stages of a run: test_main, test_runs",
+    "variant, extra, dry_run": "the folder's name, the check alone: test_main, test_options",
+    "save_every_n_epochs, save_start_epoch, save_model_ckpt_every_n_epochs, temperature_sampling_for_results, "
+    "only_T": "the test of pictures and states below",
+    "dataset_name, dataset_nf, data_path, dataset_info.digits.ch, dataset_info.digits.h, dataset_info.digits.w, "
+    "dataset_info.digits.num_classes": "facts of the images, refused where they are wrong: test_data, test_runs",
+    f"{FPI}lambda_fpi_sigma": "with lambda_fpi_mu, to which it is equal",
+    "level_method.spcb": "has one value",
+    "classification.sgd.momentum": "without effect, as published and as it says: the test of the one cycle below",
+    "activation_checkpointing": "memory alone, the same gradients: test_model",
+    "device, deterministic, tf32, cuda_graph, torch_compile, torch_compile_mode": "a GPU's: the same flow, faster",
+    "wandb": "tests/test_wandb.py",
+}
 
 
-BEFORE: dict = {}
+def test_no_option_is_forgotten():
+    """The entries of the other data sets have those of the digits' options."""
+    elsewhere = {name for names in ELSEWHERE for name in names.split(", ")}
+    others = tuple(f"{group}.{name}." for group in ("dataset_info", "classification") for name in VALUES[group]
+                   if name in VALUES["dataset_info"] and name != "digits")  # fmt: skip
+    options = {name for name in flat(VALUES) if not name.startswith(others)}
+    assert options - {"cuda_graph"} == (set(FLOW) | set(CNNS) | elsewhere) - {"cuda_graph"}
 
 
-def unchanged(tmp_path_factory, changes):
-    """The prints of a run with these options, made once."""
-    key = str(sorted(changes.items()))
-    if key not in BEFORE:
-        BEFORE[key] = prints(run(tmp_path_factory.mktemp("before"), changes)[1])
-    return BEFORE[key]
+@functools.cache
+def few_test_images(*which):
+    images = data.load_split(*which)
+    return images.subset(torch.arange(60)) if which[-1] == "test" else images
 
 
-def pair(name, value, also):
-    changed = {name: value}
-    if name == f"{FPI}lambda_fpi_mu":
-        changed[f"{FPI}lambda_fpi_sigma"] = value
-    return also, also | changed
+@pytest.fixture(scope="module")
+def outcome(trained, tmp_path_factory):
+    """The prints of a run with some options, made once; some values stand for files of other runs."""
+    made, weights = {}, str(trained[0] / "checkpoints/flow.safetensors")
+    own = CNN | {"nf_load_path": weights}
+
+    def folder_of(changes):
+        key = str(sorted(changes.items()))
+        if key not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(main, "load_split", few_test_images)
+                made[key] = run(tmp_path_factory.mktemp("run"), changes)[1]
+        return made[key]
+
+    def file_of(value):
+        if value not in FILES:
+            return value
+        return weights if value == "TRAINED" else str(folder_of(own) / "0_exp_0_T1.0" / FILES[value])
+
+    def made_with(changes):
+        return prints(folder_of({k: file_of(v) if isinstance(v, str) else v for k, v in changes.items()}))
+
+    return made_with
 
 
 @pytest.mark.parametrize("name", FLOW)
-def test_an_option_changes_the_flow_or_its_figures(name, tmp_path, tmp_path_factory):
-    before, after = pair(name, *FLOW[name])
-    assert prints(run(tmp_path, after)[1]) != unchanged(tmp_path_factory, before)
+def test_an_option_changes_the_flow_or_its_figures(name, outcome):
+    value, also = FLOW[name]
+    both = {f"{FPI}lambda_fpi_sigma": value} if name == f"{FPI}lambda_fpi_mu" else {}
+    before, after = outcome(also), outcome(also | {name: value} | both)
+    assert (before["weights"] == after["weights"]) is (name in FIGURES_ALONE) and before != after
+
+
+@pytest.mark.parametrize("name", CNNS)
+def test_an_option_changes_the_cnn(name, outcome):
+    value, also, where = CNNS[name]
+    base = CNN | {"nf_load_path": "TRAINED"} | also
+    assert outcome(base | {name: value})[where] != outcome(base)[where]
 
 
 def test_pictures_and_states_are_written_when_asked(tmp_path, monkeypatch):
