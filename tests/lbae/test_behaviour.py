@@ -242,8 +242,8 @@ def test_the_best_epoch_is_that_of_the_lowest_test_loss(script, tmp_path, monkey
     assert (last["epoch"], last["loss_eval"], last["best"]) == (2, 2.0, 1.0)
 
 
-def test_a_path_leads_from_one_image_s_code_to_another_s(trained):
-    folder = trained()
+def test_a_path_leads_from_one_image_s_code_to_another_s(trained, tmp_path):
+    folder = Path(shutil.copytree(trained(), tmp_path / "exp"))
     params = experiment_params(folder, {"eval": True, "gen": True, "sample_method": "int", "batch_size_test": 3})
     state = read_checkpoint(folder / "models/last.cp")
     source = Trained(params, folder, stored(folder)[1], state, torch.device("cpu"))
