@@ -288,6 +288,36 @@ def test_prepare_downloads_and_puts_in_place(server, tmp_path, monkeypatch, caps
     assert len(server.requests) == asked  # nothing is fetched twice
 
 
+def test_every_option_of_the_command_changes_what_it_says(server, tmp_path, monkeypatch):
+    published, other = mnist_files(), mnist_files()
+    remotes = tuple(binary(server, name, content) for name, content in published.items())
+    server.files |= {f"mirror/{name}": server.files[name] for name in published}
+    for name in ("mnist", "fashion_mnist"):
+        monkeypatch.setitem(prepare.SOURCES, name, replace(prepare.SOURCES[name], remotes=remotes))
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "default"))
+    at_hand = str(zip_of(tmp_path / "other.zip", other))
+
+    def asked(*words):
+        server.requests.clear()
+        code = run_command(lambda: prepare.main(list(words)))
+        return code, {path.rpartition("/")[0] for path, _ in server.requests}
+
+    def fingerprint(root="default", name="mnist"):
+        return load(name, tmp_path / root).fingerprint()
+
+    assert asked("mnist") == (0, {""})
+    first = fingerprint()
+    assert asked("fashion_mnist") == (0, {""}) and fingerprint(name="fashion_mnist") != first
+    assert not (tmp_path / "there").exists()
+    assert asked("mnist", "--root", str(tmp_path / "there"), "--mirror", f"{server.url}/mirror") == (0, {"/mirror"})
+    assert fingerprint("there") == first
+    assert asked("mnist", "--root", str(tmp_path / "hand"), "--from", at_hand) == (0, set())
+    assert fingerprint("hand") != first
+    assert asked("mnist", "--from", at_hand) == (2, set()) and fingerprint() == first
+    assert asked("mnist", "--from", at_hand, "--force", "true") == (0, set()) and fingerprint() == fingerprint("hand")
+    assert asked("mnist") == (0, set()) and asked("mnist", "--force", "true") == (0, {""}) and fingerprint() == first
+
+
 def test_prepare_celeba_in_pieces(tmp_path):
     names = [f"{i:06}.png" for i in range(1, 5)]
     images = zip_of(tmp_path / "faces.zip", {f"img_align_celeba/img_align_celeba/{name}": png(8) for name in names})
