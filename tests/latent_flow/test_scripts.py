@@ -1,6 +1,7 @@
 """The users' commands, tiny, in a temporary folder: train, resume, evaluate, sample, traverse, the minimal example."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,31 @@ def test_sample_and_traverse(trained, capsys):
         "superpose_000_001.gif",
     }
     assert str(out) in capsys.readouterr().out
+
+
+def test_evaluations_and_pictures_hang_on_the_stored_weights_alone(trained, tmp_path):
+    """The same commands twice, and on a run that was stopped and resumed: the same files."""
+    found = []
+    for name in ("a", "b", "resumed"):
+        folder = tmp_path / name
+        if name == "resumed":
+            train_vae_scratch.main(["--smoke", "--out", str(folder), "--max-steps", "4", *CPU])
+            train_vae_scratch.main(["--smoke", "--out", str(folder), "--resume", *CPU])
+        else:
+            shutil.copytree(trained, folder)
+        torch.manual_seed(len(found))  # whatever ran before in the process
+        exp = ["--exp", str(folder), *CPU]
+        evaluate.main([*exp, "--images", "20", "--vp-pairs", "200"])
+        sample_vae.main([*exp, "--num-samples", "2", "--pool", "p"])
+        traverse_latent_space_vae.main([*exp, "--pool", "p", "--shift-steps", "4", "--gif", "--gif-size", "32"])
+        show_flows.main([*exp, "--samples", "2"])
+        own = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*")
+               if path.suffix in (".jpg", ".png", ".gif", ".txt")}  # fmt: skip
+        own.pop("log.txt")
+        found.append((json.loads((folder / "eval.json").read_text()), own))
+    assert len(found[0][1]) > 30 and "vp_score" in found[0][0]
+    assert found[0] == found[1]
+    assert found[0][1] == found[2][1] and found[0][0] | {"exp": 0} == found[2][0] | {"exp": 0}
 
 
 def test_show_flows(trained):

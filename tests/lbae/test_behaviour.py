@@ -339,6 +339,14 @@ def scored(tmp_path, monkeypatch):
     return score
 
 
+def test_scores_hang_on_the_images_alone(scored, tmp_path):
+    first = str(scored())
+    shutil.rmtree(tmp_path / "cache")
+    torch.manual_seed(5)
+    np.random.seed(5)
+    assert str(scored()) == first
+
+
 def test_f8_is_recall_and_its_inverse_precision(scored):
     few, blurred = scored().sections
     assert few.f8[0] < 0.5 * few.f8[1]  # what is shown is right, but little is shown
