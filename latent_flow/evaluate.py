@@ -34,6 +34,8 @@ from latent_flow.options import ToolOptions, is_dry, parse_tool
 from latent_flow.runs import load_run, run_or_release, saw_all, source_of
 from latent_flow.vp_score import vp_score
 
+LINEAR_IMAGES = 10_000  # training images that the linear predictor is fitted to
+
 
 class EvaluateOptions(ToolOptions):
     """Options of the evaluation."""
@@ -62,10 +64,12 @@ def evaluate(
     seed: int = 0,
     iteration: int = 0,
     vp_pairs: int = 0,
+    training: tuple[Any, np.ndarray] | None = None,
     write: Callable[[dict, bool], None] = lambda result, whole: None,
 ) -> dict:
     """All metrics on the items `rows`; `lines` of the result is the readable table; `vp_pairs` 0: no VP score.
 
+    `training` (source, rows) are the images to which the linear predictor of the same latent size is fitted.
     Expensive parts (importance weighting, exact determinants) use the first 500 and 100 rows; counts are in the result.
     A part that fails leaves the others: it is named in `failed`, and its error is raised at the end. `write(result,
     whole)` is called with all that was measured, `whole` being False after an interruption.
@@ -75,7 +79,7 @@ def evaluate(
     config = model.config
     result: dict = {"variant": config.variant, "dataset": config.dataset, "seed": seed, "iteration": iteration}
     try:
-        for name, measure in _parts(model, source, rows, result, seed, iteration, vp_pairs):
+        for name, measure in _parts(model, source, rows, result, seed, iteration, vp_pairs, training):
             try:
                 result[name] = measure()
             except Exception as error:
@@ -94,7 +98,14 @@ def evaluate(
 
 
 def _parts(
-    model: LatentFlow, source, rows: np.ndarray, result: dict, seed: int, iteration: int, vp_pairs: int
+    model: LatentFlow,
+    source,
+    rows: np.ndarray,
+    result: dict,
+    seed: int,
+    iteration: int,
+    vp_pairs: int,
+    training: tuple[Any, np.ndarray] | None,
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Name and measurement of each part; later ones read earlier ones from `result`."""
     config = model.config
@@ -104,7 +115,13 @@ def _parts(
     each = lambda measure: {name: measure(k) for k, name in enumerate(counted)}  # noqa: E731
     known = list(counted) == list(source.names)
     yield "active_units", lambda: metrics.active_units(model, source, rows)
-    yield "equivariance", lambda: each(lambda k: metrics.equivariance(model, source, rows, k, slab=slab, seed=seed))
+
+    def error(k: int) -> dict:
+        rank = config.latent_size
+        linear = metrics.LinearPredictor(model, *training, k, config.steps, rank) if training else None
+        return metrics.equivariance(model, source, rows, k, slab=slab, seed=seed, linear=linear)
+
+    yield "equivariance", lambda: each(error)
     matching = list(range(len(counted)))
     if config.variant == "weakly" and source.names:
         yield "index", lambda: metrics.index_accuracy(model, source, rows)
@@ -174,20 +191,25 @@ def _equivariance_lines(result: dict) -> list[str]:
     """The table of equivariance errors, trivial predictors beside the model, over T and the published T-1 frames."""
     lines = [
         f"equivariance error ({result['dataset']}, {result['variant']}), mean +- s.e. of the sum over frames",
-        f"{'transformation':>16} {'images':>6} {'T':>3} {'model':>16} {'x_0 same':>9} {'black':>9} {'dec(z_0)':>9} "
-        f"{'T-1: model':>10} {'x_0 same':>9} {'black':>9}",
+        f"{'transformation':>16} {'images':>6} {'T':>3} {'model':>16} {'x_0 same':>9} {'black':>9} {'linear':>9} "
+        f"{'dec(z_0)':>9} {'T-1: model':>10} {'x_0 same':>9} {'black':>9}",
     ]
     for name, entry in result["equivariance"].items():
         short = [entry[key]["upstream_protocol"] for key in ("model", "identity", "black")]
+        linear = f"{entry['linear']['mean']:>9.1f}" if "linear" in entry else "        -"
         lines.append(
             f"{name:>16} {entry['images']:>6} {entry['steps']:>3} "
             f"{entry['model']['mean']:>9.1f} +- {entry['model']['stderr']:<3.1f} {entry['identity']['mean']:>9.1f} "
-            f"{entry['black']['mean']:>9.1f} {entry['unmoved']['mean']:>9.1f} "
+            f"{entry['black']['mean']:>9.1f} {linear} {entry['unmoved']['mean']:>9.1f} "
             + " ".join("        -" if value is None else f"{value:>9.1f}" for value in short)
         )
     worse = [name for name, entry in result["equivariance"].items() if entry["model"]["mean"] >= entry["best_trivial"]]
     if worse:
         lines.append(f"no better than the best trivial predictor (x_0 same or black): {', '.join(worse)}")
+    worse = [name for name, entry in result["equivariance"].items()
+             if "linear" in entry and entry["model"]["mean"] >= entry["linear"]["mean"]]  # fmt: skip
+    if worse:
+        lines.append(f"no better than a linear model with as many numbers an image: {', '.join(worse)}")
     return lines
 
 
@@ -249,9 +271,12 @@ def main(argv: list[str] | None = None) -> None:
         write_json(folder / f"{name}{'' if whole else '.partial'}.json", result | {"split": args.split})
         print("\n".join(result.get("lines", [])))
 
+    seen = source_of(config, root, device, options["warp_centre"]) if has_test else source
+    training = seen, seen.split(options["seed"])[0][:LINEAR_IMAGES]
     evaluate(
-        model, source, rows[: args.images], seed=args.seed, iteration=iteration, vp_pairs=args.vp_pairs, write=write
-    )
+        model, source, rows[: args.images], seed=args.seed, iteration=iteration, vp_pairs=args.vp_pairs,
+        training=training, write=write,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from latent_flow import objective
@@ -71,14 +72,55 @@ def summary(errors: Tensor) -> dict:
     return {"mean": total.mean().item(), "stderr": spread, "per_step": errors.double().mean(1).tolist()}
 
 
+class LinearPredictor:
+    """What a linear model with as many numbers an image as the latent predicts of a transformation.
+
+    z is the first `rank` principal components of x_0, and each frame x_t the least-squares linear map of z, both fitted
+    to the training images `rows`. Of a transformation that is linear in the image, as zoom, rotation and the colouring
+    of a digit, that map is the transformation itself, applied to the components. Pixels are clamped to [0, 1].
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: LatentFlow, source, rows: np.ndarray, label: int, steps: int, rank: int):
+        def frames_of(part: np.ndarray, steps: int) -> Tensor:
+            return one_transformation(model, source, part, label, steps).flatten(2).cpu()
+
+        first = torch.cat([frames_of(part, 1)[0] for part in batches(rows)]).numpy()
+        self.pca = PCA(min(rank, *first.shape), svd_solver="randomized", random_state=0).fit(first)
+        gram, moment = 0.0, 0.0
+        for part in batches(rows):
+            frames = frames_of(part, steps)
+            z = self.components(frames[0])
+            gram, moment = gram + (z.mT @ z).double(), moment + (z.mT @ frames[1:]).double()
+        self.maps = (torch.linalg.pinv(gram, hermitian=True) @ moment).to(frames)  # (T, rank + 1, pixels)
+
+    def components(self, x: Tensor) -> Tensor:
+        """(B, pixels) -> components and a one (B, rank + 1)."""
+        z = torch.from_numpy(self.pca.transform(x.numpy()))
+        return torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x_0 (B, C, N, N) -> frames 1..T (T, B, C, N, N)."""
+        moved = self.components(x.flatten(1).cpu()) @ self.maps
+        return moved.clamp(0, 1).unflatten(2, x.shape[1:]).to(x)
+
+
 @torch.no_grad()
 def equivariance(
-    model: LatentFlow, source, rows: np.ndarray, label: int, *, steps: int = 0, slab: bool = True, seed: int = 0
+    model: LatentFlow,
+    source,
+    rows: np.ndarray,
+    label: int,
+    *,
+    steps: int = 0,
+    slab: bool = True,
+    seed: int = 0,
+    linear: LinearPredictor | None = None,
 ) -> dict:
     """Equivariance error of one transformation: E sum_t |x_t - dec(z_t)|_1, z_0 the posterior mean.
 
-    Beside it: one posterior sample as start, dec(z_0) unmoved, x_0 unchanged ("identity") and the black image, each
-    over frames 1..T and, as published, 1..T-1. `steps` beyond the trained T extrapolates.
+    Beside it: one posterior sample as start, dec(z_0) unmoved, x_0 unchanged ("identity"), the black image and the
+    `linear` predictor, each over frames 1..T and, as published, 1..T-1. `steps` beyond the trained T extrapolates.
     """
     steps = steps or model.config.steps
     generator = torch.Generator().manual_seed(seed)
@@ -96,6 +138,8 @@ def equivariance(
         predicted["unmoved"] = decode(model, mean[None]).expand_as(frames[1:])
         predicted["identity"] = frames[:1].expand_as(frames[1:])
         predicted["black"] = torch.zeros_like(frames[1:])
+        if linear is not None:
+            predicted["linear"] = linear(frames[0])
         for name, images in predicted.items():
             collected.setdefault(name, []).append(l1(images, frames[1:]).cpu())
     errors = {name: torch.cat(parts, dim=1) for name, parts in collected.items()}

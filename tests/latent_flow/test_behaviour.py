@@ -41,6 +41,7 @@ from latent_flow.options import (
 from latent_flow.reference import derivatives_ref, potential_ref, rotation_ref
 from latent_flow.rollout import log_abs_det_ref, rollout
 from latent_flow.runs import source_of
+from latent_flow.transforms import sequence
 
 TINY = ["--smoke", "--latent-size", "4", "--batch-size", "6", "--num-timesteps", "4", "--device", "cpu"]
 STEPS = ["--max-iter", "9", "--max-steps", "2"]  # no evaluation: the run is not at its end
@@ -386,6 +387,24 @@ def test_equivariance_error(steps, source):
     assert found["best_trivial"] == min(found["identity"]["mean"], found["black"]["mean"])
     np.testing.assert_allclose(found["ratio_to_identity"], found["model"]["mean"] / found["identity"]["mean"])
     assert found["images"] == 9 and found["steps"] == count
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_the_linear_predictor_moves_the_principal_components_exactly(label, source):
+    model, rows = tiny(), np.arange(9)
+    frames = source.labelled(rows, torch.full((9,), label), 2)
+    whole = metrics.LinearPredictor(model, source, rows, label, 2, 8)  # nine images span eight directions
+    torch.testing.assert_close(whole(frames[0]), frames[1:], rtol=0, atol=1e-9)
+    x = frames[0].flatten(1)
+    mean = x.mean(0)
+    directions = torch.linalg.svd(x - mean).Vh[:3]
+    kept = (mean + (x - mean) @ directions.mT @ directions).view_as(frames[0])
+    moved = sequence(kept[:, :1], torch.full((9,), label), 2)[1:].clamp(0, 1)  # red digits: one channel is enough
+    three = metrics.LinearPredictor(model, source, rows, label, 2, 3)
+    torch.testing.assert_close(three(frames[0]), moved, rtol=0, atol=1e-9)
+    found = metrics.equivariance(model, source, rows, label, linear=three)
+    error = (moved - frames[1:]).abs().sum((2, 3, 4))
+    np.testing.assert_allclose(found["linear"]["per_step"], error.mean(1), rtol=1e-6)
 
 
 def blind(model: LatentFlow, mean: float = 0.0, log_var: float = 0.0) -> LatentFlow:

@@ -369,6 +369,9 @@ def test_clips_are_trained_on_and_judged_by_their_later_frames(script, clips, tm
         assert len(frames["model"]["per_step"]) == 3
         bar = 3 * 16 * 2  # a bar where there was none, and the one that is gone
         assert abs(frames["identity"]["mean"] - 3 * bar) < 1e-2 and abs(frames["black"]["mean"] - 3 * bar / 2) < 1e-2
+        assert frames["linear"]["mean"] > 0 and ("linear model" in "".join(result["lines"])) == (
+            frames["model"]["mean"] >= frames["linear"]["mean"]
+        )
         assert result["vp_score"]["pairs"] == 120
         assert result["sequence_bounds"]["frames"]["marginal"] <= result["sequence_bounds"]["frames"]["shared"]
     assert "VP score" in capsys.readouterr().out
