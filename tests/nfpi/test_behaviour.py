@@ -411,13 +411,12 @@ def test_bayes_rule_and_likelihoods_by_their_definitions(model, trained):
 
 
 def test_tests_and_cnns_hang_on_the_stored_weights_alone(trained, tmp_path):
-    """The same command twice, whatever ran before in the process: the same figures, CNN and generated images."""
+    """The same command twice, and without its first stage: the same figures, CNN and generated images."""
     changes = CNN | {"test_nf_alone": 1, "nf_load_path": str(trained[0] / "checkpoints/flow.safetensors")}
-    found = []
-    for name in ("a", "b"):
-        torch.manual_seed(len(found))
-        found.append(prints(run(tmp_path / name, changes)[1]))
+    found = [prints(run(tmp_path / name, changes | more)[1])
+             for name, more in (("a", {}), ("b", {}), ("c", {"test_nf_alone": 0}))]  # fmt: skip
     assert found[0] == found[1] and found[0]["figures"][1]["nf"]["bpd"] == trained[1]["nf"]["bpd"]
+    assert all(found[0][part] == found[2][part] for part in ("weights", "sets"))
 
 
 def test_samples_are_a_function_of_weights_seed_and_options(trained, tmp_path):
