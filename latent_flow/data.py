@@ -4,21 +4,25 @@ A source answers two questions: `labelled` (one transformation a sequence; super
 (several, switching at every step; unsupervised). Frames are float (T+1, B, C, N, N) in [0, 1] on the source's device.
 """
 
+import contextlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from common import datasets
 from common.datasets.base import FactorSet
 from common.datasets.files import subfolders
 from common.datasets.readers import read_image
 from common.errors import UserError, suggest
-from common.images import list_pictures
+from common.images import list_pictures, natural_sorted
 from latent_flow import transforms
 
 # K flows, D-flag (twice the steps), image side, swept factors; the published settings where there are any
@@ -31,6 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "sprites": {"flows": 5, "timesteps": 12, "image_size": 64, "latent_size": 226, "channels": 1},
     "falcor3d": {"flows": 7, "timesteps": 10, "image_size": 128, "latent_size": 324, "channels": 3},
     "isaac3d": {"flows": 8, "timesteps": 8, "image_size": 128, "latent_size": 324, "channels": 3},
+    "folder": {"flows": 3, "timesteps": 16, "image_size": 64, "latent_size": 226, "channels": 3},
     "frames": {"flows": 3, "timesteps": 12, "image_size": 64, "latent_size": 226, "channels": 3},
 }
 FALCOR3D_FACTORS = {
@@ -61,7 +66,9 @@ SWEPT = {
     "dsprites": ("posX", "posY", "orientation", "scale", "shape"),
     "sprites": ("posX", "posY", "orientation", "scale", "shape"),
 }
-TESTED = ("mnist", "fashion_mnist", "digits")  # sets with official test images
+TESTED = ("mnist", "fashion_mnist", "digits", "folder")  # sets with official test images, or test/ of one's own
+HELD_OUT = 0.1  # for testing, of a folder without train/ and test/
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v")  # and GIFs that move
 MOVES = {"posX": 2.0, "posY": 2.0, "orientation": 2.0}  # grid units a step of the moving factors (unsupervised)
 TURNING = (
     "sprites",
@@ -70,11 +77,9 @@ TURNING = (
 
 
 class DigitSequences:
-    """Grey images made red, zoomed, rotated or turned in hue (transformations 0, 1, 2)."""
+    """Images zoomed, rotated or turned in hue (transformations 0, 1, 2); grey ones are made red."""
 
     def __init__(self, images: Tensor, steps: int, device: torch.device | str = "cpu", centre: str = "upstream"):
-        if images.shape[1] != 1:
-            raise UserError(f"these transformations colour grey images; got {images.shape[1]} channels")
         self.images, self.steps, self.centre = images.to(device), steps, centre
         self.names = self.moving = transforms.NAMES
         self.channels, self.image_size = 3, images.shape[-1]
@@ -118,7 +123,7 @@ class DigitSequences:
         return self.by_amounts(grey, amount)
 
     def by_amounts(self, grey: Tensor, amount: Tensor) -> Tensor:
-        """Frames of grey (B, 1, N, N) at table entries `amount` (T+1, 3) of zoom, rotation and hue."""
+        """Frames of images (B, 1 or 3, N, N) at table entries `amount` (T+1, 3) of zoom, rotation and hue."""
         frames, batch = len(amount), len(grey)
         amount = amount[:, None].expand(-1, batch, -1)
         zoom = 1 + transforms.ZOOM_STEP * amount[..., 0]
@@ -255,16 +260,18 @@ def sweep_values(size: int, steps: int, name: str = "") -> np.ndarray:
 
 
 class FrameSequences:
-    """Consecutive frames of clips (CalMS, Cityscapes, any video): sub-folders of pictures in natural order of names.
+    """Consecutive frames of clips (CalMS, Cityscapes, any video): pictures in natural order of names, and video files,
+    in `folder` and in its sub-folders; or one video file.
 
     An item is T+1 frames `stride` pictures apart. No transformation is known: weakly and unsupervised training only.
     """
 
     def __init__(self, folder: Path, steps: int, size: int, device: torch.device | str = "cpu", stride: int = 1):
-        if not folder.is_dir():
-            raise UserError(f"no folder of frames at {folder}: put one sub-folder of pictures a clip there")
-        inner = subfolders(folder)
-        self.clips = [list_pictures(clip) for clip in (folder, *inner)]
+        if not folder.exists():
+            raise UserError(
+                f"no folder of frames at {folder}: put one sub-folder of pictures, or a video, a clip there"
+            )
+        self.clips = clips_of(folder, size)
         self.steps, self.device, self.stride, self.span = steps, device, stride, steps * stride
         self.starts = [
             (number, start) for number, clip in enumerate(self.clips) for start in range(len(clip) - self.span)
@@ -302,14 +309,57 @@ class FrameSequences:
         for row in np.asarray(rows):
             number, start = self.starts[int(row)]
             clip = self.clips[number][start : start + self.span + 1 : self.stride]
-            items.append(np.stack([read_picture(path, self.image_size) for path in clip]))
+            read = isinstance(clip, np.ndarray)
+            items.append(clip if read else np.stack([read_picture(path, self.image_size) for path in clip]))
         frames = torch.from_numpy(np.stack(items, axis=1)).to(self.device)  # (T+1, B, 3, N, N)
         return frames.float() / 255
 
 
+def clips_of(place: Path, size: int) -> list[list[Path] | np.ndarray]:
+    """The clips at a video, or in a folder and its sub-folders: paths of pictures, or a video's frames (n, 3, size,
+    size).
+    """
+    if place.is_file():
+        return [read_video(place, size)]
+    clips: list[list[Path] | np.ndarray] = []
+    for folder in (place, *subfolders(place)):
+        videos = [path for path in natural_sorted(folder.iterdir()) if is_video(path)]
+        clips.append([path for path in list_pictures(folder) if path not in videos])
+        clips += [read_video(path, size) for path in videos]
+    return clips
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video by its name, or a GIF of several frames."""
+    if path.suffix.lower() == ".gif":
+        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as picture:
+            return getattr(picture, "n_frames", 1) > 1
+    return path.suffix.lower() in VIDEOS
+
+
+def read_video(path: Path, size: int) -> np.ndarray:
+    """The frames of a video as uint8 (n, 3, size, size), read by imageio. Raises UserError for one that cannot be."""
+    plugin = "pillow" if path.suffix.lower() == ".gif" else "FFMPEG"
+    if plugin == "FFMPEG" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise UserError(f"{path}: only GIFs are read without `pip install imageio[ffmpeg]`; or unpack it to pictures")
+    try:
+        frames = tqdm(iio.imiter(path, plugin=plugin), f"reading {path.name}", disable=None, leave=False, delay=2)
+        found = [resized(Image.fromarray(frame).convert("RGB"), size) for frame in frames]
+    except Exception as error:  # each of imageio's plugins has errors of its own
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"cannot read {path} as a video ({reason}); repair it or take it out") from error
+    if not found:
+        raise UserError(f"{path} has no frames; take it out")
+    return np.stack(found)
+
+
 def read_picture(path: Path, size: int) -> np.ndarray:
     """One RGB picture as uint8 (3, size, size); UserError for a file that is no picture."""
-    rgb = read_image(path, 3)
+    return resized(read_image(path, 3), size)
+
+
+def resized(rgb: Image.Image, size: int) -> np.ndarray:
+    """An RGB picture as uint8 (3, size, size)."""
     if rgb.size != (size, size):
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(rgb).transpose(2, 0, 1)
@@ -341,9 +391,10 @@ def open_source(
     device: torch.device | str = "cpu",
     centre: str = "upstream",
     stride: int = 1,
+    fetch: bool = False,
 ):
     """The source of sequences called `name`: one of `DEFAULTS`. `size` 0: the data set's own side; `stride`: that of
-    `FrameSequences`.
+    `FrameSequences`; `fetch`: get a small public set that is absent.
 
     Raises UserError for an unknown name and for absent data, naming the path that is expected.
     """
@@ -351,7 +402,8 @@ def open_source(
         raise UserError(f"unknown data set {name!r}{suggest(name, DEFAULTS)}; known: {', '.join(DEFAULTS)}")
     size = size or DEFAULTS[name]["image_size"]
     if name in TESTED:
-        images = datasets.load(name, root=root, split=split).arrays()[0]
+        own = {"image_size": size, "channels": 0, "held_out": HELD_OUT} if name == "folder" else {}
+        images = datasets.load(name, root=root, split=split, fetch=fetch, **own).arrays()[0]
         if images.shape[-1] != size:
             images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).round().byte()
         return DigitSequences(images, steps, device, centre)
@@ -363,7 +415,7 @@ def open_source(
     elif name == "isaac3d":
         source = FactorPictures("Isaac3D", base / "Isaac3D_down128" / "images", ISAAC3D_FACTORS, size)
     else:
-        source = datasets.load(name, root=root)
+        source = datasets.load(name, root=root, fetch=fetch)
     return FactorSequences(source, SWEPT[name], steps, device, size)
 
 

@@ -167,7 +167,7 @@ class SupervisedOptions(TrainOptions):
 
     SHORT: ClassVar = {"shapes3d": "shapes3d", "dsprites": "dsprites"}
 
-    dataset: Literal["mnist", "shapes3d", "dsprites", "sprites", "fashion_mnist", "digits"] = _sets("mnist")
+    dataset: Literal["mnist", "shapes3d", "dsprites", "sprites", "fashion_mnist", "digits", "folder"] = _sets("mnist")
     shapes3d: bool | None = _switch("shapes3d")
     dsprites: bool | None = _switch("dsprites")
 
@@ -206,7 +206,9 @@ class WeakOptions(InferringOptions):
     VARIANT: ClassVar = "weakly"
     SHORT: ClassVar = {"shapes3d": "shapes3d", "dsprites": "dsprites"}
 
-    dataset: Literal["mnist", "shapes3d", "dsprites", "sprites", "fashion_mnist", "digits", "frames"] = _sets("mnist")
+    dataset: Literal[
+        "mnist", "shapes3d", "dsprites", "sprites", "fashion_mnist", "digits", "folder", "frames"
+    ] = _sets("mnist")  # fmt: skip
     shapes3d: bool | None = _switch("shapes3d")
     dsprites: bool | None = _switch("dsprites")
     index_weight: NonNegative = option(20.0, "weight of the index loss", group="objective")
@@ -226,7 +228,7 @@ class SparseOptions(InferringOptions):
     VARIANT: ClassVar = "unsupervised"
     SHORT: ClassVar = {"dsprites": "dsprites"}
 
-    dataset: Literal["mnist", "sprites", "dsprites", "fashion_mnist", "digits", "frames"] = _sets("mnist")
+    dataset: Literal["mnist", "sprites", "dsprites", "fashion_mnist", "digits", "folder", "frames"] = _sets("mnist")
     dsprites: bool | None = _switch("dsprites")
     single_control: bool = option(False, "one spike for both fields", group="objective")
     field: Literal["soft", "divfree"] = option("soft", "rotational field: penalised, or exact", group="objective")

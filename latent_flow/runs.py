@@ -114,12 +114,13 @@ def run_or_release(exp: str | None) -> tuple[Path, Path, bool]:
 
 
 def source_of(
-    config: Config, root: str | None, device: torch.device, centre: str = "upstream", split: str = "train"
-) -> Any:
-    """The sequences that a model is trained on."""
+    config: Config, root: str | None, device: torch.device, centre: str = "upstream", split: str = "train",
+    fetch: bool = False,
+) -> Any:  # fmt: skip
+    """The sequences that a model is trained on; `fetch`: get a small public set that is absent."""
     return open_source(
         config.dataset, config.steps, size=config.image_size, root=root, split=split, device=device, centre=centre,
-        stride=config.frame_stride,
+        stride=config.frame_stride, fetch=fetch,
     )  # fmt: skip
 
 

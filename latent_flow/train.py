@@ -56,7 +56,7 @@ def _train(options: TrainOptions, dist: Distributed) -> None:
     full_precision(options.tf32)
     seed_everything(options.seed, options.deterministic)  # the same on every process: they draw the same noise
     config = options.config
-    source = source_of(config, options.data_dir, dist.device, options.warp_centre)
+    source = source_of(config, options.data_dir, dist.device, options.warp_centre, fetch=True)
     rows, held_out = source.split(options.seed)
     if options.batch_size > len(rows):
         raise UserError(f"--batch-size {options.batch_size} exceeds the {len(rows)} training items; lower it")

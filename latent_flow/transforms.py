@@ -1,7 +1,8 @@
 """The image transformations of the MNIST sequences: zoom, rotation and hue, exact and vectorised over samples.
 
 A digit is one grey channel times a colour, so the warps act on the grey channel alone and a hue shift only turns the
-colour. Everything runs on the device of its input, with another transformation for every sample.
+colour. An image in colour is warped as it is, and its own hues are turned. Everything runs on the device of its input,
+with another transformation for every sample.
 """
 
 import math
@@ -23,12 +24,16 @@ def hue_colour(degrees: Tensor) -> Tensor:
 
 
 def colour(grey: Tensor, degrees: Tensor) -> Tensor:
-    """Grey images (..., 1, N, N) as digits of hue `degrees` (...): (..., 3, N, N)."""
+    """Grey images (..., 1, N, N) as digits of hue `degrees` (...), or colour ones (..., 3, N, N) with their own hues
+    turned by them: (..., 3, N, N).
+    """
+    if grey.shape[-3] == 3:
+        return shift_hue(grey, torch.deg2rad(degrees)[..., None, None])
     return grey * hue_colour(degrees).to(grey)[..., None, None]
 
 
 def warp(grey: Tensor, zoom: Tensor, degrees: Tensor, centre: str = "upstream") -> Tensor:
-    """Zoom and rotate images (M, 1, N, N) by zoom (M,) and degrees (M,): bilinear, zeros outside."""
+    """Zoom and rotate images (M, C, N, N) by zoom (M,) and degrees (M,): bilinear, zeros outside."""
     size = grey.shape[-1]
     c = size / 2 if centre == "upstream" else (size - 1) / 2
     angle = torch.deg2rad(degrees)
@@ -41,7 +46,8 @@ def warp(grey: Tensor, zoom: Tensor, degrees: Tensor, centre: str = "upstream") 
 
 
 def sequence(grey: Tensor, labels: Tensor, steps: int, centre: str = "upstream") -> Tensor:
-    """Frames x_0..x_T (T+1, B, 3, N, N) of red digits (B, 1, N, N); labels (B,): 0 zoom, 1 rotation, 2 hue.
+    """Frames x_0..x_T (T+1, B, 3, N, N) of red digits (B, 1, N, N) or images (B, 3, N, N); labels (B,): 0 zoom,
+    1 rotation, 2 hue.
 
     Every frame is a transformation of x_0 by its table entry, not of the frame before it.
     """
@@ -60,7 +66,8 @@ def increments(active: Tensor, speed: Tensor | float = 1.0) -> tuple[Tensor, Ten
 
 
 def composed_sequence(grey: Tensor, active: Tensor, speed: Tensor | None = None, centre: str = "upstream") -> Tensor:
-    """Frames (T+1, B, 3, N, N) of red digits (B, 1, N, N) moved at every step by its active transformations.
+    """Frames (T+1, B, 3, N, N) of red digits (B, 1, N, N) or images (B, 3, N, N) moved at every step by its active
+    transformations.
 
     active, speed (T, B, 3). Each step warps the frame before it, in the order zoom, rotation, hue; interpolation
     adds up, as published.
@@ -79,8 +86,8 @@ def composed_sequence(grey: Tensor, active: Tensor, speed: Tensor | None = None,
     return torch.stack(frames)
 
 
-def shift_hue_ref(image: Tensor, radians: Tensor | float) -> Tensor:
-    """Hue shift of any RGB image (..., 3, N, N) through HSV, as published: the oracle of `hue_colour`."""
+def shift_hue(image: Tensor, radians: Tensor | float) -> Tensor:
+    """Hue shift of any RGB image (..., 3, N, N) through HSV, as published."""
     red, green, blue = image.unbind(-3)
     top, index = image.max(-3)
     delta = top - image.min(-3).values
@@ -97,3 +104,6 @@ def shift_hue_ref(image: Tensor, radians: Tensor | float) -> Tensor:
         k = torch.remainder(offset + m, 6)
         channels.append(top * (1 - saturation * torch.minimum(k, 4 - k).clamp(0, 1)))
     return torch.stack(channels, -3)
+
+
+shift_hue_ref = shift_hue  # the oracle of `hue_colour`

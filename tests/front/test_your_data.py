@@ -18,12 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common.datasets import load, prepare
 from common.datasets.download import Remote
 from common.errors import UserError, run_command
 from inv_flow import inv_flow_mnist
+from latent_flow import show_flows, train_vae_scratch, train_vae_scratch_weakly
+from latent_flow.data import open_source
 from lbae import folder as lbae_folder
 from lbae import mnist as lbae_mnist
 from lbae import protocol
@@ -245,6 +248,58 @@ def test_nfpi_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     shutil.rmtree(tmp_path / "mine/k0")
     assert "mine has one class (k2)" in refusal(capsys, nfpi_main.main, *TINY_NFPI, "dry_run=1")
     assert not list(tmp_path.rglob("version_*"))
+
+
+# ---- latent-flow
+
+TINY_FLOWS = ("--image-size", "8", "--latent-size", "4", "--num-timesteps", "4", "--batch-size", "8", "--max-iter", "2",
+              "--eval-images", "6", "--device", "cpu", "--out", "run")  # fmt: skip
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_latent_flow_turns_single_pictures(tmp_path, monkeypatch, grey):
+    draw(tmp_path / "mine", layout="classes", grey=grey, size=(24, 24))
+    monkeypatch.chdir(tmp_path)
+    train_vae_scratch.main(["--dataset", "folder", "--data-dir", "mine", *TINY_FLOWS])
+    assert set(json.loads((tmp_path / "run/eval.json").read_text())["equivariance"]) == {"scale", "rotation", "hue"}
+    show_flows.main(["--exp", "run", "--device", "cpu"])
+    assert list((tmp_path / "run/pictures").glob("*.png"))
+    source = open_source("folder", 6, size=24, root="mine")
+    assert len(source) == 54 and len(open_source("folder", 6, size=24, root="mine", split="test")) == 6
+    before, *_, after = source.labelled(np.arange(54), torch.full((54,), 2))  # hue, 120 degrees: red to green to blue
+    lit = before.sum(1) > 0.2
+    if grey:
+        assert bool((before[:, 1:] < 1e-3).all())  # drawn red
+    torch.testing.assert_close(after.roll(-1, 1) * lit[:, None], before * lit[:, None], rtol=0, atol=1e-3)
+
+
+def write_gif(path, numbers):
+    """A clip of one grey level a frame."""
+    frames = [Image.new("L", (20, 12), number) for number in numbers]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def test_latent_flow_reads_videos(tmp_path, monkeypatch, capsys):
+    clips = tmp_path / "clips"
+    (clips / "b").mkdir(parents=True)
+    write_gif(clips / "a.gif", range(0, 120, 10))
+    write_gif(clips / "b/c.gif", range(120, 240, 10))
+    write_gif(clips / "b/still.gif", [7])  # one frame: a picture
+    source = open_source("frames", 3, size=8, root=str(clips), stride=2)
+    assert [len(clip) for clip in source.clips] == [0, 12, 1, 12]
+    levels = (source.sequences(np.arange(len(source)))[:, :, 0, 4, 4] * 255).round().int().T.tolist()
+    assert levels == [[10 * (k + 2 * t) for t in range(4)] for k in (*range(6), *range(12, 18))]
+    monkeypatch.chdir(tmp_path)
+    train_vae_scratch_weakly.main(["--dataset", "frames", "--data-dir", "clips/a.gif", "-K", "2", "--frame-stride", "1",
+                                   *TINY_FLOWS, "--batch-size", "2"])  # fmt: skip
+    assert (tmp_path / "run/final.pt").is_file()
+    (clips / "b/d.mp4").write_bytes(b"no film")
+    words = ["--dataset", "frames", "--data-dir", "clips", *TINY_FLOWS, "--out", "other"]
+    line = refusal(capsys, train_vae_scratch_weakly.main, *words)
+    assert "clips/b/d.mp4" in line and ("pip install imageio[ffmpeg]" in line or "as a video" in line)
+    (clips / "b/d.mp4").unlink()
+    (clips / "a.gif").write_bytes((clips / "a.gif").read_bytes()[:300])
+    assert "a.gif as a" in refusal(capsys, train_vae_scratch_weakly.main, *words)
 
 
 # ---- small public sets
