@@ -207,6 +207,20 @@ def test_reconstructions_are_those_of_the_stored_weights_in_evaluation_mode(trai
     assert written == pytest.approx(float(per_image.double().mean()), rel=1e-6)  # batches of 5, 5, 5, 5, 4
 
 
+def test_reference_images_are_written_once_and_again_when_one_is_gone(trained, tmp_path):
+    copy = Path(shutil.copytree(trained(), tmp_path / "exp"))
+    run, reference = ["eval", "device=cpu", f"exp={copy}"], tmp_path / "digits_eval"
+    mnist.main(run)
+    made = {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}
+    (reference / "fid_stats.npz").write_bytes(b"the statistics of these images")
+    mnist.main(run)
+    assert made.items() <= {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}.items()
+    assert (reference / "fid_stats.npz").exists()
+    (reference / "3.png").unlink()
+    mnist.main(run)
+    assert (reference / "3.png").exists() and not (reference / "fid_stats.npz").exists()
+
+
 def test_generated_images_are_decoded_in_evaluation_mode(trained, tmp_path):
     copy = Path(shutil.copytree(trained(), tmp_path / "exp"))
     run = ["eval", "gen", "device=cpu", f"exp={copy}", "gen_imgs=7", "seed=4"]
