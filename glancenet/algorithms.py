@@ -45,6 +45,7 @@ class Algorithm(nn.Module):
 
     has_decoder = True
     predicts_classes = False
+    predicts_labels = False
     supervises_concepts = False
 
     def __init__(self, o: Config, shape: Shape):
@@ -117,7 +118,7 @@ class Algorithm(nn.Module):
         """A latent sample (B, D)."""
         return losses.reparametrize(mu, logvar)
 
-    def terms(self, batch: Batch, step: int) -> tuple[Terms, Tensor]:
+    def terms(self, batch: Batch, step: int | Tensor) -> tuple[Terms, Tensor]:
         """The objective and the latents z (B, D) that are logged."""
         mu, logvar = self.encode(batch)
         z = self.sample(mu, logvar)
@@ -152,7 +153,7 @@ class Algorithm(nn.Module):
     # ---- losses of other optimisers
 
     def label_loss(self, batch: Batch) -> Tensor | None:
-        """A loss whose step comes before that of `terms`, or None."""
+        """A loss whose step comes before that of `terms`, where `predicts_labels`; else None."""
         return None
 
     def adversary_losses(self, z: Tensor, batch: Batch, second: Batch | None) -> Iterator[tuple[str, Tensor]]:
@@ -177,7 +178,7 @@ class AE(Algorithm):
     def sample(self, mu: Tensor, logvar: Tensor) -> Tensor:
         return mu
 
-    def terms(self, batch: Batch, step: int) -> tuple[Terms, Tensor]:
+    def terms(self, batch: Batch, step: int | Tensor) -> tuple[Terms, Tensor]:
         z = self.run(self.encoder, batch.x)
         recon = self.w.w_recon * losses.reconstruction(self.decode(z, batch), batch.x)
         zero = torch.zeros_like(recon)
@@ -210,7 +211,7 @@ class GlanceNet(Algorithm):
         """Class logits (..., C) of raw latents z (..., D)."""
         return self.classifier(torch.tanh(z[..., : self.z_class] / 2))
 
-    def terms(self, batch: Batch, step: int) -> tuple[Terms, Tensor]:
+    def terms(self, batch: Batch, step: int | Tensor) -> tuple[Terms, Tensor]:
         mu, logvar = self.encode(batch)
         z = self.sample(mu, logvar)
         means = self.class_means()
@@ -252,7 +253,7 @@ class CBNM(Algorithm):
         """Class logits (..., C) of raw latents z (..., D)."""
         return self.classifier(torch.tanh(z / 2))
 
-    def terms(self, batch: Batch, step: int) -> tuple[Terms, Tensor]:
+    def terms(self, batch: Batch, step: int | Tensor) -> tuple[Terms, Tensor]:
         mu, _ = self.encode(batch)
         return cbnm_terms(self.w, batch, mu, self.classify(mu)), torch.tanh(mu / 2)
 
@@ -300,6 +301,8 @@ class CVAE(Algorithm):
 class IFCVAE(Algorithm):
     """Information-factorising CVAE: a second encoder predicts the labels, an adversary keeps them out of z."""
 
+    predicts_labels = True
+
     def __init__(self, o: Config, shape: Shape):
         _check_labels(o, shape)
         self.sizes = list(shape.code_sizes)
@@ -321,7 +324,7 @@ class IFCVAE(Algorithm):
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
         return self.run(self.decoder, torch.cat([z, self.label_probabilities(batch.x).detach()], dim=1))
 
-    def terms(self, batch: Batch, step: int) -> tuple[Terms, Tensor]:
+    def terms(self, batch: Batch, step: int | Tensor) -> tuple[Terms, Tensor]:
         """The VAE terms; `prediction` = label loss of the reconstruction minus the adversary's loss."""
         mu, logvar = self.encode(batch)
         z = self.sample(mu, logvar)

@@ -27,14 +27,15 @@ import torch
 import torch.nn.functional as F
 
 from common.benchmark import BenchmarkOptions, Case, run_cases
+from common.cuda_graph import CudaGraph
 from common.errors import run_command
-from common.launch import pick_device
+from common.launch import Distributed, pick_device
 from common.options import from_flags, option
 from glancenet.algorithms import Algorithm, Shape, make_model
 from glancenet.architectures import DECODERS, ENCODERS
 from glancenet.data import Images, Part
 from glancenet.losses import Batch
-from glancenet.main import train_step
+from glancenet.main import gradients, train_step
 from glancenet.options import Config as TrainingConfig
 from glancenet.options import one_of, resolve
 from glancenet.state import make_optimizers
@@ -152,6 +153,8 @@ def step_case(name: str, o: Config, device: torch.device) -> Case:
     ours.load_state_dict(plain.state_dict())
     optimizer = torch.optim.Adam(plain.parameters(), lr=options.lr_G, foreach=False)
     optimizers = make_optimizers(ours, options)
+    compute = partial(gradients, ours, optimizers)
+    graph = CudaGraph(compute, ours.parameters(), Distributed(device), o.cuda_graph, print)
     batch = random_part(setting.shape, options.batch_size).gather(torch.arange(options.batch_size), device)
     as_published = batch._replace(x=batch.x.contiguous())
 
@@ -161,7 +164,7 @@ def step_case(name: str, o: Config, device: torch.device) -> Case:
 
     def this() -> torch.Tensor:
         torch.manual_seed(1)
-        return train_step(ours, optimizers, batch)[0].total
+        return train_step(ours, optimizers, batch, graph=graph)[0].total
 
     networks = " + ".join([*options.encoder, *options.decoder])
     return Case(f"{name}, {networks}, batch {options.batch_size}", published, this, None if o.amp else 1e-5)

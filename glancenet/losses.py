@@ -57,7 +57,7 @@ class Weights:
         named["max_c"] = o.max_c if o.controlled_capacity_increase else None
         return cls(**named | {"lambda_d": o.lambda_d_factor * o.lambda_od, "loss_terms": tuple(o.loss_terms)})
 
-    def capacity(self, step: int) -> float | None:
+    def capacity(self, step: int | Tensor) -> float | Tensor | None:
         """The controlled capacity after `step` optimiser steps, or None."""
         return None if self.max_c is None else capacity(step, self.max_c, self.iterations_c)
 
@@ -117,12 +117,13 @@ def prior_target(class_means: Tensor, cluster_dim: int) -> Tensor:
     return torch.where(keep, class_means, torch.zeros_like(class_means))
 
 
-def capacity(step: int, max_c: float, iterations_c: float) -> float:
+def capacity(step: int | Tensor, max_c: float, iterations_c: float) -> float | Tensor:
     """Capacity C_t in nats after `step` optimiser steps: a line from 0 to max_c (Burgess et al. 2018)."""
-    return min(max_c, max_c * step / iterations_c)
+    line = max_c * step / iterations_c
+    return line.clamp(max=max_c) if isinstance(line, Tensor) else min(max_c, line)
 
 
-def kl_term(kl: Tensor, w_kld: float, capacity_now: float | None = None) -> Tensor:
+def kl_term(kl: Tensor, w_kld: float, capacity_now: float | Tensor | None = None) -> Tensor:
     """w_kld KL, or w_kld |KL - C_t| with a controlled capacity."""
     return w_kld * (kl if capacity_now is None else (kl - capacity_now).abs())
 
@@ -184,8 +185,9 @@ def concept_loss(
 
 
 def vae_terms(
-    w: Weights, x: Tensor, logits: Tensor, mu: Tensor, logvar: Tensor, step: int, class_means: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    w: Weights, x: Tensor, logits: Tensor, mu: Tensor, logvar: Tensor, step: int | Tensor,
+    class_means: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(reconstruction, KL) of a VAE, weighted; the prior mean of each row is class_means (B, D) where given."""
     target = None if class_means is None else prior_target(class_means, w.cluster_dim)
     kl = kl_divergence(mu, logvar, target)
@@ -194,7 +196,7 @@ def vae_terms(
 
 def glancenet_terms(
     w: Weights, batch: Batch, logits: Tensor, mu: Tensor, logvar: Tensor, z: Tensor, class_logits: Tensor,
-    class_means: Tensor | None, step: int,
+    class_means: Tensor | None, step: int | Tensor,
 ) -> Terms:  # fmt: skip
     """GlanceNet's objective (paper, eq. 3): reconstruction + KL to the class's prior + classes + concepts.
 

@@ -29,19 +29,21 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from common.checkpoint import load_into, load_state, save_weights
+from common.cuda_graph import CudaGraph, detached
 from common.errors import NonFiniteError, UserError, run_command
 from common.launch import Distributed, full_precision, keep_freed_memory, non_finite_layer, seed_everything
 from common.run import Run
 from glancenet import passes
 from glancenet.algorithms import Algorithm, make_model
 from glancenet.data import ConceptData, TrainingBatches, load_data
-from glancenet.losses import Batch, Terms
+from glancenet.losses import Batch, Terms, Weights
 from glancenet.options import Config, check_grid, parse
 from glancenet.report import Files, Report
 from glancenet.state import KIND, GlanceTraining, differences, threshold_tensors
@@ -88,32 +90,58 @@ def set_up(o: Config, dist: Distributed) -> tuple[ConceptData, Algorithm]:
     return data, model
 
 
+def gradients(
+    model: Algorithm, optimizers: dict[str, torch.optim.Optimizer], part: str, batch: Batch,
+    second: Batch | None = None, z: Tensor | None = None, step: int | Tensor = 0, classes_only: bool = False,
+    _weights: Weights | None = None,
+) -> tuple[dict[str, Tensor], Terms | None, Tensor | None]:  # fmt: skip
+    """The gradients of a part of `train_step`: ({optimiser: loss}, terms, latents z (B, D)), detached.
+
+    `part`: 'labels', 'main', or 'adversaries', which sees the latents z (B, D) and another batch. `_weights`: the
+    model's, named by a caller who has to tell steps apart.
+    """
+
+    def backward(name: str, loss: Tensor) -> Tensor:
+        optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()
+        return loss
+
+    terms = None
+    if part == "labels":
+        found = {"G": backward("G", model.label_loss(batch))}
+    elif part == "main":
+        terms, z = model.terms(batch, step)
+        found = {"G": backward("G", terms.prediction if classes_only else terms.total)}
+    else:
+        found = {name: backward(name, loss) for name, loss in model.adversary_losses(z, batch, second)}
+    return detached((found, terms, z))
+
+
 def train_step(
     model: Algorithm, optimizers: dict[str, torch.optim.Optimizer], batch: Batch, second: Batch | None = None,
-    step: int = 0, classes_only: bool = False, check=lambda loss, model: None,
+    step: int | Tensor = 0, classes_only: bool = False, check=lambda loss, model: None, graph: CudaGraph | None = None,
 ) -> tuple[Terms, Tensor]:  # fmt: skip
     """One step of every network after `step` finished ones; the terms (detached) and the latents z (B, D).
 
     `second`: another batch, for FactorVAE; `classes_only`: the class loss alone; `check(loss, model)` looks at a loss
-    before its optimiser steps.
+    before its optimiser steps; `graph`: of `gradients` for these networks.
     """
+    compute = graph or partial(gradients, model, optimizers)
 
-    def update(name: str, loss: Tensor) -> None:
-        optimizers[name].zero_grad(set_to_none=True)
-        loss.backward()
-        model.dist.sum_gradients(model.shared_parameters() if name == "G" else ())
-        check(loss, model)
-        optimizers[name].step()
+    def update(part: str, *inputs) -> tuple[Terms | None, Tensor | None]:
+        losses, *found = compute(part, batch, *inputs)
+        for name, loss in losses.items():
+            model.dist.sum_gradients(model.shared_parameters() if name == "G" else ())
+            check(loss, model)
+            optimizers[name].step()
+        return found
 
-    labels = model.label_loss(batch)  # IFCVAE
-    if labels is not None:
-        update("G", labels)
-    terms, z = model.terms(batch, step)
-    update("G", terms.prediction if classes_only else terms.total)
-    z = z.detach()
-    for name, loss in model.adversary_losses(z, batch, second):  # FactorVAE, IFCVAE
-        update(name, loss)
-    return Terms(*(part.detach() for part in terms)), z
+    if model.predicts_labels:  # IFCVAE
+        update("labels")
+    terms, z = update("main", None, None, step, classes_only, model.w)
+    if model.adversaries():  # FactorVAE, IFCVAE
+        update("adversaries", second, z)
+    return terms, z
 
 
 def train(o: Config, dist: Distributed) -> Path:
@@ -137,12 +165,17 @@ def train(o: Config, dist: Distributed) -> Path:
                  f"{', images held there' if held else ''}; log in {training.files.log}")  # fmt: skip
         if o.early_stopping and rule.exhausted:
             last_step = training.step  # it had stopped
+        compute = partial(gradients, model, training.optimizers)
+        graph = CudaGraph(compute, model.parameters(), dist, o.cuda_graph, run.info)
         began = time.perf_counter()
         for batch, second in training.steps(batches, last=last_step):
             step = training.step
             rate.start_epoch(training.epoch)
             classes_only = step - 1 >= classes_from
-            terms, z = train_step(model, training.optimizers, batch, second, step - 1, classes_only, training.check)
+            before = torch.full((), step - 1.0, device=dist.device) if graph.active else step - 1
+            terms, z = train_step(
+                model, training.optimizers, batch, second, before, classes_only, training.check, graph
+            )
             progress.add(terms.total, z, batch.labels)
             if training.every(every.float) or training.every(int(o.show_loss)):
                 report.terms(step, terms, rate.current(), say=training.every(every.print))
@@ -244,7 +277,8 @@ def finish(o: Config, training: GlanceTraining, report: Report) -> None:
         training.save()
     if training.dist.is_main:
         tensors = {**model.state_dict(), **threshold_tensors(progress.thresholds)}
-        save_weights(training.files.checkpoints / "model.safetensors", tensors, o.as_dict())
+        names = {"concept_names": report.data.concept_names, "class_names": list(report.data.class_names)}
+        save_weights(training.files.checkpoints / "model.safetensors", tensors, o.as_dict() | names)
 
 
 def test(o: Config, dist: Distributed) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from common.errors import UserError, suggest
 from common.launch import pick_device
@@ -26,6 +26,7 @@ from common.options import (
     option,
 )  # fmt: skip
 from glancenet.architectures import DECODERS, DISCRIMINATORS, ENCODERS, LABEL_TILERS
+from glancenet.labels import FACTORS, chosen_factors
 from glancenet.schedules import LinearWeight, check_scheduler
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ SCHEDULERS = (
     "CyclicLR",
     "LambdaLR",
 )
-DATASETS = ("dsprites_full", "dsprites_leakage", "sprites", "mpi3d_toy", "celebA")
+DATASETS = ("dsprites_full", "dsprites_leakage", "sprites", "mpi3d_toy", "celebA", "folder")
 DATASET_ALIASES = {"dsprites": "dsprites_full", "celeba-64": "celebA", "mpi3d": "mpi3d_toy"}
 WARMUP_EPOCHS = {"GlanceNet": 5, "CBNM": 10}  # published; the plain VAE family has none
 
@@ -87,12 +88,22 @@ def _whole_words(words: list[str]) -> list[str]:
     return joined
 
 
+def _number_or_name(value: Any) -> Any:
+    number = isinstance(value, str) and value.lstrip("+-").replace(".", "").isdigit()
+    value = int(value) if number and value.isdigit() else value
+    if (number and isinstance(value, str)) or (isinstance(value, int) and not 0 <= value <= 1000):
+        raise ValueError("expected numbers of 0 to 1000, or names")
+    return value
+
+
 def _jobs(number: int) -> int:
     if number == 0:
         raise ValueError("expected a whole number of 1 to 1024, or -1")
     return number
 
 
+Label = Annotated[int | Annotated[str, Field(min_length=1, max_length=200)], BeforeValidator(_number_or_name),
+                  Says("a number of 0 to 1000, or a name")]  # fmt: skip
 Names = Annotated[list[str], AfterValidator(_whole_words), Says("name=value ...")]
 Side = Annotated[int, Field(ge=64, le=64), Says("64: the networks are made for images of 64 x 64")]
 Sizes = Annotated[
@@ -190,9 +201,16 @@ class Config(Options):
     sprites_sizes: Sizes | None = option(
         None, "sprites: numbers of shapes, scales, orientations, x, y (none: 3 6 40 32 32)", group="data"
     )
-    include_labels: Annotated[list[Annotated[int, Field(ge=0, le=40)]], Field(min_length=1)] | None = option(
-        None, "factors (dSprites: 0 colour, 1 shape, ...) that give concepts and labels; none: all", group="data"
+    concepts: str | None = option(
+        None, "folder: CSV of the concepts (file, a class, then a column each; in --dset_dir, too)", group="data"
     )
+    class_column: str | None = option(
+        None, "folder: the CSV's column of classes; none: `class`, else the sub-folders", group="data"
+    )
+    include_labels: Annotated[list[Label], Field(min_length=1)] | None = option(
+        None, "factors that give concepts and labels, by number or name (dSprites: 0 color, 1 shape, ...); none: all",
+        group="data",
+    )  # fmt: skip
     n_classes: Annotated[int, Field(ge=2, le=10_000)] | None = option(
         None, "number of classes; none: that of the data set", group="data"
     )
@@ -279,6 +297,9 @@ class Config(Options):
         False, "train encoder and decoder in bfloat16; objective and every evaluation stay float32", group="machine"
     )
     tf32: bool = option(False, "let a GPU multiply in TF32 (10 bits of mantissa)", group="machine")
+    cuda_graph: bool = option(
+        False, "one GPU: launch a training step as one CUDA graph", group="machine", resume="change"
+    )
     use_wandb: bool = option(False, "also log to wandb (project glancenet)", group="machine", resume="call")
     verbose: int = option(
         20, "logging level: 10 debug, 20 info, 30 warnings", group="machine", resume="call", ge=0, le=50
@@ -312,6 +333,8 @@ def resolve(o: Config, given: Mapping[str, Any] | None = None) -> Config:
     )  # fmt: skip
     for message in _contradictions(o):
         raise UserError(message)
+    if o.dset_name in FACTORS:
+        chosen_factors(o.include_labels, FACTORS[o.dset_name])
     check_scheduler(o.lr_G, o.lr_scheduler, o.lr_scheduler_args)
     LinearWeight.of(o.w_recon, o.w_recon_scheduler, o.w_recon_scheduler_args)
     for name, needed in _idle(o, given or {}):
@@ -374,6 +397,12 @@ def _contradictions(o: Config) -> Iterable[str]:
               "representation; leave the metrics out"  # fmt: skip
     if o.evaluation_metric and o.dset_name in ("celebA", "dsprites_leakage"):
         yield _no_grid(o)
+    if o.dset_name == "folder" and concepts and not o.concepts:
+        yield f"--alg {o.alg} on a folder needs --concepts: a CSV with the columns file, class, concept, ..."
+    if o.dset_name != "folder" and (o.concepts or o.class_column):
+        yield f"--concepts and --class_column belong to --dset_name folder, not {o.dset_name}"
+    if o.class_column and not o.concepts:
+        yield f"--class_column {o.class_column} is a column of the CSV: name that by --concepts"
     if o.sprites_sizes is not None and o.dset_name not in ("sprites", "dsprites_full"):
         yield "--sprites_sizes belongs to --dset_name sprites or dsprites_full"
     if o.max_eval_images is not None and o.dset_name == "dsprites_leakage":

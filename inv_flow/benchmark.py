@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from common.benchmark import BenchmarkOptions, Case, run_cases
+from common.cuda_graph import CudaGraph, detached
 from common.errors import run_command
+from common.launch import Distributed
 from common.options import from_flags, option
 from inv_flow.layers.coupling import Coupling
 from inv_flow.layers.flow import FlowSequential
@@ -81,18 +83,26 @@ def flow(options: GlowBenchmarkOptions, glow: bool, device: torch.device) -> tup
     return config, model, images
 
 
-def our_step(model: FlowSequential, config: Config, images: Tensor) -> Callable[[], Tensor]:
+def our_step(
+    model: FlowSequential, config: Config, images: Tensor, options: GlowBenchmarkOptions
+) -> Callable[[], Tensor]:
     """A step of the training loop."""
     optimizer = make_optimizer(model, config)
     noise = torch.rand_like(images)
 
-    def step() -> Tensor:
+    def gradients(images: Tensor) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         loss = -model(images, lambda _: noise)[1].mean()
         loss.backward()
         clip_gradients(model, config)
+        return detached(loss)
+
+    graph = CudaGraph(gradients, model.parameters(), Distributed(images.device), options.cuda_graph, print)
+
+    def step() -> Tensor:
+        loss = graph(images)
         optimizer.step()
-        return loss.detach()
+        return loss
 
     return step
 
@@ -125,7 +135,7 @@ def step_case(options: GlowBenchmarkOptions, glow: bool, device: torch.device) -
     torch.manual_seed(1)
     published = published_step(published_form(model), config, images) if glow else None
     torch.manual_seed(1)
-    ours = our_step(model, config, images)
+    ours = our_step(model, config, images, options)
     name = "Glow" if glow else "inverse convolution, splines"
     return Case(f"{name}: step, batch {len(images)}", published, ours, 2e-2 if options.amp else 1e-5)
 

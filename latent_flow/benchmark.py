@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from common.benchmark import BenchmarkOptions, Case, run_cases
+from common.cuda_graph import CudaGraph, detached
 from common.errors import run_command
+from common.launch import Distributed
 from common.options import option
 from latent_flow.fields import Flows
 from latent_flow.model import VARIANTS, Config, LatentFlow, LatentSize, Noise, training_step
@@ -65,19 +67,25 @@ def published_step(model: LatentFlow, frames: Tensor, noise: Noise) -> Callable[
     return step
 
 
-def our_step(model: LatentFlow, frames: Tensor, noise: Noise, amp: bool) -> Callable[[], Tensor]:
+def our_step(model: LatentFlow, frames: Tensor, noise: Noise, options: FlowBenchmarkOptions) -> Callable[[], Tensor]:
     """One step of the training loop."""
     optimizer = make_optimizer(model, Namespace(support_set_lr=1e-4, lr_vae=1e-4, lr_index=1e-4))
     labels = (
         0 if model.config.objective == "upstream" else torch.zeros(frames.shape[1], dtype=torch.long).to(frames.device)
     )
 
-    def step() -> Tensor:
-        losses = training_step(model, frames, labels, 1, noise, amp=amp)
+    def gradients(frames: Tensor) -> Tensor:
+        loss = training_step(model, frames, labels, 1, noise, amp=options.amp)["loss_total"]
         optimizer.zero_grad(set_to_none=True)
-        losses["loss_total"].backward()
+        loss.backward()
+        return detached(loss)
+
+    graph = CudaGraph(gradients, model.parameters(), Distributed(frames.device), options.cuda_graph, print)
+
+    def step() -> Tensor:
+        loss = graph(frames)
         optimizer.step()
-        return losses["loss_total"].detach()
+        return loss
 
     return step
 
@@ -91,7 +99,7 @@ def step_case(options: FlowBenchmarkOptions, variant: str, objective: str, devic
     frames = torch.rand(config.steps + 1, batch, config.channels, config.image_size, config.image_size, device=device)
     shape = (batch, config.flows) if variant == "weakly" else (config.steps, 2, batch, config.flows)
     noise = Noise(torch.randn(batch, config.latent_size, device=device), torch.rand(shape, device=device), 0.5)
-    ours = our_step(copy.deepcopy(model), frames, noise, options.amp)
+    ours = our_step(copy.deepcopy(model), frames, noise, options)
     if objective == "paper":
         return Case(f"{variant}, default objective", None, ours)
     return Case(

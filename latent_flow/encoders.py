@@ -248,7 +248,7 @@ def gumbel_noise(uniform: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform + 1e-20) + 1e-20)
 
 
-def gumbel_softmax(logits: Tensor, tau: float, uniform: Tensor | None = None, hard: bool = True) -> Tensor:
+def gumbel_softmax(logits: Tensor, tau: float | Tensor, uniform: Tensor | None = None, hard: bool = True) -> Tensor:
     """A relaxed one-hot sample (B, K); `hard` returns the one-hot of its argmax with a straight-through gradient."""
     uniform = torch.rand_like(logits) if uniform is None else uniform
     soft = torch.softmax((logits + gumbel_noise(uniform)) / tau, dim=-1)
@@ -259,7 +259,7 @@ def gumbel_softmax(logits: Tensor, tau: float, uniform: Tensor | None = None, ha
 
 
 def relaxed_bernoulli(
-    logits: Tensor, tau: float, uniform: Tensor | None = None, hard: bool = False, link: str = "logistic"
+    logits: Tensor, tau: float | Tensor, uniform: Tensor | None = None, hard: bool = False, link: str = "logistic"
 ) -> Tensor:
     """A relaxed Bernoulli sample in (0, 1), any shape; `hard` rounds it with a straight-through gradient.
 

@@ -102,6 +102,7 @@ class TrainOptions(Options):
     seed: Seed = option(0, "seed of everything random, the validation split included", group="run")
     deterministic: bool = option(False, "refuse kernels whose result varies between runs", group="run")
     device: Device = option("auto", "device", group="run", resume="change")
+    cuda_graph: bool = option(False, "one GPU: launch a training step as one CUDA graph", group="run", resume="change")
     cuda: bool | None = option(None, "--no-cuda is the same as --device cpu", group="run", resume="call")
     out: str = option("", "folder of the run [runs/latent_flow/<its settings>]", group="run", resume="call")
     resume: Resume = option(

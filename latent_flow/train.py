@@ -8,6 +8,7 @@ the convolutional networks work on shares of the batch, the flows and the object
 
 import time
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from common.batches import Batches
 from common.checkpoint import append_text, load_state, restore_rng, rng_state, save_state, write_json
+from common.cuda_graph import CudaGraph, detached
 from common.errors import UserError
 from common.launch import Distributed, full_precision, keep_freed_memory, seed_everything
 from common.training import POLL, Place, Training
 from latent_flow.data import FrameSequences
 from latent_flow.encoders import temperature
 from latent_flow.evaluate import evaluate
-from latent_flow.model import LatentFlow, training_step
+from latent_flow.model import LatentFlow, Noise, training_step
 from latent_flow.options import TrainOptions, is_dry, known, parse
 from latent_flow.runs import saw_all, source_of
 from latent_flow.spikes import draw_speed, draw_spikes
@@ -72,12 +74,14 @@ def _train(options: TrainOptions, dist: Distributed) -> None:
         last = min(options.max_iter, training.step + (options.max_steps or options.max_iter))
         training.describe(model, len(rows))
         shared = [p for part in (model.vae, model.reconstructor) if part is not None for p in part.parameters()]
+        step = CudaGraph(
+            partial(gradients, model, optimizer, options.amp, dist), model.parameters(), dist, options.cuda_graph,
+            training.run.info,
+        )  # fmt: skip
 
         for picked, _ in training.steps(batches, last=last):
             frames, labels = draw_batch(source, picked.numpy(), options, training.step)
-            losses = training_step(model, frames, labels, training.step, amp=options.amp, dist=dist)
-            optimizer.zero_grad(set_to_none=True)
-            losses["loss_total"].backward()
+            losses = step(frames, labels, *stage(model, training.step, step.active))
             dist.sum_gradients(shared)  # those of the flows are complete: every process moves the whole batch
             training.check(losses["loss_total"], model)
             optimizer.step()
@@ -98,6 +102,29 @@ def _train(options: TrainOptions, dist: Distributed) -> None:
             save_state(training.folder / "final.pt", f"{KIND}_weights", **state)
             for line in training.evaluate(model, source, held_out, "eval.json"):
                 training.run.info(line)
+
+
+def gradients(
+    model: LatentFlow, optimizer: torch.optim.Optimizer, amp: bool, dist: Distributed,
+    frames: Tensor, labels: Tensor | int | None, iteration: int, tau: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The gradients of one batch; returns its losses, detached. Inputs as in `training_step`; `tau` a temperature."""
+    losses = training_step(model, frames, labels, iteration, Noise(tau=tau), amp=amp, dist=dist)
+    optimizer.zero_grad(set_to_none=True)
+    losses["loss_total"].backward()
+    return detached(losses)
+
+
+def stage(model: LatentFlow, iteration: int, graph: bool) -> tuple[int, Tensor | None]:
+    """(iteration, None); for a graph, which serves many iterations, what a step knows of its own: 1, or `slab_start`
+    where speeds are on, and the temperature on the device.
+    """
+    if not graph:
+        return iteration, None
+    tau = None
+    if model.reconstructor is not None:
+        tau = torch.full((), temperature(iteration), device=next(model.parameters()).device)
+    return model.config.slab_start if iteration >= model.config.slab_start else 1, tau
 
 
 class Rows:

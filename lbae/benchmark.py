@@ -28,16 +28,18 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from common.benchmark import BenchmarkOptions, Case, run_cases
+from common.cuda_graph import CudaGraph
 from common.errors import run_command
-from common.launch import autocast
+from common.launch import Distributed
 from common.options import from_flags, option
 from lbae import celeba, cifar10, mnist
 from lbae import model as networks
 from lbae.data import as_input
-from lbae.model import build_model, losses, to_device
+from lbae.model import build_model, to_device
 from lbae.options import Params, Width
 from lbae.reference import direction_ref, hyperplanes_ref, path_ref
 from lbae.sampler import Hyperplanes, directions, hyperplanes, interpolate, moments, sign
+from lbae.train import gradients
 
 CONFIGS = {name: script.CONFIGS[f"{name}_bae"] for name, script in
            (("mnist", mnist), ("cifar10", cifar10), ("celeba", celeba))}  # fmt: skip
@@ -59,7 +61,7 @@ class Config(BenchmarkOptions):
 
 def step_case(name: str, options: Config, device: torch.device) -> Case:
     """A training step of a configuration on random images."""
-    params = Params(**CONFIGS[name], width=options.width)
+    params = Params(**CONFIGS[name], width=options.width, amp=options.amp)
     torch.manual_seed(0)
     published = build_model(params).to(device)
     ours = to_device(copy.deepcopy(published), device)
@@ -68,6 +70,8 @@ def step_case(name: str, options: Config, device: torch.device) -> Case:
                            device=device)  # fmt: skip
     plain = torch.optim.Adam(published.parameters(), lr=params.lr, weight_decay=params.l2, foreach=False)
     fused = torch.optim.Adam(ours.parameters(), lr=params.lr, weight_decay=params.l2, fused=True)
+    graph = CudaGraph(partial(gradients, ours, fused, params), ours.parameters(), Distributed(device),
+                      options.cuda_graph, print)  # fmt: skip
 
     def published_step():
         x = images.float() / 255
@@ -83,14 +87,9 @@ def step_case(name: str, options: Config, device: torch.device) -> Case:
         return loss.detach()
 
     def our_step():
-        x = as_input(images)
-        with autocast(device, options.amp):
-            xr, encoded = ours(x)
-        loss = losses(xr, x, encoded, params.binary_reco_loss)["loss"].mean()
-        fused.zero_grad(set_to_none=True)
-        loss.backward()
+        loss, *_ = graph(as_input(images))
         fused.step()
-        return loss.detach()
+        return loss
 
     # mnist on one thread: 1.1e-5, since 1 of 12,800 logits is 1.7e-6 and its bit the other one; with equal bits 1e-7
     return Case(f"{name}: training step, batch {batch}", published_step, our_step, 1e-2 if options.amp else 1e-4)

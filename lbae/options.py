@@ -162,6 +162,7 @@ class Params(DataOptions):
     amp: Amp = machine(False, "convolutions and products in bfloat16", resume="same")
     tf32: bool = machine(False, "GPU: convolutions and products with 10 bits of mantissa", resume="same")
     deterministic: bool = machine(False, "refuse kernels whose result varies between runs", resume="same")
+    cuda_graph: bool = machine(False, "one GPU: launch a training step as one CUDA graph")
     cuda_device: between(-1, 127) = machine(-1, "with device=auto or cuda: index of the GPU")
     workers: between(0, 256) = machine(0, "processes that load images")
 

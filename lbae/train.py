@@ -7,14 +7,16 @@ training images, and models/weights-<E>.cp. SIGTERM or Ctrl-C saves in the middl
 import math
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.batches import Batches
 from common.checkpoint import rng_state
+from common.cuda_graph import CudaGraph, detached
 from common.errors import UserError
 from common.launch import (
     Distributed,
@@ -63,14 +65,13 @@ def train(params: Params, folder: Path) -> None:
             training.start(model, len(train_set), len(test_set))
             module = dist.wrap(normalise_over_processes(model, dist))
             module.train()
+            step = CudaGraph(
+                partial(gradients, module, optimizer, params), model.parameters(), dist, params.cuda_graph,
+                training.run.info,
+            )  # fmt: skip
             for images, targets in training.steps(batches, last=training.last_step(len(batches))):
                 x = as_input(images)  # (B, C, S, S) in [0, 1]
-                with autocast(dist.device, params.amp):
-                    xr, encoded = module(x)
-                terms = losses(xr, x, encoded, params.binary_reco_loss, params.kl_weight)  # (B,) each
-                loss = terms["loss"].mean()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss, terms, xr, encoded = step(x)
                 training.check(loss, model)
                 optimizer.step()
 
@@ -80,6 +81,19 @@ def train(params: Params, folder: Path) -> None:
                     found = run_set(params, model, tests, test_set, dist, mosaic_seed=training.epoch)
                     training.end_epoch(found, pairs(x, xr))
                     module.train()
+
+
+def gradients(
+    module: nn.Module, optimizer: torch.optim.Optimizer, params: Params, x: Tensor
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Encoded]:
+    """The gradients of a batch x (B, C, S, S), in [0, 1]; returns loss, terms, reconstructions and codes, detached."""
+    with autocast(x.device, params.amp):
+        xr, encoded = module(x)
+    terms = losses(xr, x, encoded, params.binary_reco_loss, params.kl_weight)  # (B,) each
+    loss = terms["loss"].mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    return detached((loss, terms, xr, encoded))
 
 
 class LbaeTraining(Training):
@@ -141,7 +155,7 @@ class LbaeTraining(Training):
             self.state = {"optimizer": parts["optimizer"].state_dict(), "rng": rng_state(), **self.state}
         super().restore(**parts)
 
-    def start(self, model: torch.nn.Module, n_train: int, n_test: int) -> None:
+    def start(self, model: nn.Module, n_train: int, n_test: int) -> None:
         """Say what is trained on what, and where it goes on."""
         model.randn_like = self.dist.randn_like
         counts = parameter_counts(model)
@@ -235,7 +249,7 @@ class LbaeTraining(Training):
         }  # fmt: skip
 
 
-def sync_buffers(model: torch.nn.Module, dist: Distributed) -> None:
+def sync_buffers(model: nn.Module, dist: Distributed) -> None:
     """Give every process the batch-norm statistics of the first one."""
     if dist.world > 1:
         for buffer in model.buffers():

@@ -26,7 +26,9 @@ from pydantic import Field
 from torch import Tensor
 
 from common.benchmark import BenchmarkOptions, Case, run_cases
+from common.cuda_graph import CudaGraph
 from common.errors import run_command
+from common.launch import Distributed
 from common.options import from_flags, option
 from nfpi import augment, reference
 from nfpi.conditional import ConditionalFlow
@@ -34,7 +36,9 @@ from nfpi.config import config_place, resolve
 from nfpi.ema import PowerEma
 from nfpi.fpi import FixedPoint, step, step_ref
 from nfpi.gaussians import ClassGaussians
+from nfpi.matrix_exp import coarse
 from nfpi.model import MultiScaleFlow
+from nfpi.train import gradients
 
 MODES = {
     "means, isotropic": {"means": True, "variances": False, "isotropic": True},
@@ -57,19 +61,43 @@ class Config(BenchmarkOptions):
     dim: Annotated[int, Field(ge=1, le=10**7)] = option(3072, "iteration: latent dimensions d")
 
 
-def training_step(flow: MultiScaleFlow, loss: Callable[[MultiScaleFlow], Tensor]) -> Callable[[], Tensor]:
-    """A step of training with this loss; the learning rate is too small to move anything."""
-    optimizer, average = torch.optim.Adamax(flow.parameters(), lr=1e-12), PowerEma(flow, update_after_step=-1)
+def training_steps(
+    published: MultiScaleFlow, model: ConditionalFlow, x: Tensor, y: Tensor, graph: bool
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """A step of training of both forms; the learning rate is too small to move anything."""
 
-    def run() -> Tensor:
-        value = loss(flow)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        optimizer.step()
-        average.update(flow)
-        return value.detach()
+    def step(flow: MultiScaleFlow, compute: Callable[[torch.optim.Optimizer], Callable[[], Tensor]]):
+        optimizer, average = torch.optim.Adamax(flow.parameters(), lr=1e-12), PowerEma(flow, update_after_step=-1)
+        gradients_of = compute(optimizer)
 
-    return run
+        def run() -> Tensor:
+            loss = gradients_of()
+            optimizer.step()
+            average.update(flow)
+            return loss
+
+        return run
+
+    def plain(optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            loss = reference.loss(published, model.gaussians, x, y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            return loss.detach()
+
+        return run
+
+    def ours(optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
+        compute = partial(gradients, model, model.flow, optimizer, 1)
+        graphs = CudaGraph(compute, model.flow.parameters(), Distributed(x.device), graph, print)
+
+        def run() -> Tensor:
+            bounds = coarse(model.flow.bounds()) if graphs.active else None
+            return (graphs(x, y, len(x), bounds) if bounds else compute(x, y, len(x)))[0]
+
+        return run
+
+    return step(published, plain), step(model.flow, ours)
 
 
 def step_case(name: str, options: Config, device: torch.device) -> Case:
@@ -94,8 +122,7 @@ def step_case(name: str, options: Config, device: torch.device) -> Case:
     model = ConditionalFlow(flow, gaussians)
     return Case(
         f"{name}, training step of {batch} images",
-        training_step(published, lambda flow: reference.loss(flow, gaussians, x, y)),
-        training_step(flow, lambda flow: model.latent_nll(flow(x), y).mean()),
+        *training_steps(published, model, x, y, options.cuda_graph),
         rtol=3e-2 if options.amp else 1e-5,
     )
 

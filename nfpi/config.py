@@ -306,6 +306,7 @@ class Config(Options):
     trainer_precision: Literal[32, 64] = same("bits of a floating point number")
     tf32: bool = change("on a GPU: products and convolutions in TF32, with 10 bits of mantissa")
     amp: bool = change("bfloat16 in the coupling nets and CNNs while they train; all else as it is")
+    cuda_graph: bool = change("one GPU: launch a training step of the flow as one CUDA graph")
     torch_compile: bool = change("compile the flow")
     torch_compile_mode: Compiled = change("of torch.compile")
     wandb: str = change("project name; '' = off")
@@ -438,6 +439,8 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "gaussian_method_name=one_per_class_gaussian_checkpoint needs gaussians_load_path=FILE"
     if config.amp and config.trainer_precision == 64:
         yield "amp=1 needs trainer_precision=32"
+    if config.cuda_graph and config.torch_compile:
+        yield "cuda_graph=1 and torch_compile=1 exclude each other"
     if config.wandb and importlib.util.find_spec("wandb") is None:
         yield f"wandb={config.wandb}: wandb is not installed: pip install wandb, or leave the option out"
     for values, steps, kind in GLEM_SCHEDULES:

@@ -7,6 +7,7 @@ once a term) for the number of terms; a caller that knows a bound of the norm pa
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ def taylor_plan(bound: float, eps: float) -> tuple[int, int]:
         terms += 1
         remainder *= theta / (terms + 1)
     return steps, terms
+
+
+def coarse(bounds: Sequence[float | None]) -> tuple[float | None, ...] | None:
+    """Bounds rounded up to powers of sqrt 2, so that few plans occur; None where one is beyond MAX_NORM, and so may be
+    loose and has to be measured.
+    """
+    if not all(bound is None or bound <= MAX_NORM for bound in bounds):  # NaN too
+        return None
+    return tuple(bound and min(2 ** (math.ceil(2 * math.log2(bound)) / 2), MAX_NORM) for bound in bounds)
 
 
 def row_norm(a: Tensor) -> Tensor:

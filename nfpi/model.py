@@ -163,19 +163,19 @@ class MultiScaleFlow(nn.Module):
             if isinstance(module, ConvBlock):
                 module.amp = amp
 
-    def _bounds(self) -> list[list[float | None]]:
+    def bounds(self) -> list[float | None]:
         """The norm bounds of all coupling layers, read from the device. With `reach`, in training on a GPU: those of
         the step before, which have arrived, with what one step of the optimiser can add.
         """
-        steps = [step for level in self.blocks for step in level]
-        values: list[float | None] = [None] * len(steps)
-        if self.config.flow_type == "matrixexp":
-            layers = [step.couplinglayer for step in steps]
-            now = torch.cat([layer.norm_bound() for layer in layers])
-            if self.reach is None or not torch.is_grad_enabled():
-                values = now.tolist()
-            else:
-                values = self._lagging(torch.cat([layer.norm_bound(self.reach) for layer in layers]))
+        layers = [step.couplinglayer for level in self.blocks for step in level]
+        if self.config.flow_type != "matrixexp":
+            return [None] * len(layers)
+        if self.reach is None or not torch.is_grad_enabled():
+            return torch.cat([layer.norm_bound() for layer in layers]).tolist()
+        return self._lagging(torch.cat([layer.norm_bound(self.reach) for layer in layers]))
+
+    def _by_level(self, values: Sequence[float | None]) -> list[list[float | None]]:
+        """One value a flow step, as the steps lie in `blocks`."""
         iterator = iter(values)
         return [[next(iterator) for _ in level] for level in self.blocks]
 
@@ -187,14 +187,18 @@ class MultiScaleFlow(nn.Module):
         arrived.synchronize()
         return host.tolist()
 
-    def forward(self, x: Tensor) -> Latent:
-        """x (B, C, H, W) in [-1, 1] -> Latent."""
-        log_det, log_p, halves = x.new_zeros(len(x)), x.new_zeros(len(x)), []
+    def forward(self, x: Tensor, bounds: Sequence[float | None] | None = None) -> Latent:
+        """x (B, C, H, W) in [-1, 1] -> Latent; `bounds` as `bounds()` gives them, where the caller has them."""
+        log_det, log_p, halves = x.new_zeros(x.shape[0]), x.new_zeros(x.shape[0]), []
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
-        for level, (steps, bounds) in enumerate(zip(self.blocks, self._bounds(), strict=True)):
+        of_levels = self._by_level(self.bounds() if bounds is None else bounds)
+        for level, (steps, of_steps) in enumerate(zip(self.blocks, of_levels, strict=True)):
             x = squeeze2d(x)
-            for step, bound in zip(steps, bounds, strict=True):
-                x, change = checkpoint(step, x, bound, use_reentrant=False) if recompute else step(x, bound)
+            for step, bound in zip(steps, of_steps, strict=True):
+                if recompute:  # nothing is drawn in a step
+                    x, change = checkpoint(step, x, bound, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x, change = step(x, bound)
                 log_det = log_det + change
             if level < len(self.blocks) - 1:
                 x, half = split2d(x)
@@ -225,14 +229,14 @@ class MultiScaleFlow(nn.Module):
         """
         config, last = self.config, len(self.blocks) - 1
         splits = config.conditional_splits
-        x, own = z.view(len(z), *config.latent_shape), {}
+        x, own = z.view(z.shape[0], *config.latent_shape), {}
         if config.level_method != "spcb":
             x = squeeze2d(x)
             for level in range(splits, last):  # take the latent's own halves off again
                 x, own[level] = split2d(x)
                 x = squeeze2d(x)
         draws = iter(eps or ())
-        for level, bounds in zip(range(last, -1, -1), reversed(self._bounds()), strict=True):
+        for level, bounds in zip(range(last, -1, -1), reversed(self._by_level(self.bounds())), strict=True):
             if level < last:
                 if level >= splits:
                     half = own[level]

@@ -11,14 +11,16 @@ exactly, and one process and several draw the same numbers.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.checkpoint import load_into, load_state, load_weights, prune, rng_state
+from common.cuda_graph import CudaGraph, detached
 from common.errors import UserError
 from common.launch import Distributed
 from common.run import Run
@@ -39,6 +41,7 @@ from nfpi.fit_gaussians import (
 )
 from nfpi.gaussians import ClassGaussians, bits_per_dim
 from nfpi.label_encoder import DistancedPixels
+from nfpi.matrix_exp import coarse
 from nfpi.model import MultiScaleFlow
 
 OPTIMIZERS = {"adamax": torch.optim.Adamax, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -109,21 +112,20 @@ def train_flow(config: Config, sets: FlowSets, test: Images, training: "FlowTrai
         training.open_next_epoch()
     flow.train()
     flow.reach = REACH * config.train.lr if device.type == "cuda" else None
+    compute = partial(gradients, model, parallel, optimizer, dist.world)
+    graph = CudaGraph(compute, flow.parameters(), dist, config.cuda_graph, run.info)
     for x, y, noise, count in training.steps(batches, last=batches.steps(config.train.epochs)):
         lr = learning_rate(config, training.step - 1, training.epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        latent = parallel(model.input(x, y, noise))  # z (B, d), log-determinant (B,)
-        nll = model.latent_nll(latent, y)  # (B,)
-        # processes may hold unequal shares of the last batch: the mean over processes is that of the batch
-        loss = nll.sum() * dist.world / count
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        x = model.input(x, y, noise)
+        bounds = coarse(flow.bounds()) if graph.active else None
+        loss, z = graph(x, y, count, bounds) if bounds else compute(x, y, count)
         training.check(loss, flow)
         optimizer.step()
         if ema and training.epoch >= config.merged_from:
             ema.update(flow)
-        training.log_step(loss.detach(), lr, latent.z.detach(), y, count)
+        training.log_step(loss, lr, z, y, count)
         if training.epoch_ends:
             end_epoch()
             if (training.epoch + 1) % config.save_model_ckpt_every_n_epochs == 0:
@@ -135,6 +137,22 @@ def train_flow(config: Config, sets: FlowSets, test: Images, training: "FlowTrai
         best.save(target, dataset=config.dataset_name, epochs=epochs, averaged=is_average)
     dist.barrier()
     return target
+
+
+def gradients(
+    model: ConditionalFlow, parallel: nn.Module, optimizer: torch.optim.Optimizer, world: int,
+    x: Tensor, y: Tensor, count: int, bounds: tuple[float | None, ...] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of this process's rows x (b, C, H, W), in [-1, 1], y (b,), of a batch of `count`; returns the loss
+    and z (b, d), detached. `parallel` is the flow as `Distributed.wrap` gives it.
+    """
+    latent = parallel(x, bounds)  # z (b, d), log-determinant (b,)
+    nll = model.latent_nll(latent, y)  # (b,)
+    # processes may hold unequal shares of the last batch: the mean over processes is that of the batch
+    loss = nll.sum() * world / count
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    return detached((loss, latent.z))
 
 
 def new_model(config: Config) -> ConditionalFlow:

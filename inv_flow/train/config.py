@@ -226,6 +226,9 @@ class Config(Options):
     deterministic: bool = option(
         False, "refuse kernels whose result varies between runs", group="launch", resume="change"
     )
+    cuda_graph: bool = option(
+        False, "one GPU: launch a training step as one CUDA graph", group="launch", resume="change"
+    )
     resume: Resume = option(
         False, "go on from checkpoints/last.pt; auto: where there is one, else start", group="launch", resume="call"
     )

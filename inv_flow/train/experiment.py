@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from common.checkpoint import load_state, save_weights
+from common.cuda_graph import CudaGraph, detached
 from common.errors import NonFiniteError, UserError
 from common.launch import Distributed, full_precision
 from common.training import Place, Training
@@ -83,6 +85,9 @@ class Experiment:
         with self._open(batches) as training:
             self._initialise(training)
             network, times = dist.wrap(model), StepTimes(dist.device)
+            step = CudaGraph(
+                partial(self.gradients, network), model.parameters(), dist, config.cuda_graph, training.run.info
+            )
             model.train()
             if training.extra.pop("unevaluated", False):
                 training.epoch -= 1
@@ -90,22 +95,28 @@ class Experiment:
             for batch in training.steps(batches, epochs=config.epochs):
                 times.mark()
                 x = integer_images(batch, model, dist.device)
-                optimizer.zero_grad(set_to_none=True)
-                nll = -network(x, dist.rand_like)[1].mean()
-                loss = nll + self.reconstruction_loss()
-                loss.backward()
-                norm = clip_gradients(model, config)
+                nll, loss, norm = step(x)
                 self._check(training, loss, norm, x)
                 warm = min(1.0, training.step / max(1, config.warmup_epochs * len(batches)))
                 with scaled_rates(optimizer, warm):
                     optimizer.step()
-                training.extra["loss_sum"] += nll.detach().to(training.extra["loss_sum"]) * len(x)
+                training.extra["loss_sum"] += nll.to(training.extra["loss_sum"]) * len(x)
                 training.extra["loss_count"] += len(x) * dist.world
                 if training.every(config.log_interval) or training.epoch_ends:
                     self._log_step(training, x, norm, warm)
                 if training.epoch_ends:
                     self._end_epoch(training, times)
         return training.extra["metrics"]
+
+    def gradients(self, network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of integer images x (B, C, H, W), clipped; returns -log p, the loss and the gradients' norm,
+        detached. `network` is the model as `Distributed.wrap` gives it.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        nll = -network(x, self.dist.rand_like)[1].mean()
+        loss = nll + self.reconstruction_loss()
+        loss.backward()
+        return detached((nll, loss, clip_gradients(self.model, self.config)))
 
     def _open(self, batches: Any) -> "FlowTraining":
         """The record and the lock of the run folder, with everything as `last.pt` holds it where the run goes on."""

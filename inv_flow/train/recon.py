@@ -45,11 +45,11 @@ class ReconstructionLoss:
                 for layer in self.layers
             ]
         )
-        total = (self.weight * losses).sum()
+        total = (self.weight.clone() * losses).sum()  # changed in its place below
         if config.recon_loss_lr > 0:
             mean = self.dist.mean(losses.detach())
-            self.average = config.recon_alpha * self.average + (1 - config.recon_alpha) * mean
-            self.weight = self.weight * torch.exp(config.recon_loss_lr * self.average)
+            self.average.copy_(config.recon_alpha * self.average + (1 - config.recon_alpha) * mean)
+            self.weight.mul_(torch.exp(config.recon_loss_lr * self.average))
         return total
 
     def state_dict(self) -> dict[str, Any]:
@@ -58,5 +58,5 @@ class ReconstructionLoss:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self.weight = state["weight"].to(self.weight)
-        self.average = state["average"].to(self.average)
+        self.weight.copy_(state["weight"])
+        self.average.copy_(state["average"])

@@ -177,9 +177,9 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(command, tmp_path, monkey
 def test_class_loss_alone_from_the_middle_of_an_epoch(command, tmp_path, monkeypatch):
     seen, step = [], training.train_step
 
-    def spy(model, optimizers, batch, second, index, classes_only, check):
+    def spy(model, optimizers, batch, second, index, classes_only, *rest):
         seen.append((index, classes_only))
-        return step(model, optimizers, batch, second, index, classes_only, check)
+        return step(model, optimizers, batch, second, index, classes_only, *rest)
 
     monkeypatch.setattr(training, "train_step", spy)
     words = ["--alg", "CBNM", "--max_epoch", "2", "--file_save", "false", "--classification_epoch", "1.25"]

@@ -134,6 +134,7 @@ DEFAULTS = {
     "traverse_min": -3, "traverse_max": 3, "traverse_spacing": 0.5, "file_save": True, "gif_save": True,
     "loss_terms": [], "include_labels": None, "sprites_sizes": None, "evaluation_metric": [],
     "treat_iter_as_epoch": False, "amp": False, "tf32": False, "deterministic": False,
+    "cuda_graph": False,
 }  # fmt: skip
 DSPRITES = {"z_dim": 7, "z_class": 7, "label_weight": 100, "classification_epoch": 20, "batch_size": 64, "seed": 883,
             "show_loss": 1000, "max_iter": 250000, "evaluate_iter": 125000, "test_iter": 9216, "masking_fact": 1,
@@ -227,7 +228,7 @@ def test_what_a_resumed_run_may_change():
         "max_iter", "max_epoch", "lr_G", "lr_D", "early_stopping", "dset_dir", "num_workers", "pin_memory", "hold_data",
         "metric_jobs", "print_iter", "float_iter", "recon_iter", "traverse_iter", "ckpt_save_iter", "show_loss",
         "file_save", "gif_save", "traverse_min", "traverse_max", "traverse_spacing", "traverse_z", "traverse_l",
-        "traverse_c", "device",
+        "traverse_c", "device", "cuda_graph",
     }  # fmt: skip
 
 

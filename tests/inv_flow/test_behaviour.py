@@ -150,6 +150,7 @@ ELSEWHERE = {
     "multi_gpu": "test_options: one process is refused",
     "notes": "text of the record; test below",
     "device": "one device here; test_experiment: meta, and the gpu tests",
+    "cuda_graph": "the same step, in fewer launches: tests/front/test_cuda_graph.py",
     "tf32": "test_experiment: an emulated rounding",
     "deterministic": "a CPU's kernels are",
     "resume": "test_experiment", "overwrite": "test_experiment", "evaluate": "test_experiment, and below",

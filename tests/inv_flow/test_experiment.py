@@ -172,7 +172,7 @@ def earlier_layout(path, batch=None):
     state = load_state(path, KIND)
     place, extra, options = state["place"], state["extra"], dict(state["options"])
     options["autocast"] = options.pop("amp")
-    for later in ("num_layers", "verbose", "tf32", "dry_run"):
+    for later in ("num_layers", "verbose", "tf32", "cuda_graph", "dry_run"):
         del options[later]
     own = {"rng": state["rng"], "loss_sum": torch.as_tensor(extra["loss_sum"]), "loss_count": extra["loss_count"]}
     kept = {name: state.get(name) for name in ("model", "optimizer", "scheduler", "reconstruction")}

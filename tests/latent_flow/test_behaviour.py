@@ -113,6 +113,7 @@ ELSEWHERE = {
     "max_iter": "test_training_writes_its_contract",
     "tf32": "a GPU's arithmetic; no effect on a CPU",
     "deterministic": "which kernels are refused; a CPU's do not vary",
+    "cuda_graph": "the same step, in fewer launches: tests/front/test_cuda_graph.py",
     "device": "no other device on a CPU machine; test_dry_run_prints_and_begins_nothing",
     "cuda": "as --device",
     "ckp_freq": "test_checkpoints_by_count_and_by_the_clock",

@@ -95,6 +95,7 @@ COMMON = {
     "decode_frames": None, "output_bias": None, "amp": False, "tf32": False, "log_freq": 10, "ckp_freq": None,
     "eval_every": None, "eval_images": 2000,
     "tensorboard": False, "seed": 0, "deterministic": False, "device": "auto", "smoke": False, "data_dir": None,
+    "cuda_graph": False,
 }  # fmt: skip
 INDEX = {"width": None, "lr_index": 1e-4, "frame_stride": 1}
 OWN = {

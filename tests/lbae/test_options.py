@@ -20,7 +20,7 @@ SHARED = {
     "latents": "last", "zclamp": 1.0, "zclamp_min": -1.0, "img_format": "png", "stretch": False, "workers": 0,
     "hold": True, "deterministic": False, "print_every_batch": 100, "tensorboard": True, "wandb": "", "device": "auto",
     "cuda_device": -1, "data_root": "", "tf32": False, "batch_size": 512, "labels": "",
-    "held_out_seed": 0,
+    "held_out_seed": 0, "cuda_graph": False,
 }  # fmt: skip
 COLUMNS = ("dataset", "img_size", "channels", "zsize", "vae", "dec_in_channels", "binary_reco_loss", "kl_weight", "lr",
            "l2", "batch_size_test", "epochs_max", "gen_imgs", "sample_method", "exp_suffix", "parallel")  # fmt: skip

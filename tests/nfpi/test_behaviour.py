@@ -199,7 +199,7 @@ def test_no_option_is_forgotten():
     others = tuple(f"{group}.{name}." for group in ("dataset_info", "classification") for name in VALUES[group]
                    if name in VALUES["dataset_info"] and name != "digits")  # fmt: skip
     options = {name for name in flat(VALUES) if not name.startswith(others)}
-    assert options - {"cuda_graph"} == (set(FLOW) | set(CNNS) | elsewhere) - {"cuda_graph"}
+    assert options == set(FLOW) | set(CNNS) | elsewhere
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from common.errors import UserError
 from nfpi.conditional import ConditionalFlow
 from nfpi.gaussians import ClassGaussians
 from nfpi.layers import ActNorm, AttentionBlock, Conv1x1, CouplingLayer, postprocess, preprocess
-from nfpi.matrix_exp import expm, expm_action, expm_action_ref, expm_ref, phi_action, taylor_plan
+from nfpi.matrix_exp import MAX_NORM, coarse, expm, expm_action, expm_action_ref, expm_ref, phi_action, taylor_plan
 from nfpi.model import FlowConfig, MultiScaleFlow
 
 
@@ -75,6 +75,14 @@ def test_phi_action(size):
     # a phi(a) u = (exp(a) - 1) u
     torch.testing.assert_close((a * y[:, None]).sum(2) + u, expm_action_ref(a, u), rtol=1e-11, atol=1e-11)
     assert torch.autograd.gradcheck(phi_action, (a.requires_grad_(), u.requires_grad_()))
+
+
+def test_coarse_bounds_are_few_and_still_bounds():
+    bounds = [0.01 * 1.01**i for i in range(1000)]  # 0.01 ... 200
+    found = coarse(bounds)
+    assert all(bound <= one <= 1.415 * bound for bound, one in zip(bounds, found, strict=True)) and len(set(found)) < 32
+    assert coarse([None, 1.0]) == (None, 1.0) and coarse([290.0]) == (MAX_NORM,)
+    assert coarse([1.0, 2 * MAX_NORM]) is coarse([math.nan]) is None  # to be measured
 
 
 def test_taylor_plan_bounds_the_remainder():

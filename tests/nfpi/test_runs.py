@@ -152,7 +152,7 @@ def test_states_of_the_earlier_layout_go_on(monkeypatch, steps):
     state = load_state(path, STATE_KIND)
     place, sums = state.pop("place"), state.pop("extra")["sums"]
     config = state.pop("options")
-    for name in ("rng", "tf32", "resume", "dry_run"):
+    for name in ("rng", "tf32", "cuda_graph", "resume", "dry_run"):
         (config if name in config else state).pop(name)  # which the earlier program did not have
     earlier = {"epoch": place["epoch"], "batch": place["images"] // 40, "step": place["step"], "sums": sums}
     save_state(path, STATE_KIND, **state, **earlier, config=config)
