@@ -170,7 +170,10 @@ def test_inv_flow(name):
     model.to(META)
     experiment = Experiment(model, [], [], [], optimiser(model), dist=DIST, **config)
     model.train()
+    geco = experiment.reconstruction_loss.weight, experiment.reconstruction_loss.average
     captured(partial(experiment.gradients, model), torch.zeros(4, 1, 8, 8, device=META))
+    later = experiment.reconstruction_loss.weight, experiment.reconstruction_loss.average
+    assert all(one is two for one, two in zip(geco, later, strict=True)), "a graph writes where it was captured"
 
 
 def test_a_step_that_reads_is_noticed():
