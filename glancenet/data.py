@@ -7,13 +7,15 @@
 | dsprites_leakage | dsprites_leakage_train.npz, dsprites_leakage_test.npz           | 5  | 3  | centre / two corners |
 | mpi3d_toy        | mpi3d_toy/mpi3d_toy_full.npz                                    | 21 | 10 | 80 / 10 / 10 %       |
 | celebA           | celebA/celebA64-full-10.npz, celebA/clusters_4.npz              | 10 | 4  | the official one     |
+| folder           | those of --dset_dir, with the CSV --concepts                    | CSV | | 81 / 9 / 10 %, test/ |
 
 Images stay uint8 where they lie; a batch is turned into floats on the training device.
 """
 
+import logging
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +27,16 @@ from torch import Tensor
 
 from common.checkpoint import atomic_write
 from common.datasets import load
+from common.datasets.folder import Column, OwnImages, Table, held_out_rows
 from common.datasets.readers import NpzFile, reading
 from common.errors import MissingDataError, UserError
+from common.metrics.disentanglement_points import MIN_ROWS
 from glancenet import labels as rules
 from glancenet.algorithms import Shape
 from glancenet.losses import Batch
 from glancenet.options import Config
 
+log = logging.getLogger(__name__)
 PREPARE = {
     "dsprites_full": "python -m common.datasets.prepare dsprites",
     "dsprites_leakage": "python glancenet/prepare_dsprites_leakage.py",
@@ -289,6 +294,7 @@ class ConceptData:
     grid: Any = None
     rejection: Part | None = None  # training images that fit the rejection; default all
     corner: np.ndarray | None = None  # dsprites_leakage: the absent factor of the test images (n,)
+    class_names: tuple[str, ...] = ()  # where they have any
     fixed: dict[str, int] | None = None  # rows of `train.images` drawn in every traversal
 
     @property
@@ -311,14 +317,9 @@ class Labels(NamedTuple):
     discard: int = 0  # uniform numbers that precede the supervision mask in the published stream
 
 
-def _select(labels: Labels, groups: list[list[int]], chosen: list[int] | None, factors: tuple[str, ...]) -> Labels:
+def _select(labels: Labels, groups: list[list[int]], chosen: list[int | str] | None, factors: Sequence[str]) -> Labels:
     """Keep the concept columns (`groups` of each factor) and codes of the factors `chosen`."""
-    if chosen is None:
-        chosen = list(range(len(factors)))
-    wrong = [i for i in chosen if not 0 <= i < len(factors)]
-    if wrong or len(set(chosen)) < len(chosen):
-        listed = ", ".join(f"{i} {name}" for i, name in enumerate(factors))
-        raise UserError(f"--include_labels {' '.join(map(str, chosen))}: expected different numbers among {listed}")
+    chosen = rules.chosen_factors(chosen, factors)
     columns = [column for i in chosen for column in groups[i]]
     varied = [i for i in chosen if labels.sizes[i] > 1]
     return labels._replace(
@@ -363,7 +364,11 @@ def load_dsprites(o: Config) -> ConceptData:
     grid = None
     if o.dset_name == "sprites" or o.d_version == "full":
         sizes = {} if o.sprites_sizes is None else {"sizes": o.sprites_sizes}
-        grid = load("sprites" if o.dset_name == "sprites" else "dsprites", root=o.dset_dir, **sizes)
+        try:
+            grid = load(o.dset_name.removesuffix("_full"), root=o.dset_dir, fetch=not o.test, **sizes)
+        except MissingDataError as error:
+            raise MissingDataError(f"{error}; or go on with rendered ones: --dset_name sprites (the scripts: "
+                                   "DATASET_NAME=sprites)") from error  # fmt: skip
         rows = np.arange(len(grid))
         images, values, codes = Images(grid), grid.latents_values(rows), grid.latents_classes(rows)
     else:
@@ -420,7 +425,7 @@ def load_dsprites_leakage(o: Config) -> ConceptData:
     shape = factors[:, 0].astype(int) - 1
     labels = Labels(concepts_of(factors), names, shape, shape[:, None], (3,))
     labels = labels._replace(codes=np.stack([shape, *[np.zeros_like(shape)] * 2], axis=1), sizes=(3, 1, 1))
-    labels = _select(labels, [[0, 1, 2], [3], [4]], o.include_labels, ("shape", "scale", "orientation"))
+    labels = _select(labels, [[0, 1, 2], [3], [4]], o.include_labels, rules.LEAKAGE_FACTORS)
     kept = [names.index(name) for name in labels.names]
     order = np.random.RandomState(o.seed % 2**32).permutation(len(images))
     cut = int(0.8 * len(images))
@@ -533,7 +538,92 @@ def load_celeba(o: Config) -> ConceptData:
                        labels.sizes, fixed=fixed)  # fmt: skip
 
 
+BINS = 10  # of a continuous concept of a folder, where labels must be codes
+
+
+class Observed:
+    """Factors that are observed with the images, not a grid of them: training and held-out images for the metrics."""
+
+    def __init__(self, train: Part, test: Part):
+        self.parts = train, test
+
+    def tables(self, represent: Callable[[Tensor], Tensor], most: Sequence[int], seed: int) -> Iterator[np.ndarray]:
+        """Codes (n, D) and factors (n, F) of at most `most[0]` training images, then of `most[1]` held-out ones."""
+        for part, n in zip(self.parts, most, strict=True):
+            part = part.part(n, seed)
+            codes = [represent(part.images.fetch(rows)).cpu().numpy() for rows in part.rows.split(256)]
+            yield from (np.concatenate(codes), part.codes.numpy())
+
+
+def _observed_codes(column: Column) -> tuple[np.ndarray, int]:
+    """Whole numbers (n,) of a concept, and how many there are: a continuous one cut into `BINS`, 0 where missing."""
+    if column.kind == "continuous":
+        low, high = column.span
+        share = (np.nan_to_num(column.values, nan=low) - low) / ((high - low) or 1.0)
+        return np.minimum((share * BINS).astype(np.int64), BINS - 1), BINS if high > low else 1
+    return np.nan_to_num(column.values).astype(np.int64), len(column.categories) or 2
+
+
+def _folder_part(found: OwnImages, o: Config) -> tuple[Images, Labels, np.ndarray]:
+    """The images of a part of the folder, resized to 64 x 64; their labels; which of them have all their concepts."""
+    n = len(found)
+    table = found.table or Table(None, ())
+    names, values, groups = table.encoded()
+    coded = [_observed_codes(column) for column in table.concepts]
+    codes = np.stack([code for code, _ in coded], axis=1) if coded else np.zeros((n, 0), np.int64)
+    labels = Labels(
+        values.reshape(n, len(names)), names, found.targets.numpy(), codes, tuple(size for _, size in coded)
+    )
+    labels = _select(labels, groups, o.include_labels, [column.name for column in table.concepts])
+    known = ~np.isnan(labels.concepts).any(1)
+    return Images(found.in_memory()), labels._replace(concepts=np.nan_to_num(labels.concepts)), known
+
+
+def load_own(o: Config) -> ConceptData:
+    """A folder of one's own images with the concepts of a CSV: a tenth of each class held out for the test (or test/),
+    a tenth of the rest for validation. Images without all concepts train without them, and are left out of the test.
+    """
+    options = {
+        "labels": o.concepts or "", "class_column": o.class_column or "", "held_out": 0.1, "seed": o.seed,
+        "need_classes": o.algorithm in ("GlanceNet", "CBNM"), "image_size": 64, "channels": 0,
+    }  # fmt: skip
+    whole, held = (load("folder", o.dset_dir, split, **options) for split in ("train", "test"))
+    images, labels, known = _folder_part(whole, o)
+    mask = rules.supervision_mask(len(whole), o.masking_fact, o.seed) & known
+    val = held_out_rows(labels.y, 0.1, o.seed)
+    rows = np.delete(np.arange(len(whole)), val)
+    test_images, test_labels, test_known = _folder_part(held, o)
+    if not test_known.all():
+        log.info("%d of the %d test images lack concepts and are left out of the test", (~test_known).sum(), len(held))
+    test = _part(test_images, test_labels, test_known, np.flatnonzero(test_known))
+    observed = _part(images, labels, mask, rows[known[rows]])
+    if o.evaluation_metric and min(len(observed), len(test)) < MIN_ROWS:
+        raise UserError(f"--evaluation_metric {' '.join(o.evaluation_metric)}: {MIN_ROWS} training and test images "
+                        f"with concepts are needed, not {len(observed)} and {len(test)}; leave it out")  # fmt: skip
+    classes, grid = tuple(whole.classes or ("",)), Observed(observed, test) if labels.names else None
+    return ConceptData(
+        "folder", _part(images, labels, mask, rows), _part(images, labels, mask, val), test, labels.names,
+        _classes(o, len(classes)), labels.sizes, grid, class_names=classes,
+    )  # fmt: skip
+
+
+def other_images(folder: str, channels: int) -> tuple[Part, np.ndarray]:
+    """Images that the concepts do not describe, from two class sub-folders, and their class (n,): what may leak.
+
+    Raises UserError for another number of sub-folders.
+    """
+    found = load("folder", folder, "all", image_size=64, channels=channels)
+    if len(found.classes or ()) != 2:
+        raise UserError(f"--other_dir {folder}: leakage is how well the concepts tell two kinds of images apart; put "
+                        f"each into a sub-folder, there are {len(found.classes or ())}")  # fmt: skip
+    n = len(found)
+    nothing = np.zeros((n, 0))
+    part = Part(Images(found.in_memory()), np.arange(n), nothing, np.zeros(n), np.ones(n), nothing)
+    return part, found.targets.numpy()
+
+
 LOADERS = {
+    "folder": load_own,
     "dsprites_full": load_dsprites,
     "sprites": load_dsprites,
     "dsprites_leakage": load_dsprites_leakage,

@@ -1,8 +1,10 @@
 """Concept labels and classes from the factors of each data set, by the paper's procedures (appendix A.3)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, suggest
 
 # ---- dSprites -------------------------------------------------------------------------------------------------------
 
@@ -96,6 +98,28 @@ def celeba_kept_rows(attributes: np.ndarray, unique_hair: bool = False) -> np.nd
     if unique_hair:
         return count == 1
     return (count >= 1) & ~((hair[:, 0] == 1) & (count > 1))
+
+
+# ---- factors by name ------------------------------------------------------------------------------------------------
+
+LEAKAGE_FACTORS = ("shape", "scale", "orientation")
+FACTORS = {
+    "dsprites_full": DSPRITES_FACTORS, "sprites": DSPRITES_FACTORS, "dsprites_leakage": LEAKAGE_FACTORS,
+    "mpi3d_toy": MPI3D_FACTORS, "celebA": CELEBA_ATTRIBUTES,
+}  # fmt: skip
+
+
+def chosen_factors(given: Sequence[int | str] | None, factors: Sequence[str]) -> list[int]:
+    """The numbers of the factors that --include_labels gives by number or name; None: all. Raises UserError."""
+    if given is None:
+        return list(range(len(factors)))
+    chosen = [factors.index(one) if one in factors else one for one in given]
+    wrong = [one for one in chosen if one not in range(len(factors))]
+    if wrong or len(set(chosen)) < len(chosen):
+        listed = ", ".join(f"{i} {name}" for i, name in enumerate(factors))
+        near = suggest(str(wrong[0]), factors) if wrong else ""
+        raise UserError(f"--include_labels {' '.join(map(str, given))}{near}: expected different ones of {listed}")
+    return chosen
 
 
 # ---- k-modes --------------------------------------------------------------------------------------------------------

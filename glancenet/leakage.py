@@ -9,7 +9,10 @@ of them; leakage = 2 |accuracy - 1/2| on the rest. Models with rejection count r
     python glancenet/leakage.py --dset_dir data -- --max_epoch 25 --decoder ShallowLinear    # overrides of main.py
     python glancenet/leakage.py --dset_dir data --resume auto                     # keep and go on with what --out has
     python glancenet/leakage.py --checkpoints checkpoints/NAME/final              # measure trained models only
+    python glancenet/leakage.py --checkpoints checkpoints/NAME/final --other_dir OTHER      # of a model of your images
 
+OTHER holds images that the concepts do not describe, in two sub-folders: leakage is then what the latents tell of the
+sub-folder, and what is kept are the model's own held-out images.
 CG-VAE in the tables is the GlanceNet without rejection; `vae` is trained with --conditional_prior false. Models
 without a prior use the mean latents of each class as prototypes, and a bottleneck is judged by distance alone.
 Written in --out after every model: leakage.json, leakage.csv, leakage.png, pca.png. The data are made by
@@ -38,7 +41,7 @@ from glancenet import main as training
 from glancenet import osr, passes
 from glancenet.algorithms import Algorithm, make_model
 from glancenet.compare import split_overrides
-from glancenet.data import ConceptData, load_data
+from glancenet.data import ConceptData, load_data, other_images
 from glancenet.evaluate import write_csv
 from glancenet.options import Config as TrainingConfig
 from glancenet.state import KIND
@@ -62,15 +65,19 @@ MODELS = {
 
 
 def load_model(
-    path: str, device: torch.device, dset_dir: str | None = None
+    path: str, device: torch.device, dset_dir: str | None = None, other_dir: str | None = None
 ) -> tuple[Algorithm, ConceptData, TrainingConfig]:
-    """The model of a checkpoint, the data it was trained on, and its options. `dset_dir` replaces the data folder."""
+    """The model of a checkpoint, the data it was trained on, and its options. `dset_dir` replaces the data folder, the
+    images of `other_dir` those of the test.
+    """
     state = load_state(path, KIND)
     saved = {name: value for name, value in state.get("options", {}).items() if name in TrainingConfig.model_fields}
     o = TrainingConfig.build(saved, {"dset_dir": dset_dir} if dset_dir else {})
     data = load_data(o)
     model = make_model(o, data.shape)
     load_into(model, state.get("model"), path)
+    if other_dir:
+        data.test, data.corner = other_images(other_dir, data.train.images.channels)
     return model.to(device, memory_format=torch.channels_last), data, o
 
 
@@ -81,7 +88,8 @@ def measure(
     centre images of each.
     """
     if data.corner is None:
-        raise UserError(f"{data.name} has no corner label; the model must be trained on dsprites_leakage")
+        raise UserError(f"{data.name} has no corner label; the model must be trained on dsprites_leakage, "
+                        "or name images beyond its concepts by --other_dir")  # fmt: skip
     with passes.evaluating(model, seed):
         thresholds, train = passes.fit_rejection(model, data, device, quantile, sampled)
         corners = passes.encode_for_rejection(model, data.test, device, sampled)
@@ -173,6 +181,7 @@ class Config(Options):
     seeds: list[Seed] = option([883], "one run of every model a seed", min_length=1)
     checkpoints: list[str] = option([], "measure these instead of training")
     dset_dir: str | None = option(None, "folder of the data sets")
+    other_dir: str | None = option(None, "with --checkpoints: images beyond the concepts, in two sub-folders")
     out: str = option("runs/leakage_dsprites", "folder of results, logs and checkpoints", min_length=1)
     osr_quantile: float = option(0.95, "share of training images that each check keeps", gt=0, lt=1)
     osr_sample: bool = option(False, "rejection on sampled latents instead of means", bare=True)
@@ -213,6 +222,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     words, overrides = split_overrides(list(sys.argv[1:] if argv is None else argv))
     o, _ = from_flags(Config, words, __doc__)
     device, out = pick_device(o.device), Path(o.out)
+    if o.other_dir and not o.checkpoints:
+        raise UserError("--other_dir needs a trained model: --checkpoints <ckpt_dir>/<name>/final")
+    beyond, own = ("other images", "held-out") if o.other_dir else ("corners", "centre")
     for key in o.models if not o.checkpoints else ():  # all that can be wrong is said before the first training
         training.parse(command(key, o.seeds[0], o, overrides))
     if o.dry_run:
@@ -224,7 +236,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for key, seed, path in jobs:
         path = path or train_one(key, seed, o, overrides)
         full_precision()  # whatever the training used
-        model, data, used = load_model(str(path), device, o.dset_dir)
+        model, data, used = load_model(str(path), device, o.dset_dir, o.other_dir)
         if key is None:
             key = "cbnm" if model.decoder is None else "glancenet" if model.class_means() is not None else "vae"
         found = measure(model, data, device, o.osr_quantile, o.osr_sample, used.seed)
@@ -237,7 +249,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         published = row["rejection"] == ("both" if row["model"] == "glancenet" else "none")
         paper = f"(paper {PAPER[row['model']]:.0f} %)" if published and row["model"] in PAPER else ""
         print(f"{row['model']:10s} rejection {row['rejection']:15s} leakage {row['leakage_percent']:5.1f} +/- "
-              f"{row['leakage_percent_std']:.1f} %  corners rejected {row['rejected_percent']:5.1f} %  centre kept "
+              f"{row['leakage_percent_std']:.1f} %  {beyond} rejected {row['rejected_percent']:5.1f} %  {own} kept "
               f"{row['closed_set_kept_percent']:5.1f} % {paper}")  # fmt: skip
     print(json.dumps({"results": str(out / "leakage.json")}))
     return summary

@@ -80,7 +80,7 @@ def load_digits(root: str | None, device: torch.device) -> tuple[Digits, Digits]
 
     parts = []
     for split in ("train", "test"):
-        images, targets = load("mnist", root=root, split=split).arrays()
+        images, targets = load("mnist", root=root, split=split, fetch=True).arrays()
         parts.append(Digits(images.to(device).float().flatten(1) / 255, targets.to(device).long()))
     return parts[0], parts[1]
 

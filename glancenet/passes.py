@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glancenet import losses, osr
 from glancenet.algorithms import Algorithm
-from glancenet.data import ConceptData, Part
+from glancenet.data import ConceptData, Observed, Part
 from glancenet.losses import Batch
 from glancenet.options import Config
 
@@ -195,9 +195,9 @@ def disentanglement(
     model: Algorithm, data: ConceptData, device: torch.device, o: Config
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """(name, results) of every metric asked for, one after another, on posterior means of images drawn from the whole
-    factor grid (seed 0).
+    factor grid (seed 0); of a folder of one's own fitted on training images, measured on test images.
     """
-    from common.metrics.disentanglement import Grid
+    from common.metrics.disentanglement import Arrays, Grid
     from common.metrics.disentanglement import evaluate as evaluate_metrics
 
     def represent(images: Tensor) -> Tensor:
@@ -206,7 +206,9 @@ def disentanglement(
         y = torch.zeros(len(x), dtype=torch.long, device=device)
         return model.encode(Batch(x, nothing, y, nothing, y[:, None]))[0]
 
-    points = Grid(data.grid, represent)
+    observed = isinstance(data.grid, Observed)
+    most = (o.metric_train, o.metric_eval)
+    points = Arrays(*data.grid.tables(represent, most, o.seed)) if observed else Grid(data.grid, represent)
     for name in o.evaluation_metric:
         settings = {"seed": 0, "jobs": o.metric_jobs, "num_train": o.metric_train, "num_test": o.metric_eval}
         yield name, evaluate_metrics(points, [name], **settings)[name]

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--sizes belongs to --source sprites")
         from common.datasets import load
 
-        grid = load("dsprites", root=str(data_root(o.source_dir)))
+        grid = load("dsprites", root=str(data_root(o.source_dir)), fetch=True)
     out = Path(o.out) if o.out else data_root(o.source_dir)
     for split, arrays in zip(("train", "test"), partitions(grid, o.test_images, o.seed), strict=True):
         path = out / f"dsprites_leakage_{split}.npz"

@@ -8,8 +8,11 @@ import csv
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -21,9 +24,15 @@ import pytest
 import torch
 from PIL import Image
 
+import glancenet
 from common.datasets import load, prepare
 from common.datasets.download import Remote
 from common.errors import UserError, run_command
+from glancenet import evaluate, leakage
+from glancenet import main as glance_main
+from glancenet import options as glance_options
+from glancenet.data import load_data
+from glancenet.records import load_arrays
 from inv_flow import inv_flow_mnist
 from latent_flow import show_flows, train_vae_scratch, train_vae_scratch_weakly
 from latent_flow.data import open_source
@@ -302,6 +311,78 @@ def test_latent_flow_reads_videos(tmp_path, monkeypatch, capsys):
     assert "a.gif as a" in refusal(capsys, train_vae_scratch_weakly.main, *words)
 
 
+# ---- GlanceNets
+
+TINY_GLANCE = ("--dset_name", "folder", "--dset_dir", "mine", "--concepts", "labels.csv", "--class_column", "y",
+               "--encoder", "PadlessGaussianConv64", "--decoder", "ShallowLinear", "--z_dim", "6", "--batch_size", "16",
+               "--max_iter", "2", "--max_epoch", "2", "--warmup_epochs", "0", "--device", "cpu", "--name", "x",
+               "--out_path", "x", "--mc_samples", "0")  # fmt: skip
+
+
+def glance(alg="GlanceNet", *more):
+    return glance_main.main(["--alg", alg, *TINY_GLANCE, *more])
+
+
+def test_glancenet(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "mine", 600, "splits", size=(9, 9))
+    monkeypatch.chdir(tmp_path)
+    log = glance("GlanceNet", "--conditional_prior", "true", "--traverse_l", "true", "--evaluation_metric", "dci")
+    names = ["bright", "colour=blue", "colour=green", "colour=red", "size"]
+    stored = json.loads((tmp_path / "checkpoints/x/model.json").read_text())
+    assert (stored["concept_names"], stored["class_names"]) == (names, ["k0", "k1", "k2"])
+    model = glancenet.load("checkpoints/x/model.safetensors")
+    assert list(model.concept_names)[:5] == names
+    # training pictures without `bright` train without concepts, test pictures without it are left out
+    held_out = [i for i in range(600) if i % 5 == 0]
+    _, z, concepts = load_arrays(log / "eval_results/latents_obtained.npy", 3)
+    assert len(z) == sum(i % 7 != 6 for i in held_out) == len(concepts)
+    counts = json.loads((log / "commandline_args.txt").read_text())
+    assert 0 < counts["train_images"] - counts["supervised_images"] < 0.2 * counts["train_images"]
+    found = evaluate.main([str(log)])[0]  # alignment and explicitness by trees and by least squares
+    assert {"alignment", "explicitness", "alignment_linear", "explicitness_linear"} <= found.keys()
+    assert {path.suffix for path in (tmp_path / "train_outputs/x").iterdir()} == {".png", ".jpg", ".gif"}
+
+    draw(tmp_path / "other", 60, "classes", size=(12, 12))
+    shutil.rmtree(tmp_path / "other/k2")
+    words = ["--checkpoints", "checkpoints/x/final", "--device", "cpu", "--out", "leak"]
+    capsys.readouterr()
+    leakage.main([*words, "--other_dir", "other"])
+    assert "other images rejected" in capsys.readouterr().out
+    assert json.loads((tmp_path / "leak/leakage.json").read_text())["runs"][0]["rejection"].keys() == {
+        "none", "distance", "reconstruction", "both"
+    }  # fmt: skip
+    assert "there are 3" in refusal(capsys, leakage.main, *words, "--other_dir", "mine/test")
+
+
+def test_glancenet_takes_concepts_by_name(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "mine", size=(30, 30))
+    monkeypatch.chdir(tmp_path)
+    glance("CBNM", "--include_labels", "size", "bright")
+    stored = json.loads((tmp_path / "checkpoints/x/model.json").read_text())
+    assert stored["concept_names"] == ["size", "bright"]
+    data = load_data(glance_options.parse(["--alg", "CBNM", *TINY_GLANCE, "--include_labels", "size"]))
+    shown = (data.train.images.fetch(data.train.rows).amax(1) > 0)[..., -1].float().mean(1)  # the height of the bar
+    assert np.corrcoef(shown, data.train.concepts[:, 0])[0, 1] > 0.97
+    assert float(data.train.concepts.min()) >= 0 and float(data.train.concepts.max()) <= 1
+
+
+def test_glancenet_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
+    draw(tmp_path / "mine", size=(9, 9))
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*words):
+        return refusal(capsys, glance_main.main, "--alg", "GlanceNet", *TINY_GLANCE, *words)
+
+    assert "did you mean 'bright'" in refused("--include_labels", "brigth")
+    assert "training and test images with concepts are needed, not 41 and 6" in refused("--evaluation_metric", "mig")
+    assert "no column 'class'" in refused("--class_column", "class")
+    assert "5 concepts" in refused("--z_dim", "3")
+    assert "belong to --dset_name folder" in refused("--dset_name", "sprites")
+    (tmp_path / "mine/im3.png").write_bytes(b"no")
+    assert "im3.png as an image" in refused()
+    assert not (tmp_path / "checkpoints").exists()
+
+
 # ---- small public sets
 
 
@@ -367,3 +448,27 @@ def test_without_network_or_training_nothing_is_downloaded(tmp_path, mirror, mon
         line = refusal(capsys, lbae_mnist.main, *words)
     assert "mnist is not there" in line and "common.datasets.prepare mnist" in line
     assert not list(tmp_path.glob("data/*"))
+
+
+def test_without_network_the_dsprites_script_goes_on_with_rendered_ones(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    words = "--max_iter 2 --max_epoch 1 --encoder PadlessGaussianConv64 --decoder ShallowLinear --device cpu"
+    words += " --sprites_sizes 3 2 2 4 4 --evaluation_metric --evaluate_iter 9 --test_iter 9 --batch_size 48"
+    (tmp_path / "data").mkdir()
+
+    def run(**more):
+        environment = {
+            **os.environ,
+            "OFFLINE": "1",
+            "DATA_ROOT": str(tmp_path / "data"),
+            "PYTHON": sys.executable,
+            **more,
+        }
+        command = ["bash", str(root / "scripts/glancenet_dsprites.sh"), *words.split()]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    absent = run()
+    assert absent.returncode == 2 and "DATASET_NAME=sprites" in absent.stderr.splitlines()[-1]
+    rendered = run(DATASET_NAME="sprites")
+    assert rendered.returncode == 0, rendered.stderr
+    assert list((tmp_path / "checkpoints").glob("*/model.safetensors"))

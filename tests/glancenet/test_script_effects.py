@@ -65,7 +65,7 @@ TABLE = [
 ELSEWHERE = {
     prepare_dsprites_leakage: {"source", "source_dir"},  # the published file: test_scripts
     prepare_clusters: {"source", "out"},  # test_prepare
-    leakage: {"resume"},  # test_leakage
+    leakage: {"resume", "other_dir"},  # test_leakage; front/test_your_data
     mnist_parity: {"reuse", "resume"},  # test_leakage
     compare: {"dset_name", "dset_dir", "resume"},  # the published file: test_scripts; test_evaluate
 }
