@@ -24,7 +24,7 @@ from common.launch import Distributed, full_precision, keep_freed_memory, seed_e
 from common.training import POLL, Place, Training
 from latent_flow.data import FrameSequences
 from latent_flow.encoders import temperature
-from latent_flow.evaluate import evaluate
+from latent_flow.evaluate import LINEAR_IMAGES, evaluate
 from latent_flow.model import LatentFlow, Noise, training_step
 from latent_flow.options import TrainOptions, is_dry, known, parse
 from latent_flow.runs import saw_all, source_of
@@ -253,7 +253,8 @@ class FlowTraining(Training):
         def write(result: dict, whole: bool) -> None:
             write_json(self.folder / (name if whole else name.replace(".json", ".partial.json")), result)
 
-        result = evaluate(model, source, rows, seed=seed, iteration=self.step, write=write)
+        training = source, source.split(seed)[0][:LINEAR_IMAGES]
+        result = evaluate(model, source, rows, seed=seed, iteration=self.step, training=training, write=write)
         restore_rng(noise, self.dist.device)
         return result["lines"]
 

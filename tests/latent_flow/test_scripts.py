@@ -61,7 +61,7 @@ def test_training_writes_its_contract(trained):
     assert set(result["equivariance"]) == {"scale", "rotation", "hue"}
     for entry in result["equivariance"].values():
         assert entry["images"] == 20 and entry["steps"] == 4
-        for name in ("model", "one_sample", "unmoved", "identity", "black"):
+        for name in ("model", "one_sample", "unmoved", "identity", "black", "linear"):
             assert abs(sum(entry[name]["per_step"]) - entry[name]["mean"]) < 1e-6 * entry[name]["mean"]
             assert (
                 abs(sum(entry[name]["per_step"][:-1]) - entry[name]["upstream_protocol"]) < 1e-6 * entry[name]["mean"]
