@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with everything that the repository needs, and build the inverse-convolution op in it.
-#   bash scripts/setup.sh              pip's own torch, on Linux with CUDA: 7.4 GB in all; does nothing when up to date
-#   bash scripts/setup.sh --cpu        PyTorch's wheels without CUDA (Linux on x86: about 2.8 GB in all)
+#   bash scripts/setup.sh              pip's own torch, on Linux with CUDA: 7.6 GB in all; does nothing when up to date
+#   bash scripts/setup.sh --cpu        PyTorch's wheels without CUDA (Linux on x86: about 3.0 GB in all)
 #   bash scripts/setup.sh --light      without TensorFlow (1.3 GB less): only the metrics' frozen Inception graph needs it
 #   bash scripts/setup.sh --dry-run    print what would be run
 #   PYTHON=python3.12 bash scripts/setup.sh
@@ -67,7 +67,7 @@ run "${install[@]}" --upgrade pip setuptools wheel
 if [ -n "$light" ]; then
     echo "setup: --light: without TensorFlow (1.3 GB less)"
     # shellcheck disable=SC2046  # a word a requirement
-    run "${install[@]}" -e '.[reproduce]' $(sed -n '/^tensorflow/d;/^[a-z]/p' requirements.txt)
+    run "${install[@]}" -e '.[reproduce,explore]' $(sed -n '/^tensorflow/d;/^[a-z]/p' requirements.txt)
 else
     run "${install[@]}" -r requirements.txt
 fi
