@@ -237,7 +237,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         path = path or train_one(key, seed, o, overrides)
         full_precision()  # whatever the training used
         model, data, used = load_model(str(path), device, o.dset_dir, o.other_dir)
-        if key is None:
+        if o.other_dir:
+            key = Path(path).parent.name  # the run's name: the paper's figures are of other images
+        elif key is None:
             key = "cbnm" if model.decoder is None else "glancenet" if model.class_means() is not None else "vae"
         found = measure(model, data, device, o.osr_quantile, o.osr_sample, used.seed)
         latents.setdefault(key, (found.pop("latents"), found.pop("corner")))

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     full_precision(args.tf32)
     seed_everything(args.seed)
-    train, test = (load(args.dataset, args.data_root, split) for split in ("train", "test"))
+    train, test = (load(args.dataset, args.data_root, split, fetch=True) for split in ("train", "test"))
     classes = int(train.targets.max()) + 1
     model = Classifier(train.height, classes, not args.no_inverse, args.max_row_sum).to(device)
     kernels = sum(int(conv.mask.sum()) for conv in model.convs)

@@ -17,16 +17,18 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from PIL import Image
 
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("common", "lbae", "glancenet", "latent_flow", "inv_flow", "nfpi", "checkpoints", "data", "sweeps")
+PACKAGES = ("common", "lbae", "glancenet", "latent_flow", "inv_flow", "nfpi", "checkpoints", "data", "sweeps", "docs")
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.md"))])
 STARTERS = (
     "python", "python3", "bash", "torchrun", "srun", "sbatch", "snakemake", "pytest", "cd", "source", "git", "pip",
@@ -332,7 +334,7 @@ def check_files(argv: list[str]) -> None:
 
 def check_arguments(name: str, argv: list[str]) -> None:
     """Run `main(argv)` of a module until its options are read and judged."""
-    if name in ("lbae.mnist", "lbae.cifar10", "lbae.celeba"):
+    if name in ("lbae.mnist", "lbae.cifar10", "lbae.celeba", "lbae.folder"):
         from common.options import from_tokens
         from lbae.command import preset
         from lbae.options import Params
@@ -392,7 +394,11 @@ def check_nfpi(argv: list[str]) -> None:
     overrides = [word for word in rest if word not in flags]
     if flags:
         overrides = [word if "[" in word else word.split(",")[0] for word in overrides]
-    resolve(*config_place(path, name), overrides)
+    with tempfile.TemporaryDirectory() as own:  # what MYIMAGES stands for: its size and classes are looked up
+        for i in range(120 if "data_path=MYIMAGES" in overrides else 0):
+            (Path(own) / "ab"[i % 2]).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(Path(own) / "ab"[i % 2] / f"{i}.png")
+        resolve(*config_place(path, name), [word.replace("MYIMAGES", own) for word in overrides])
 
 
 def module_of(name: str):

@@ -347,7 +347,8 @@ def test_glancenet(tmp_path, monkeypatch, capsys):
     words = ["--checkpoints", "checkpoints/x/final", "--device", "cpu", "--out", "leak"]
     capsys.readouterr()
     leakage.main([*words, "--other_dir", "other"])
-    assert "other images rejected" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "other images rejected" in said and "paper" not in said  # whose figures are of other images
     assert json.loads((tmp_path / "leak/leakage.json").read_text())["runs"][0]["rejection"].keys() == {
         "none", "distance", "reconstruction", "both"
     }  # fmt: skip
