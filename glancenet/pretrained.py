@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.launch import pick_device
 from common.released import weights_file
 from glancenet.algorithms import Shape, make_model
+from glancenet.architectures import IMAGE_SIZE
 from glancenet.losses import Batch
 from glancenet.mnist_objective import CONCEPTS, KNOWN_DIGITS, MODELS
 from glancenet.options import Config
@@ -20,15 +21,16 @@ from glancenet.options import Config
 class ConceptModel(nn.Module):
     """Images (B, C, H, W) in [0, 1], latents (B, D) whose first ones are the concepts, and classes. In evaluation mode.
 
-    prototypes: the learned prior mean of each class (K, D), or None.
+    prototypes: the learned prior mean of each class (K, D), or None. image_shape: (C, H, W).
     """
 
     def __init__(
         self, model: nn.Module, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor] | None,
         prototypes: Tensor | None, classes: tuple[str, ...], concepts: tuple[str, ...], config: dict[str, Any],
+        image_shape: tuple[int, int, int],
     ):  # fmt: skip
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.image_shape = model, config, image_shape
         self._encode, self._decode = encode, decode
         self.register_buffer("prototypes", prototypes)
         self.class_names, self.concept_names = classes, concepts
@@ -76,11 +78,12 @@ def _of_parity(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -
     return ConceptModel(
         model,
         lambda x: model.encoder(x.flatten(1))[0],
-        None if decoder is None else lambda z: decoder(z).view(len(z), 1, 28, 28),
+        None if decoder is None else lambda z: decoder(z).view(-1, 1, 28, 28),
         model.class_means().detach() if hasattr(model, "class_means") else None,
         digits,
         digits[:CONCEPTS],
         config,
+        (1, 28, 28),
     )
 
 
@@ -94,7 +97,7 @@ def _of_main(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> 
     names = tuple(config.get("concept_names") or (f"concept {i}" for i in range(concepts)))
 
     def batch(x: Tensor) -> Batch:
-        return Batch(x, *(x.new_zeros(len(x)) for _ in Batch._fields[1:]))
+        return Batch(x, *(x.new_zeros(x.shape[0]) for _ in Batch._fields[1:]))
 
     prototypes = getattr(model, "class_means", lambda: None)()
     return ConceptModel(
@@ -105,4 +108,5 @@ def _of_main(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> 
         tuple(str(k) for k in range(classes)),
         names,
         config,
+        (channels, IMAGE_SIZE, IMAGE_SIZE),
     )

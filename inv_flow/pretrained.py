@@ -23,7 +23,7 @@ class ImageFlow(nn.Module):
 
     def __init__(self, flow: FlowModel):
         super().__init__()
-        self.flow = flow
+        self.flow, self.image_shape = flow, tuple(flow.image_size)  # (C, H, W)
 
     def _integers(self, images: Tensor) -> Tensor:
         return (images * (self.flow.levels - 1)).round()

@@ -18,6 +18,7 @@ class FlowAutoencoder(nn.Module):
     def __init__(self, model: LatentFlow):
         super().__init__()
         self.model, self.config = model, model.config.as_dict()
+        self.image_shape = (model.config.channels, model.config.image_size, model.config.image_size)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -20,13 +20,14 @@ from lbae.sampler import HyperplaneSampler
 class Autoencoder(nn.Module):
     """Images (B, C, S, S) in [0, 1] and their codes (B, D): bits -1 and +1, or the means of a VAE. In evaluation mode.
 
-    codes (N, D) and labels (N, A) are those of the training images: what the samplers are fitted on. `config` holds the
-    options of the training.
+    codes (N, D) and labels (N, A) are those of the training images: what the samplers are fitted on. `image_shape` is
+    (C, S, S), `config` holds the options of the training.
     """
 
     def __init__(self, model: LBAE, codes: Tensor, labels: Tensor, config: dict[str, Any]):
         super().__init__()
         self.model, self.config = model, config
+        self.image_shape = (config["channels"], config["img_size"], config["img_size"])
         self.register_buffer("codes", codes)
         self.register_buffer("labels", labels)
 

@@ -41,7 +41,7 @@ class FixedPointGaussians(ClassifierMixin, BaseEstimator):
         self, strength: float = 10.0, *, means: bool = True, variances: bool = False, isotropic: bool = True,
         sum_trick: bool = True, exp_den_update: bool = True, alpha: float = 10.0, variance_update: str = "upstream",
         damping: float = 0.5, max_iters: int = 1000, epsilon: float = 1e-3, start_variance: float | None = None,
-        min_variance: float = 1e-6,
+        min_variance: float = 1e-3,
     ):  # fmt: skip
         self.strength, self.means, self.variances = strength, means, variances
         self.isotropic, self.sum_trick, self.exp_den_update = isotropic, sum_trick, exp_den_update
@@ -68,10 +68,10 @@ class FixedPointGaussians(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         self.classes_, index, counts = np.unique(y, return_inverse=True, return_counts=True)
         if len(counts) < 2:
-            raise BadInput(f"only one class ({self.classes_[0]!r}) in y: the iteration separates classes, it needs two")
+            raise BadInput(f"only one class ({self.classes_[0]}) in y: the iteration separates classes, it needs two")
         if counts.min() < 2:
             lonely = self.classes_[counts.argmin()]
-            raise BadInput(f"class {lonely!r} has 1 sample, a variance needs two: leave it out or add samples")
+            raise BadInput(f"class {lonely} has 1 sample, a variance needs two: leave it out or add samples")
         z = _tensor(X)
         mean, var = ClassMoments.of(z, torch.from_numpy(index), len(counts)).statistics()
         var = var.clamp_min(self.min_variance)

@@ -229,7 +229,7 @@ class ActNorm(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, h, w) -> (y, log_det (B,))."""
         gain = F.softplus(self.scale)
-        return x * gain + self.shift, gain.log().sum().expand(len(x))
+        return x * gain + self.shift, gain.log().sum().expand(x.shape[0])
 
     def inverse(self, y: Tensor) -> Tensor:
         """(B, C, h, w) -> x."""
@@ -291,7 +291,7 @@ class Conv1x1(nn.Module):
         else:
             log_det = self.u.diagonal().abs().log().sum()
         y = (self.matrices() @ x.flatten(2)).view_as(x)
-        return y, (log_det * x.shape[2] * x.shape[3]).expand(len(x))
+        return y, (log_det * x.shape[2] * x.shape[3]).expand(x.shape[0])
 
     def inverse(self, y: Tensor) -> Tensor:
         """(B, C, h, w) -> x."""
@@ -339,12 +339,12 @@ class CouplingLayer(nn.Module):
 
     def _low_rank(self, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """W1 and W2^T, both (B, 3, n, P), and W1 W2 (B, 3, 3, P)."""
-        w1, w2 = (self._bounded(r) + EPS).view(len(r), 2, RANK, self.n, -1).unbind(1)
+        w1, w2 = (self._bounded(r) + EPS).view(r.shape[0], 2, RANK, self.n, -1).unbind(1)
         return w1, w2, torch.einsum("binp,bjnp->bijp", w1, w2)
 
     def _act(self, r: Tensor, x2: Tensor, sign: int, bound: float | None) -> tuple[Tensor, Tensor]:
         """(exp(sign A) x2, log-det of exp(A) (B,)) with A given by the net's output r."""
-        b, n = len(x2), self.n
+        b, n = x2.shape[0], self.n
         if self.flow_type == "affine":
             a = self._bounded(r)
             return torch.exp(sign * a) * x2, a.flatten(1).sum(1)
@@ -367,7 +367,7 @@ class CouplingLayer(nn.Module):
         x1, x2 = x[:, : self.kept], x[:, self.kept :]
         out = self.net(x1)
         if self.flow_type == "additive":
-            return torch.cat([x1, x2 + out], 1), x.new_zeros(len(x))
+            return torch.cat([x1, x2 + out], 1), x.new_zeros(x.shape[0])
         t, r = out[:, : self.n], out[:, self.n :]
         y2, log_det = self._act(r, x2, 1, bound)
         return torch.cat([x1, y2 + t], 1), log_det

@@ -23,6 +23,8 @@ class ClassFlow(nn.Module):
         super().__init__()
         self.flow, self.gaussians = conditional.flow, conditional.gaussians
         self.conditional = conditional
+        config, band = self.flow.config, conditional.codes.rows if conditional.codes else 0  # below the image
+        self.image_shape = (config.channels, config.height - band, config.width)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -31,7 +33,7 @@ class ClassFlow(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images -> latents z (B, d) under the class Gaussians; pixels are taken at their cell's centre."""
-        y = torch.zeros(len(images), dtype=torch.long, device=images.device)
+        y = torch.zeros(images.shape[0], dtype=torch.long, device=images.device)
         return self.flow(self.conditional.input(images, y, 0.5)).z
 
     def decode(self, latents: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:

@@ -117,7 +117,7 @@ class Config(Options):
             strength, means=self.means, variances=self.variances and not self.force_isotropic,
             isotropic=self.isotropic, sum_trick=self.sum_trick, alpha=self.alpha, variance_update=self.variance_update,
             damping=self.damping, epsilon=self.epsilon, max_iters=self.max_iters,
-            start_variance=self.force_isotropic or None,
+            start_variance=self.force_isotropic or None, min_variance=1e-12,
         )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ run "${install[@]}" --upgrade pip setuptools wheel
 if [ -n "$light" ]; then
     echo "setup: --light: without TensorFlow (1.3 GB less)"
     # shellcheck disable=SC2046  # a word a requirement
-    run "${install[@]}" -e '.[reproduce,explore]' $(sed -n '/^tensorflow/d;/^[a-z]/p' requirements.txt)
+    run "${install[@]}" -e '.[reproduce,explore,parts]' $(sed -n '/^tensorflow/d;/^[a-z]/p' requirements.txt)
 else
     run "${install[@]}" -r requirements.txt
 fi

@@ -1,0 +1,252 @@
+r"""A trained model as ONNX: an encoder and a decoder that take any number of images.
+
+    python scripts/export.py lbae mnist_bae_w16 --onnx OUT       # writes OUT/encoder.onnx and OUT/decoder.onnx
+    python scripts/export.py glancenet RUN/model.safetensors --onnx OUT
+
+PAPER is one of glancenet, inv_flow, latent_flow, lbae, nfpi; NAME is what its `load` takes: a name of checkpoints/, a
+file, a run's folder. Each graph is compared with the model at two batch sizes in onnxruntime, and written only where
+they agree to 1e-5 (of the largest value, where that is above 1). The encoder takes images (B, C, H, W) in [0, 1] and
+gives latents, the decoder takes these back to images; float32. Two decoders are not quite the models' own: inv_flow's
+and nfpi's images are not cut to whole grey levels, and halves that nfpi's flow has split off are at their mean
+(temperature 0). It needs onnx, onnxruntime and onnxscript: pip install -e .[parts]
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
+    import common.start  # noqa: F401
+
+import argparse
+import importlib
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.checkpoint import atomic_write
+from common.errors import UserError, run_command
+
+PAPERS = ("glancenet", "inv_flow", "latent_flow", "lbae", "nfpi")
+TOLERANCE = 1e-5
+TRACED, CHECKED = 4, (1, 3)  # images while a graph is recorded, and in the two checks
+LARGEST = 2**20  # images in a batch at most
+BLOCK = 256  # numbers of an image that an inverse convolution solves at once
+
+Function = Callable[..., Tensor | list[Tensor]]
+
+
+class Call(nn.Module):
+    """A function of a model as a module that owns the model's weights."""
+
+    def __init__(self, model: nn.Module, function: Function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, *inputs: Tensor) -> Tensor | list[Tensor]:
+        """What the function returns."""
+        return self.function(*inputs)
+
+
+class PlainConvolution:
+    """A masked convolution and its inverse in operators that ONNX has; takes the place of those of `layer`.
+
+    The solve goes by blocks of rows: the rows before are convolved, and the block's own part is one matrix, made by the
+    layer's own solve when the model is run once before.
+    """
+
+    def __init__(self, layer: nn.Module):
+        if not isinstance(layer.order, str):
+            raise UserError("an inverse convolution with an order for each group cannot be exported")
+        self.kernel, self.layer, self.solve_block = layer.kernel(), layer, layer.solve
+        self.inverses: dict[int, Tensor] = {}  # of blocks of so many rows
+        layer.convolve, layer.solve = self.convolve, self.solve
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> the same shape."""
+        from inv_flow.utils.inv_conv_cuda.geometry import ORDER_CODES, padding
+
+        around = padding(ORDER_CODES[self.layer.order], *self.layer.kernel_size)
+        return F.conv2d(F.pad(x, around), self.kernel, groups=self.layer.groups)
+
+    def solve(self, y: Tensor) -> Tensor:
+        """y (B, C, H, W) -> x with convolve(x) = y."""
+        _, channels, height, width = y.shape
+        upwards = self.layer.order.startswith("B")
+        rows = max(1, BLOCK // (channels * width))
+        starts = range(0, height, rows)
+        done: list[Tensor] = []
+        for start in starts:
+            first, last = start, min(start + rows, height)
+            if upwards:
+                first, last = height - last, height - first
+            block = y[:, :, first:last]
+            if done:
+                empty = torch.zeros_like(block)
+                seen = torch.cat([empty, *done] if upwards else [*done, empty], 2)
+                mixed = self.convolve(seen)
+                block = block - (mixed[:, :, : last - first] if upwards else mixed[:, :, first - last :])
+            if last - first not in self.inverses:
+                basis = torch.eye(channels * (last - first) * width).view(-1, channels, last - first, width)
+                self.inverses[last - first] = self.solve_block(basis).flatten(1)
+            block = (block.flatten(1) @ self.inverses[last - first]).view_as(block)
+            done = [block, *done] if upwards else [*done, block]
+        return torch.cat(done, 2)
+
+
+class PlainConv1x1:
+    """A 1x1 convolution with a constant inverse and without log-determinant; takes the place of that of `layer`."""
+
+    def __init__(self, layer: nn.Module):
+        from inv_flow.layers.conv1x1 import inverse_matrix
+
+        weight = layer.weight.detach()
+        self.kernel, self.inverse = (w[:, :, None, None] for w in (weight, inverse_matrix(weight)))
+        layer.forward, layer.reverse = self.forward, self.reverse
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) -> the same shape, and zeros (B,)."""
+        return F.conv2d(x, self.kernel), x.new_zeros(x.shape[0])
+
+    def reverse(self, z: Tensor) -> Tensor:
+        """The inverse of `forward`."""
+        return F.conv2d(z, self.inverse)
+
+
+def functions(paper: str, model: nn.Module) -> tuple[Function, Function | None]:
+    """Encoder and decoder (None: the model has none) of a loaded model, made exportable in place."""
+    decode: Function | None = model.decode
+    if paper == "glancenet" and getattr(model.model, "decoder", None) is None:
+        decode = None
+    if paper == "inv_flow":
+        from inv_flow.layers.conv1x1 import Conv1x1
+        from inv_flow.layers.inv_conv import _TriangularConv2d
+
+        for layer in model.modules():
+            if isinstance(layer, _TriangularConv2d):
+                PlainConvolution(layer)
+            if isinstance(layer, Conv1x1):
+                PlainConv1x1(layer)
+
+        def decode(*latents: Tensor) -> Tensor:
+            levels = model.flow.levels
+            image = model.flow.density().decode(list(latents))
+            for layer in reversed(model.flow.layers[: model.flow.continuous - 1]):  # all before the dequantisation
+                image = layer.reverse(image)
+            return (image - 0.5).clamp(0, levels - 1) / (levels - 1)
+
+    if paper == "nfpi":
+        flow, conditional = model.flow, model.conditional
+        bounds = flow.bounds()
+        flow.bounds = lambda: bounds  # numbers, not read from the weights in the graph
+
+        def decode(latents: Tensor) -> Tensor:
+            means = [torch.zeros(1)] * flow.config.conditional_splits
+            z = flow.inverse(latents, 0.0, eps=means)
+            if conditional.codes:
+                z = conditional.codes.remove(z)
+            levels = 2**conditional.bits
+            return (((z * 0.5 + 0.5) * levels - 0.5) * (256 // levels)).clamp(0, 255) / 255
+
+    return model.encode, decode
+
+
+def examples(paper: str, model: nn.Module) -> Tensor:
+    """Images (TRACED, C, H, W) to compare on: what a flow itself draws, since rounding grows where it has no mass."""
+    generator = torch.Generator().manual_seed(0)
+    if paper == "nfpi":
+        return model.sample(torch.arange(TRACED) % model.conditional.classes, 0.7, generator)
+    if paper == "inv_flow":
+        noise = [0.7 * torch.randn(TRACED, *shape, generator=generator) for shape in model.flow.latent_sizes]
+        return model.decode(noise)
+    return torch.rand(TRACED, *model.image_shape, generator=generator)
+
+
+def listed(values: Tensor | list[Tensor]) -> list[Tensor]:
+    """One tensor or several as a list."""
+    return list(values) if isinstance(values, (list, tuple)) else [values]
+
+
+def to_onnx(model: nn.Module, function: Function, inputs: list[Tensor], names: tuple[str, str]) -> bytes:
+    """The graph of `function` of `model`, any number of rows in `inputs` (B, ...); names: of inputs and outputs."""
+    batch = torch.export.Dim("batch", min=1, max=LARGEST)
+    outputs = listed(function(*inputs))
+    named = [
+        [name if len(values) == 1 else f"{name}_{i}" for i in range(len(values))]
+        for name, values in zip(names, (inputs, outputs), strict=True)
+    ]
+    shapes = (tuple({0: batch} for _ in inputs),)
+    program = torch.export.export(Call(model, function).eval(), tuple(inputs), dynamic_shapes=shapes)
+    program.graph_module.graph.eliminate_dead_code()  # the log-determinants
+    program.graph_module.recompile()
+    # not optimised: that drops a division by 1.000002, which decides the logit of a bright pixel
+    made = torch.onnx.export(
+        program, dynamo=True, verbose=False, optimize=False, input_names=named[0], output_names=named[1]
+    )
+    return made.model_proto.SerializeToString()
+
+
+def check(graph: bytes, inputs: list[Tensor], wanted: Callable[[list[Tensor]], list[Tensor]], name: str) -> float:
+    """The largest difference of graph and model, over CHECKED batch sizes. Raises UserError above TOLERANCE."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for count in CHECKED:
+        rows = [values[:count] for values in inputs]
+        given = {one.name: values.numpy() for one, values in zip(session.get_inputs(), rows, strict=True)}
+        for ours, theirs in zip(session.run(None, given), wanted(rows), strict=True):
+            theirs = theirs.float().numpy()
+            worst = max(worst, float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max())))
+    if not worst <= TOLERANCE:
+        raise UserError(f"the {name} differs from the model by {worst:.1e} in onnxruntime, more than {TOLERANCE:g}")
+    return worst
+
+
+@torch.no_grad()
+def export(paper: str, name: str, folder: Path) -> dict[str, float]:
+    """Write encoder.onnx and decoder.onnx of a model to `folder`; returns the largest difference of each."""
+    if paper not in PAPERS:
+        raise UserError(f"PAPER {paper}: one of {', '.join(PAPERS)}")
+    try:
+        importlib.import_module("onnxruntime"), importlib.import_module("onnxscript")
+    except ImportError as error:
+        raise UserError(f"the export needs the package {error.name}: pip install -e .[parts]") from error
+    package = importlib.import_module(paper)
+    original, model = package.load(name), package.load(name)
+    encode, decode = functions(paper, model)
+    images = examples(paper, original)
+    latents = [z.float() for z in listed(original.encode(images))]
+    parts = {"encoder": (encode, [images], ("images", "latents"), lambda x: listed(original.encode(*x)))}
+    if decode is not None:
+        # where the model cuts to grey levels, the reference is the plain function, which eager mode can compute
+        wanted = decode if paper in ("inv_flow", "nfpi") else original.decode
+        parts["decoder"] = (decode, latents, ("latents", "images"), lambda z: listed(wanted(*z)))
+    differences = {}
+    for part, (function, inputs, names, reference) in parts.items():
+        graph = to_onnx(model, function, inputs, names)
+        differences[part] = check(graph, inputs, reference, part)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / f"{part}.onnx") as file:
+            file.write(graph)
+    return differences
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python scripts/export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paper", metavar="PAPER", choices=PAPERS)
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--onnx", metavar="FOLDER", type=Path, required=True, help="where the two files are written")
+    args = parser.parse_args(argv)
+    for part, difference in export(args.paper, args.name, args.onnx).items():
+        print(f"{args.onnx / part}.onnx: differs from the model by {difference:.1e}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
