@@ -37,9 +37,13 @@ def moments(codes: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     Codes in {0, 1} are mapped to 2z - 1. Sums of a chunk are exact integers in float32, and float64 adds the chunks.
     Raises UserError when the codes are not binary (VAE latents, rounded latents).
     """
-    zero_one = bool((codes == 0).any())
-    valid = (codes == 0) | (codes == 1) if zero_one else codes.abs() == 1
-    if len(codes) == 0 or not bool(valid.all()):
+    zero_one, valid = False, codes.numel() > 0
+    if valid:  # passes that make no tensor as large as the codes
+        zero_one = int(torch.count_nonzero(codes)) < codes.numel()
+        low, high = torch.aminmax(codes)
+        whole = not codes.is_floating_point() or bool((codes == codes.round()).all())
+        valid = whole and bool(low >= (0 if zero_one else -1)) and bool(high <= 1)
+    if not valid:
         raise UserError("these codes are not bits (each -1 or +1, or each 0 or 1): hyperplanes sample nothing else")
     n, d = codes.shape
     total = torch.zeros(d, dtype=torch.float64, device=codes.device)
@@ -54,6 +58,11 @@ def moments(codes: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
 def _gram(z: Tensor) -> Tensor:
     """z^T z. numpy's BLAS sees the symmetry and does half the work; on a GPU a plain product is fastest."""
     return torch.from_numpy(z.numpy().T @ z.numpy()) if z.device.type == "cpu" else z.T @ z
+
+
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """x @ matrix; numpy's BLAS multiplies few rows in half the time."""
+    return torch.from_numpy(x.numpy() @ matrix.numpy()) if x.device.type == "cpu" else x @ matrix
 
 
 def moment_matrix(mean: Tensor, second: Tensor) -> Tensor:
@@ -242,8 +251,10 @@ def _margin_perceptron(gram: Tensor, codes: Tensor, start: Tensor) -> Tensor:
             break
         active, c, products = active[on], c[on], products[on]
         pull = RATE * torch.where(codes[active] * products < MARGIN, codes[active], 0.0)
-        pulled = (pull != 0).any(0).nonzero()[:, 0]  # few of the rows
-        c, products = c + pull, products + pull[:, pulled] @ gram[pulled]
+        pulled = (pull != 0).any(0).nonzero()[:, 0]
+        few = 3 * len(pulled) < len(gram)
+        moved = _product(pull[:, pulled], gram[pulled]) if few else _product(pull, gram)
+        c, products = c + pull, products + moved
         shrink = (RADIUS / _lengths(c, products)).clamp_max(1.0)
         c, products = c * shrink, products * shrink
     return best
