@@ -120,7 +120,7 @@ def train_flow(config: Config, sets: FlowSets, test: Images, training: "FlowTrai
             group["lr"] = lr
         x = model.input(x, y, noise)
         bounds = coarse(flow.bounds()) if graph.active else None
-        loss, z = graph(x, y, count, bounds) if bounds else compute(x, y, count)
+        loss, z = (compute if graph.active and bounds is None else graph)(x, y, count, bounds)
         training.check(loss, flow)
         optimizer.step()
         if ema and training.epoch >= config.merged_from:
