@@ -386,7 +386,7 @@ class HyperplaneSampler:
         """
         planes = self._fitted()
         if n < 1:
-            raise UserError(f"n={n}: at least one code")
+            raise UserError(f"{n} codes asked for: at least one")
         shape = n, planes.L.shape[1]
         if isinstance(rng, torch.Generator):
             normals = torch.randn(shape, generator=rng, dtype=torch.float64, device=rng.device)

@@ -251,7 +251,7 @@ REFUSED = {
     "decoder of another size": (["--alg", "VAE", "--decoder", "DeConv64"], "--z_dim 64"),
     "unknown data set": (["--alg", "VAE", "--dset_name", "mpi3"], "did you mean"),
     "mnist": (["--alg", "VAE", "--dset_name", "mnist"], "mnist_parity.py"),
-    "wrong factor": (["--alg", "VAE", "--include_labels", "9"], "expected different numbers"),
+    "wrong factor": (["--alg", "VAE", "--include_labels", "9"], "9: expected different ones of 0 color, 1 shape"),
     "test without checkpoint": (["--alg", "VAE", "--test", "true"], "--ckpt_load"),
     "missing checkpoint": (["--alg", "VAE", "--ckpt_load", "nowhere/last"], "nowhere/last"),
     "scheduler arguments": (["--alg", "VAE", "--lr_scheduler", "StepLR"], "step_size"),

@@ -264,6 +264,7 @@ def precision():
     """The settings of float32 products, put back after the test."""
     settings = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [setting.fp32_precision for setting in settings]
+    torch.backends.cudnn.allow_tf32 = True  # as PyTorch starts, whatever ran before in this process
     yield
     torch.set_float32_matmul_precision("highest")
     for setting, value in zip(settings, before, strict=True):

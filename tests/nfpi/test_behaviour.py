@@ -197,15 +197,15 @@ def test_no_option_is_forgotten():
     """The entries of the other data sets have those of the digits' options."""
     elsewhere = {name for names in ELSEWHERE for name in names.split(", ")}
     others = tuple(f"{group}.{name}." for group in ("dataset_info", "classification") for name in VALUES[group]
-                   if name in VALUES["dataset_info"] and name != "digits")  # fmt: skip
+                   if name in {*VALUES["dataset_info"], "folder"} - {"digits"})  # fmt: skip
     options = {name for name in flat(VALUES) if not name.startswith(others)}
     assert options == set(FLOW) | set(CNNS) | elsewhere
 
 
 @functools.cache
-def few_test_images(*which):
-    images = data.load_split(*which)
-    return images.subset(torch.arange(60)) if which[-1] == "test" else images
+def few_test_images(name, root, split, **options):
+    images = data.load_split(name, root, split, **options)
+    return images.subset(torch.arange(60)) if split == "test" else images
 
 
 @pytest.fixture(scope="module")
