@@ -24,12 +24,14 @@ class ConditionalFlow:
     """p(x | y) of images x in [0, 1], (B, C, H, W), and labels y in 0..K-1.
 
     `codes`: the band of pixels that tells the class, for the methods conditioned on images; None otherwise.
+    `pixel_noise`: in training and tests images got uniform noise in [0, pixel_noise); generated ones carry it.
     """
 
     flow: MultiScaleFlow
     gaussians: ClassGaussians
     bits: int = 8
     codes: DistancedPixels | None = None
+    pixel_noise: float = 0.0
 
     @property
     def classes(self) -> int:
@@ -110,8 +112,9 @@ class ConditionalFlow:
             self.flow.train(training)
 
     def facts(self) -> dict[str, Any]:
-        """What a weights file says of the model: architecture, whether all classes share a Gaussian, bits."""
-        return {"flow": self.flow.config.as_dict(), "shared": self.gaussians.shared, "bits": self.bits}
+        """What a weights file says of the model: architecture, whether all classes share a Gaussian, bits, noise."""
+        about = {"shared": self.gaussians.shared, "bits": self.bits, "pixel_noise": self.pixel_noise}
+        return {"flow": self.flow.config.as_dict(), **about}
 
     def save(self, path: str | Path, **facts) -> None:
         """The weights file for inference (.safetensors) and its .json."""
@@ -134,16 +137,18 @@ class ConditionalFlow:
         tensors, config = _of_state(path) if Path(path).suffix == ".pt" else load_weights(path)
         try:
             flow, bits = MultiScaleFlow(FlowConfig(**config["flow"])), int(config.get("bits", 8))
+            noise = float(config.get("pixel_noise", 0.0))
             mean, var = tensors["gaussians.mean"], tensors["gaussians.var"]
-            if mean.shape != (len(mean), flow.config.latent_dim) or var.shape != mean.shape or not 1 <= bits <= 8:
-                raise ValueError(f"Gaussians {tuple(mean.shape)}, bits {bits}")
+            shaped = mean.shape == var.shape == (len(mean), flow.config.latent_dim)
+            if not (shaped and 1 <= bits <= 8 and 0 <= noise <= 1):
+                raise ValueError(f"Gaussians {tuple(mean.shape)}, bits {bits}, pixel_noise {noise}")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(f"{path} is not a weights file of nfpi, or is damaged ({str(error)[:80]})") from error
         own = {k.removeprefix("flow."): v for k, v in tensors.items() if k.startswith("flow.")}
         load_into(flow.to(mean.dtype), own, path)
         gaussians = ClassGaussians(mean, var, bool(config.get("shared", False)))
         codes = DistancedPixels(tensors["codes"].to(device)) if "codes" in tensors else None
-        return cls(flow.to(device).eval(), gaussians.to(device), bits, codes)
+        return cls(flow.to(device).eval(), gaussians.to(device), bits, codes, noise)
 
 
 def _of_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:

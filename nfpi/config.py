@@ -372,6 +372,17 @@ class Config(Options):
         return self.label_encoder.pxh if self.val.gmm.gaussian_method_name == "one_conditioned_on_images" else 0
 
     @property
+    def train_noise(self) -> float:
+        """Uniform noise on the pixels of training images; 0 for a recipe without."""
+        return RECIPES[self.dataset.augmentation].noise * self.uniform_noise_value
+
+    @property
+    def test_noise(self) -> float:
+        """The same for test images."""
+        apart = self.test.uniform_noise_value
+        return self.train_noise if apart is None else RECIPES[self.dataset.augmentation].noise * apart
+
+    @property
     def merged_from(self) -> int:
         """The epoch from which the Gaussians are frozen and the average runs; at least one after the centre warm-up."""
         return max(self.val.gmm.merge_datasets_after, self.train.center_warmup_epochs + 1)

@@ -198,10 +198,7 @@ class Stream:
         self.images, self.merged, self.joins = images, merged, config.merged_from
         self.trains, self.test = use == Use.TRAIN, use == Use.TEST
         self.recipe = augment.RECIPES[config.dataset.augmentation]
-        self.noise = 0.0
-        if self.recipe.noise:
-            apart = config.test.uniform_noise_value if self.test else None
-            self.noise = config.uniform_noise_value if apart is None else apart
+        self.noise = config.test_noise if self.test else config.train_noise
         self._held: tuple[Images, Batches] | None = None
         self._epoch = 0
 

@@ -14,7 +14,9 @@ from nfpi.layers import postprocess
 class ClassFlow(nn.Module):
     """Images (B, C, H, W) in [0, 1] (MNIST: 32 x 32, two black pixels around) and latents with a Gaussian a class.
 
-    `conditional` is the `ConditionalFlow` itself: likelihoods, scores, Gaussians. In evaluation mode.
+    `conditional` is the `ConditionalFlow` itself: likelihoods, scores, Gaussians. In evaluation mode. A flow of MNIST
+    was trained on images with uniform noise, `conditional.pixel_noise`, which images of a data set lack and generated
+    ones carry: `noisy` adds it. Without it latents lie outside their Gaussians.
     """
 
     concept_names: tuple[str, ...] = ()
@@ -31,6 +33,11 @@ class ClassFlow(nn.Module):
         """Numbers of the classes."""
         return tuple(str(k) for k in range(self.conditional.classes))
 
+    def noisy(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images of a data set, as the flow saw them in training: with uniform noise in [0, pixel_noise)."""
+        noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+        return images + self.conditional.pixel_noise * noise
+
     def encode(self, images: Tensor) -> Tensor:
         """Images -> latents z (B, d) under the class Gaussians; pixels are taken at their cell's centre."""
         y = torch.zeros(images.shape[0], dtype=torch.long, device=images.device)
@@ -40,9 +47,17 @@ class ClassFlow(nn.Module):
         """Latents (B, d) -> images; halves that the flow split off are drawn at `temperature`."""
         return postprocess(self.flow.inverse(latents, temperature, generator), self.conditional.bits)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Bayes' rule: p(class | image), (B, K), classes equally likely."""
-        return torch.softmax(self.conditional.scores(images, 0.5), 1)
+    def forward(self, images: Tensor, draws: int = 8, generator: torch.Generator | None = None) -> Tensor:
+        """Bayes' rule: p(class | image), (B, K) float64, classes equally likely, of images without noise.
+
+        The mean over `draws` of the noise that the flow was trained with; one pass, of the images as they are, with
+        draws=0 (for generated ones) or where there was none. Draws are the same at every call without a generator.
+        """
+        if not draws or not self.conditional.pixel_noise:
+            return torch.softmax(self.conditional.scores(images, 0.5), 1)
+        generator = generator or torch.Generator(images.device).manual_seed(0)
+        found = [self.conditional.scores(self.noisy(images, generator), 0.5) for _ in range(draws)]
+        return torch.stack([torch.softmax(scores, 1) for scores in found]).mean(0)
 
     posterior = forward
 

@@ -11,6 +11,7 @@ exactly, and one process and several draw the same numbers.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def train_flow(config: Config, sets: FlowSets, test: Images, training: "FlowTrai
 
     def averaged() -> ConditionalFlow:
         shadow = ema.ema_model if ema and ema.initialised else flow
-        return ConditionalFlow(shadow, gaussians, model.bits, model.codes)
+        return replace(model, flow=shadow)
 
     def end_epoch() -> None:
         """Move the Gaussians, test, draw, save, as the epoch asks."""
@@ -170,7 +171,7 @@ def new_model(config: Config) -> ConditionalFlow:
     if config.band_rows:
         rng = generator(config.seed, Use.CODES)
         codes = DistancedPixels.make(info.num_classes, info.ch, label.pxh, info.w, label.iters, rng)
-    return ConditionalFlow(flow, gaussians, config.bits, codes)
+    return ConditionalFlow(flow, gaussians, config.bits, codes, config.test_noise)
 
 
 def initialise(model: ConditionalFlow, train: Images, config: Config, run: Run, device: torch.device) -> None:

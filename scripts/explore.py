@@ -51,7 +51,6 @@ except ImportError:
 HOST = "127.0.0.1"
 STEPS = 8  # of a path between codes, and of a flow
 KNOWN, IMAGES, QUANTILE = (4, 5), 400, 0.95  # digits of GlanceNet's parity test, how many of each, what is kept
-NOISE, DRAWS = 0.05, 8  # uniform, on the pixels that NFPI's flow was trained on; draws of it for one posterior
 CSS = """
 .picture img { image-rendering: pixelated; border-radius: 4px; width: 100% }
 .says { font-size: 1.5em } .digits label { padding: 4px 9px } .tab-container button { padding: 0 6px }
@@ -326,8 +325,7 @@ def nfpi_tab(page: Page) -> None:
         return [picture(model.decode(z, heat, rng))]
 
     def judge(drawn: str) -> list[str]:
-        x = F.pad(values(drawn), (2, 2, 2, 2)).expand(DRAWS, -1, -1, -1)
-        found = model.posterior(x + NOISE * torch.rand(x.shape, generator=torch.Generator().manual_seed(0))).mean(0)
+        [found] = model.posterior(F.pad(values(drawn), (2, 2, 2, 2)))
         return [bars((str(k), p, 1, f"{p:.2f}") for k, p in enumerate(found.tolist()))]
 
     flow_tab(page, (3, 8, 6), True, sample, between, judge)

@@ -40,7 +40,8 @@ JUDGES: dict[str, dict[str, str]] = {
         "lbae/model.py": "tests/lbae/test_golden.py tests/lbae/test_model.py tests/lbae/test_behaviour.py "
         "-k 'not every_option'",
         "lbae/train.py": "tests/lbae/test_model.py tests/lbae/test_behaviour.py tests/lbae/test_commands.py",
-        "lbae/sampler.py": "tests/lbae/test_golden.py tests/lbae/test_sampler.py",
+        "lbae/sampler.py": "tests/lbae/test_golden.py tests/lbae/test_sampler.py tests/front/test_use_the_parts.py "
+        "-k 'not use_the_parts or hyperplane_sampler or codes or sampler_takes or attributes_of'",
         "lbae/generate.py": "tests/lbae/test_sampler.py tests/lbae/test_behaviour.py tests/lbae/test_commands.py",
         "lbae/reconstruct.py": "tests/lbae/test_behaviour.py tests/lbae/test_commands.py",
         "lbae/eval.py": "tests/lbae/test_scores.py tests/lbae/test_behaviour.py tests/lbae/test_commands.py",

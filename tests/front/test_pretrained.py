@@ -113,12 +113,18 @@ def test_nfpi(models):
     y = torch.arange(10)
     images = model.sample(y, 1.0, torch.Generator().manual_seed(0))
     assert images.shape == (10, 1, 32, 32)
-    posterior = model.posterior(images)
+    posterior = model.posterior(images, draws=0)
     assert torch.allclose(posterior.sum(1), torch.ones(10, dtype=posterior.dtype))
     assert (posterior.argmax(1) == y).float().mean() > 0.8
     z = model.encode(images)
     assert (model.decode(z) - images).abs().max() <= 1 / 255 + 1e-6
     assert model.class_names == DIGITS
+    # images of a data set have no noise; the digits that LBAE decodes are as clean as those
+    digits, labels = models["lbae"].decode(models["lbae"].codes[:200]), models["lbae"].labels[:200, 0]
+    posterior = model.posterior(digits)
+    assert (posterior.argmax(1) == labels).float().mean() > 0.7
+    assert torch.equal(posterior, model.posterior(digits)), "the draws are the same at every call"
+    assert (model.posterior(digits, draws=0).argmax(1) == labels).float().mean() < 0.5, "the flow knows noisy pixels"
 
 
 def test_runs_of_ones_own(tmp_path):

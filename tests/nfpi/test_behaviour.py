@@ -282,6 +282,7 @@ def test_tests_use_averaged_weights_and_the_gaussians_of_the_iteration(trained, 
     assert evaluate(online, tests, CPU)["bpd"] != stored["bpd"]
     average = ConditionalFlow.load(folder / "checkpoints/state_epoch0003.pt")
     assert evaluate(average, tests, CPU) == stored
+    assert model.pixel_noise == average.pixel_noise == config.test_noise == 0.05
     assert torch.equal(model.gaussians.mean, state["gaussians"]["mean"])
 
 
