@@ -105,7 +105,7 @@ def _of_main(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> 
         lambda x: model.encode(batch(x))[0],
         None if model.decoder is None else lambda z: model.decode(z, None),
         None if prototypes is None else prototypes.detach(),
-        tuple(str(k) for k in range(classes)),
+        tuple(config.get("class_names") or (str(k) for k in range(classes))),
         names,
         config,
         (channels, IMAGE_SIZE, IMAGE_SIZE),

@@ -25,6 +25,7 @@ class ConditionalFlow:
 
     `codes`: the band of pixels that tells the class, for the methods conditioned on images; None otherwise.
     `pixel_noise`: in training and tests images got uniform noise in [0, pixel_noise); generated ones carry it.
+    `class_names`: of the labels; empty where the set has none.
     """
 
     flow: MultiScaleFlow
@@ -32,6 +33,7 @@ class ConditionalFlow:
     bits: int = 8
     codes: DistancedPixels | None = None
     pixel_noise: float = 0.0
+    class_names: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -112,9 +114,9 @@ class ConditionalFlow:
             self.flow.train(training)
 
     def facts(self) -> dict[str, Any]:
-        """What a weights file says of the model: architecture, whether all classes share a Gaussian, bits, noise."""
+        """What a weights file says of the model: its architecture, and every field that is no tensor."""
         about = {"shared": self.gaussians.shared, "bits": self.bits, "pixel_noise": self.pixel_noise}
-        return {"flow": self.flow.config.as_dict(), **about}
+        return {"flow": self.flow.config.as_dict(), **about, "class_names": list(self.class_names)}
 
     def save(self, path: str | Path, **facts) -> None:
         """The weights file for inference (.safetensors) and its .json."""
@@ -137,18 +139,18 @@ class ConditionalFlow:
         tensors, config = _of_state(path) if Path(path).suffix == ".pt" else load_weights(path)
         try:
             flow, bits = MultiScaleFlow(FlowConfig(**config["flow"])), int(config.get("bits", 8))
-            noise = float(config.get("pixel_noise", 0.0))
+            noise, names = float(config.get("pixel_noise", 0.0)), tuple(map(str, config.get("class_names", ())))
             mean, var = tensors["gaussians.mean"], tensors["gaussians.var"]
             shaped = mean.shape == var.shape == (len(mean), flow.config.latent_dim)
-            if not (shaped and 1 <= bits <= 8 and 0 <= noise <= 1):
-                raise ValueError(f"Gaussians {tuple(mean.shape)}, bits {bits}, pixel_noise {noise}")
+            if not (shaped and 1 <= bits <= 8 and 0 <= noise <= 1 and len(names) in (0, len(mean))):
+                raise ValueError(f"Gaussians {tuple(mean.shape)}, bits {bits}, pixel_noise {noise}, names {names}")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise UserError(f"{path} is not a weights file of nfpi, or is damaged ({str(error)[:80]})") from error
         own = {k.removeprefix("flow."): v for k, v in tensors.items() if k.startswith("flow.")}
         load_into(flow.to(mean.dtype), own, path)
         gaussians = ClassGaussians(mean, var, bool(config.get("shared", False)))
         codes = DistancedPixels(tensors["codes"].to(device)) if "codes" in tensors else None
-        return cls(flow.to(device).eval(), gaussians.to(device), bits, codes, noise)
+        return cls(flow.to(device).eval(), gaussians.to(device), bits, codes, noise, names)
 
 
 def _of_state(path: str | Path) -> tuple[dict[str, Tensor], dict]:

@@ -30,8 +30,8 @@ class ClassFlow(nn.Module):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Numbers of the classes."""
-        return tuple(str(k) for k in range(self.conditional.classes))
+        """Names of the classes; their numbers where the training set has no names."""
+        return self.conditional.class_names or tuple(str(k) for k in range(self.conditional.classes))
 
     def noisy(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images of a data set, as the flow saw them in training: with uniform noise in [0, pixel_noise)."""

@@ -68,6 +68,8 @@ def train_flow(config: Config, sets: FlowSets, test: Images, training: "FlowTrai
     """
     device, run = dist.device, training.run
     model = training.model = new_model(config)
+    if len(sets.fit.classes) == model.classes:
+        model.class_names = sets.fit.classes
     flow, gaussians = model.flow.to(device), model.gaussians.to(device)
     optimizer = OPTIMIZERS[config.train.optimizer](flow.parameters(), lr=config.train.lr)
     moments = GlemMoments(config)

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 import glancenet
+import nfpi
 from common.datasets import load, prepare
 from common.datasets.download import Remote
 from common.errors import UserError, run_command
@@ -237,6 +238,8 @@ def test_nfpi(tmp_path, monkeypatch, capsys):
     found = json.loads(results.read_text())
     assert found["finished"] and found["config"]["dataset_info"]["folder"]["num_classes"] == 3
     assert 0 <= found["nf"]["acc"] <= 1 and 0 <= found["cnn"]["1.0"] <= 1
+    for weights in (*results.parent.glob("checkpoints/flow.safetensors"), *results.parent.glob("checkpoints/*.pt")):
+        assert nfpi.load(weights).class_names == ("k0", "k1", "k2")
     with Image.open(results.parent / "pictures/samples_2.png") as picture:
         assert picture.size == (8 * 14 + 2, 8 * 14 + 2)
 
@@ -331,7 +334,7 @@ def test_glancenet(tmp_path, monkeypatch, capsys):
     stored = json.loads((tmp_path / "checkpoints/x/model.json").read_text())
     assert (stored["concept_names"], stored["class_names"]) == (names, ["k0", "k1", "k2"])
     model = glancenet.load("checkpoints/x/model.safetensors")
-    assert list(model.concept_names)[:5] == names
+    assert list(model.concept_names)[:5] == names and model.class_names == ("k0", "k1", "k2")
     # training pictures without `bright` train without concepts, test pictures without it are left out
     held_out = [i for i in range(600) if i % 5 == 0]
     _, z, concepts = load_arrays(log / "eval_results/latents_obtained.npy", 3)
