@@ -14,7 +14,7 @@ from inv_flow.layers.coupling import Coupling
 from inv_flow.layers.emerging import SquareAutoRegressiveConv2d
 from inv_flow.layers.flow import FlowSequential
 from inv_flow.layers.inv_conv import InverseConv2d
-from inv_flow.layers.preprocess import preprocessing
+from inv_flow.layers.preprocess import Squeeze, preprocessing
 from inv_flow.layers.selfnorm import SelfNormConv, SelfNormFC
 from inv_flow.model import create_model
 from inv_flow.toy_2d import log_density, make_flow
@@ -237,6 +237,12 @@ def test_impossible_models_are_refused(changes, message):
 
 # a rank-deficient matrix whose float64 inverse exists by rounding alone, and one that is exactly singular
 SINGULAR = [torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.5, 0.7, 0.9]]), torch.tensor([[1.0, 2.0], [2.0, 4.0]])]
+
+
+@pytest.mark.parametrize("size", [(3, 4), (4, 3)])
+def test_an_odd_side_does_not_squeeze(size):
+    with pytest.raises(ValueError, match=f"got {size[0]} x {size[1]}"):
+        Squeeze()(torch.zeros(1, 1, *size))
 
 
 @pytest.mark.parametrize("weight", SINGULAR)
