@@ -2,12 +2,15 @@
 
     load("folder", MYIMAGES, "train", held_out=0.1, seed=0, image_size=64, channels=0, labels="labels.csv")
 
-A CSV has a header. Its column `file` (else the first) names the image, from the folder or by its bare name; `class` (or
-`class_column`) is the class; every other column is a concept. Two values 0/1, -1/1, no/yes or false/true make a binary
-concept, numbers a continuous one, words a categorical one; an empty cell (also nan, na, ?) is missing.
+A CSV has a header, and commas, semicolons or tabs between its cells. Its column `file` (else the first) names the
+image, from the folder or by its bare name; `class` (or `class_column`) is the class; every other column with a name is
+a concept. Two values 0/1, -1/1, no/yes or false/true make a binary concept, numbers a continuous one, words a
+categorical one; an empty cell (also nan, na, n/a, none, null, ?) is missing.
 """
 
 import csv
+import io
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +22,13 @@ import torch
 from common.datasets.files import FileSet, first_present, folder_items, tree
 from common.datasets.readers import reading
 from common.errors import UserError, suggest
-from common.images import natural_sorted, picture_head
+from common.images import PICTURE_SUFFIXES, natural_sorted, picture_head
 
 FEWEST = 10  # images to train on and to hold out
 LOOKED_AT = 500  # files whose size and colour say what the folder holds
 FILE_COLUMNS = ("file", "filename", "image", "path")
-MISSING = ("", "nan", "na", "none", "null", "?")
+MISSING = ("", "nan", "na", "n/a", "none", "null", "?")
+SEPARATORS = (",", ";", "\t")
 TRUTHS = ({"0": 0, "1": 1}, {"-1": 0, "1": 1}, {"no": 0, "yes": 1}, {"false": 0, "true": 1})
 CATEGORIES = 100  # of one column
 
@@ -52,23 +56,34 @@ class Column:
 def _column(path: Path, name: str, cells: list[str], words: bool = False) -> Column:
     """The column of these cells; `words`: classes, whatever they look like."""
     known = {cell for cell in cells if cell.lower() not in MISSING}
-    truth = next((truth for truth in TRUTHS if {cell.lower() for cell in known} <= truth.keys()), None)
-    if truth is not None and not words:
-        return Column(name, np.array([truth.get(cell.lower(), np.nan) for cell in cells], float), "binary")
-    try:
-        numbers = None if words else np.array([float(cell) if cell in known else np.nan for cell in cells])
-    except ValueError:
-        numbers = None
-    if numbers is not None:
-        if np.isinf(numbers).any():
+    numbers = {} if words else {cell: number for cell in known if (number := _number(cell)) is not None}
+    if strays := natural_sorted(known - numbers.keys()) if numbers else []:
+        raise UserError(f"{path}: column {name!r} holds numbers and words ({strays[0]!r} is no number): empty that "
+                        "cell if it is missing, else write numbers alone, or words alone")  # fmt: skip
+    if known and not words:
+        for truth in TRUTHS:
+            meant = {cell: truth.get(f"{numbers[cell]:g}" if numbers else cell.lower()) for cell in known}
+            if None not in meant.values():
+                return Column(name, np.array([meant.get(cell, np.nan) for cell in cells], float), "binary")
+    if numbers:
+        values = np.array([numbers.get(cell, np.nan) for cell in cells])
+        if np.isinf(values).any():
             raise UserError(f"{path}: column {name!r} holds an infinite number; mend or empty that cell")
-        return Column(name, numbers, "continuous", span=(float(np.nanmin(numbers)), float(np.nanmax(numbers))))
+        return Column(name, values, "continuous", span=(float(np.nanmin(values)), float(np.nanmax(values))))
     categories = tuple(natural_sorted(known))
     if len(categories) > (len(cells) if words else CATEGORIES):
         raise UserError(f"{path}: column {name!r} has {len(categories)} different words, too many for a concept; take "
                         "it out, or write numbers")  # fmt: skip
     place = {word: float(i) for i, word in enumerate(categories)}
     return Column(name, np.array([place.get(cell, np.nan) for cell in cells]), "categorical", categories)
+
+
+def _number(cell: str) -> float | None:
+    """The number that a cell holds, with a decimal point or comma; None for words."""
+    try:
+        return float(cell.replace(",", "."))
+    except ValueError:
+        return None
 
 
 class Table(NamedTuple):
@@ -96,38 +111,55 @@ class Table(NamedTuple):
         return names, np.concatenate(values, axis=1), groups
 
 
+def _table(path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The cells of the column that names the files, and those of the others by name; cells are stripped."""
+    try:
+        with reading(path, "a CSV"):
+            text = path.read_text(encoding="utf-8-sig")
+    except UserError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise UserError(f"{path} is no UTF-8 text: save it as CSV UTF-8 (comma separated)") from error
+        raise
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    try:
+        reader = csv.reader(io.StringIO(text), delimiter=max(SEPARATORS, key=first.count))
+        lines = [(reader.line_num, cells) for line in reader if any(cells := [cell.strip() for cell in line])]
+    except csv.Error as error:
+        raise UserError(f"cannot read {path} as a CSV ({error}): save it as text with commas") from error
+    header = lines.pop(0)[1] if lines else []
+    names = [name for name in header if name]
+    if not lines or len(header) < 2 or not names:
+        raise UserError(f"{path} is no table of labels: expected a header (file, class, concept, ...) and a line for "
+                        "each image, with commas, semicolons or tabs between the cells")  # fmt: skip
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{path} has two columns {twice!r}: rename one")
+    for number, line in lines:
+        if len(line) != len(header):
+            raise UserError(f"{path}, line {number}: {len(line)} cells, the header has {len(header)}")
+    file = next((name for name in names if name.lower() in FILE_COLUMNS), header[0])
+    if file.lower().endswith(PICTURE_SUFFIXES):
+        raise UserError(f"{path} begins with an image ({file}), not with a header: put a line of names first (file, "
+                        "class, concept, ...)")  # fmt: skip
+    cells = dict(zip(header, map(list, zip(*(line for _, line in lines), strict=True)), strict=True))
+    return cells.pop(file), {name: column for name, column in cells.items() if name}
+
+
 def read_labels(path: str | Path, class_column: str = "") -> tuple[list[str], Table]:
     """(file names, labels) of a CSV. Raises UserError naming the file, and the line or column that does not fit."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no table of labels at {path}: expected a CSV with the columns file, class, concept, ...")
-    try:
-        with reading(path, "a CSV"), open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            lines = [(reader.line_num, cells) for line in reader if any(cells := [cell.strip() for cell in line])]
-    except csv.Error as error:
-        raise UserError(f"cannot read {path} as a CSV ({error}): save it as text with commas") from error
-    header = lines.pop(0)[1] if lines else []
-    if not lines or len(header) < 2 or len(set(header)) < len(header) or "" in header:
-        raise UserError(f"{path} is no table of labels: expected a header of different names (file, class, concept, "
-                        "...) and a line for each image")  # fmt: skip
-    for number, line in lines:
-        if len(line) != len(header):
-            raise UserError(f"{path}, line {number}: {len(line)} cells, the header has {len(header)}")
-    if class_column and class_column not in header:
-        raise UserError(f"{path} has no column {class_column!r}{suggest(class_column, header)}; it has "
-                        f"{', '.join(header)}")  # fmt: skip
-    cells = dict(zip(header, map(list, zip(*(line for _, line in lines), strict=True)), strict=True))
-    file = next((name for name in FILE_COLUMNS if name in header), header[0])
-    class_column = class_column or ("class" if "class" in header else "")
-    if class_column == file:
-        raise UserError(f"{path}: column {file!r} names the files, so it cannot be the class")
+    files, cells = _table(path)
+    if class_column and class_column not in cells:
+        raise UserError(f"{path} has no column {class_column!r} of classes{suggest(class_column, cells)}; beside the "
+                        f"files' names it has {', '.join(cells)}")  # fmt: skip
+    class_column = class_column or next((name for name in cells if name.lower() == "class"), "")
     classes = _column(path, class_column, cells[class_column], words=True) if class_column else None
-    concepts = [_column(path, name, cells[name]) for name in header if name not in (file, class_column)]
-    empty = next((one.name for one in (classes, *concepts) if one and np.isnan(one.values).all()), None)
-    if empty is not None:
-        raise UserError(f"{path}: column {empty!r} is empty; fill it in or take it out")
-    return cells[file], Table(classes, tuple(concepts))
+    concepts = [_column(path, name, cells[name]) for name in cells if name != class_column]
+    for one in (classes, *concepts):
+        if one and np.isnan(one.values).all():
+            raise UserError(f"{path}: column {one.name!r} is empty; fill it in or take it out")
+    return files, Table(classes, tuple(concepts))
 
 
 def labels_of(path: str | Path, paths: Sequence[Path], root: Path, class_column: str = "") -> Table:
@@ -136,16 +168,19 @@ def labels_of(path: str | Path, paths: Sequence[Path], root: Path, class_column:
     Raises UserError for a CSV that names an image which is not there, or twice.
     """
     listed, table = read_labels(path, class_column)
-    place = {one.relative_to(root).as_posix(): i for i, one in enumerate(paths)}
+    place = {os.path.abspath(one): i for i, one in enumerate(paths)}
     by_name: dict[str, int] = {}
     for i, one in enumerate(paths):
         by_name[one.name] = -1 if one.name in by_name else i
     rows = np.full(len(paths), -1)
     for row, name in enumerate(listed):
-        i = place.get(Path(name).as_posix(), by_name.get(Path(name).name) if "/" not in name else None)
+        name = name.replace("\\", "/")
+        i = place.get(os.path.abspath(root / name), by_name.get(name))
         if i is None or i < 0:
             why = "is not an image of" if i is None else "stands in several sub-folders of"
-            raise UserError(f"{path} names {name or 'no file'}, which {why} {root}{suggest(name, place)}")
+            near = suggest(name, [one.relative_to(root).as_posix() for one in paths])
+            raise UserError(f"{path} names {name or 'no file'}, which {why} {root}{near}; the column `file`, else "
+                            "the first, names the files")  # fmt: skip
         if rows[i] >= 0:
             raise UserError(f"{path} names {name} twice; keep one line")
         rows[i] = row

@@ -121,13 +121,42 @@ def test_a_grey_folder_is_grey(tmp_path):
         (["file,y,note", *(f"im{i}.png,{i % 2},n{i}" for i in range(120))], "120 different words"),
         (["file"], "no table of labels"),
         (["<html><body>no"], "is a web page"),
+        (["im0.png,a", "im1.png,b"], r"begins with an image \(im0.png\), not with a header"),
+        (["file,y,y", "im0.png,a,b"], "two columns 'y': rename one"),
+        (["file,y,note", "im0.png,a,3", "im1.png,a,unknown"], "column 'note' holds numbers and words \\('unknown'"),
+        (["file,y", "im0.png,Größe"], "is no UTF-8 text: save it as CSV UTF-8"),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused_by_its_line_or_column(tmp_path, lines, words):
     draw(tmp_path, 120, size=(8, 8))
-    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    (tmp_path / "labels.csv").write_text("\n".join(lines), encoding="latin-1")
     with pytest.raises(UserError, match=words):
         load("folder", tmp_path, labels="labels.csv", class_column="y")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("header", "line", "encoding"),
+    [
+        ("File; Class;bright;colour;size", "im{0}.png;k{1};{1}.0;{2};0,{3}", "utf-8"),
+        ("file\tCLASS\tbright\tcolour\tsize", "./im{0}.png\tk{1}\t{1}\t{2}\t0.{3}", "utf-8"),
+        (",image,class,bright,colour,size", "{0},im{0}.png,k{1},{1},{2},.{3}", "utf-8-sig"),
+        ("name,class,bright,colour,size,", ".\\im{0}.png,k{1},{1},{2},.{3},", "utf-8"),
+    ],
+    ids=["semicolons and decimal commas", "tabs", "an index without a name", "Windows paths, an empty column"],
+)
+def test_tables_are_read_as_other_programs_write_them(tmp_path, header, line, encoding, end):
+    draw(tmp_path, 12, size=(8, 8))
+    lines = [header, *(line.format(i, i % 2, "N/A" if i == 5 else COLOURS[i % 3], 10 + i) for i in range(12))]
+    (tmp_path / "labels.csv").write_bytes(end.join(lines).encode(encoding))
+    images = load("folder", tmp_path, held_out=0.1, image_size=8, labels="labels.csv")
+    bright, colour, size = images.table.concepts
+    assert (bright.name, bright.kind, colour.kind, size.kind) == ("bright", "binary", "categorical", "continuous")
+    assert images.classes == ["k0", "k1"] and size.span == (0.1, 0.21)
+    for row, path in enumerate(images.paths):
+        i = int(path.stem[2:])
+        assert images.targets[row] == bright.values[row] == i % 2 and size.values[row] == (10 + i) / 100
+        assert np.isnan(colour.values[row]) if i == 5 else colour.categories[int(colour.values[row])] == COLOURS[i % 3]
 
 
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
