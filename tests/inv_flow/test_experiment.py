@@ -704,6 +704,31 @@ def test_classifier_beats_chance_and_counts_sixteen_parameters(tmp_path, capsys)
     assert float(table[-1]["train_loss"]) < float(table[0]["train_loss"])
 
 
+def test_classifier_takes_its_options():
+    model = classify_mnist.Classifier(8, 10, ("TL", "TR"), None, "abs", padding=3, random_taps=0.1)
+    first, second = model.convs
+    assert (first.order, second.order, model.linear.in_features) == ("TL", "TR", 14 * 14)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["linear.weight", "linear.bias"]
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.nn.functional.pad(x, (3, 3, 3, 3))
+    once = first.solve(y).abs()
+    torch.testing.assert_close(model(x), model.linear(second.solve(once).abs().flatten(1)))
+    assert float(first.free().abs().sum()) > 0.1  # a control with taps, not the identity
+
+
+def test_classifier_validates_on_training_images_that_it_did_not_see(tmp_path, monkeypatch):
+    used = []
+    real = classify_mnist.Batches
+    monkeypatch.setattr(classify_mnist, "Batches", lambda part, *a, **kw: used.append(part) or real(part, *a, **kw))
+    argv = ["--dataset", "digits", "--epochs", "1", "--device", "cpu", "--no_inverse", "--out", str(tmp_path)]
+    classify_mnist.main([*argv, "--validation", "300"])
+    train, held = used
+    assert (len(train), len(held), train.parent.split, held.parent.split) == (1137, 300, "train", "train")
+    assert not set(train.indices) & set(held.indices)
+    with pytest.raises(UserError, match="1437 training images; hold out fewer"):
+        classify_mnist.main([*argv, "--validation", "1437"])
+
+
 def test_nonfinite_evaluation_is_refused(tmp_path):
     experiment = build(configured(tmp_path))
     initialise(experiment)

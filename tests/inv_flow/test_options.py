@@ -253,6 +253,7 @@ def test_repeating_a_default_is_harmless():
         (timing, ["--share", "--table", "10"]),
         (timing, ["--share", "--layers", "finc"]),
         (classify_mnist, ["--no_inverse", "--max_row_sum", "0.5"]),
+        (classify_mnist, ["--no_inverse", "--random_taps", "0.1"]),
     ],
 )
 def test_tools_refuse_options_without_effect(tool, argv):
