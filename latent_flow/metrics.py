@@ -429,10 +429,11 @@ def diagnostics(model: LatentFlow, source, rows: np.ndarray, label: int, *, slab
         c1, c2 = coefficients.c1[t], None if coefficients.c2 is None else coefficients.c2[t]
         jacobian = field.jacobian(c1, c2)
         sign, log_det = torch.linalg.slogdet(torch.eye(jacobian.shape[-1]).to(jacobian) + jacobian)
-        residual = objective.hamilton_jacobi_residual(field.potential, field.force)
         totals["log_det"] += log_det.mean().item() / steps
         totals["flips"] += (sign <= 0).double().mean().item() / steps
-        totals["residual"] += (c1.mT * residual**2).sum(0).mean().item() / steps
+        if field.potential is not None:
+            residual = objective.hamilton_jacobi_residual(field.potential, field.force)
+            totals["residual"] += (c1.mT * residual**2).sum(0).mean().item() / steps
         totals["curl"] += (jacobian - jacobian.mT).flatten(1).norm(dim=1).mean().item() / steps
         if field.rotation is not None:
             totals["divergence"] += field.rotation.divergence().abs().mean().item() / steps
@@ -441,7 +442,7 @@ def diagnostics(model: LatentFlow, source, rows: np.ndarray, label: int, *, slab
         "speed": speed,
         "mean_log_abs_det": totals["log_det"],
         "share_of_negative_determinants": totals["flips"],
-        "hamilton_jacobi_residual": totals["residual"],
+        "hamilton_jacobi_residual": totals["residual"] if model.config.transition == "flow" else None,
         "curl_norm": totals["curl"],
         "divergence_of_rotation": totals["divergence"],
         "images": len(rows),

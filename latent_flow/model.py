@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.launch import Distributed
 from common.options import Count, NonNegative, Options, Says, Whole
 from latent_flow import objective
+from latent_flow.baselines import TRANSITIONS
 from latent_flow.encoders import (
     CoefficientEncoder,
     ConvVAE,
@@ -67,6 +68,7 @@ class Config(Options):
     logdet_terms: Annotated[int, Ge(1)] = 2
     path_kl: Literal["shared", "marginal"] = "shared"  # see `objective.py`
     decode_frames: Annotated[int, Ge(1)] | None = None  # of a sequence, in a training step; None: all
+    transition: Literal["flow", "linear", "free"] = "flow"  # what moves the latents; see `baselines.py`
     diffusion: NonNegative = 1.0
     index_weight: NonNegative = 20.0
     entropy_weight: NonNegative = 0.0
@@ -80,6 +82,8 @@ class Config(Options):
     def _has_a_determinant(self) -> Self:
         if self.logdet == "rowsum" and self.objective == "paper" and self.path_kl == "marginal":
             raise ValueError("--logdet rowsum is no determinant: use it with --objective upstream only")
+        if self.transition != "flow" and (self.objective == "upstream" or self.path_kl == "marginal"):
+            raise ValueError(f"--transition {self.transition}: --objective upstream and --path-kl marginal need flows")
         return self
 
 
@@ -93,7 +97,10 @@ class LatentFlow(nn.Module):
         bound = 10.0 if config.objective == "paper" else None
         self.vae = (ConvVAE2 if config.deep else ConvVAE)(c, s, n, bound)
         unsupervised = config.variant == "unsupervised"
-        self.support_sets = FlowField(k, s, config.field if unsupervised else None)
+        if config.transition == "flow":
+            self.support_sets = FlowField(k, s, config.field if unsupervised else None)
+        else:
+            self.support_sets = TRANSITIONS[config.transition](k, s)
         self.prior = DiffusionPrior(k, config.steps) if config.objective == "upstream" else None
         self.reconstructor = None
         if config.variant == "weakly":
@@ -216,7 +223,7 @@ def training_step(
         losses["loss_pde"] = objective.upstream_pde_loss(path, flows, coefficients)
         rho, rho_t = objective.upstream_densities(path, model.prior, mean, log_var, coefficients, only)
         losses["loss_kl_path"] = objective.upstream_path_kl(rho, rho_t).sum()
-    else:
+    elif config.transition == "flow":
         losses["loss_pde"] = objective.pde_loss(path, flows, coefficients)
         if with_log_det:
             losses["loss_kl_path"] = objective.path_kl(path, mean, log_var, config.diffusion).sum()

@@ -171,6 +171,9 @@ class SupervisedOptions(TrainOptions):
     dataset: Literal["mnist", "shapes3d", "dsprites", "sprites", "fashion_mnist", "digits", "folder"] = _sets("mnist")
     shapes3d: bool | None = _switch("shapes3d")
     dsprites: bool | None = _switch("dsprites")
+    transition: Literal["flow", "linear", "free"] = option(
+        "flow", "what moves the latents: flows, or a baseline: one linear operator each, a free network", group="model"
+    )
 
 
 class DeepOptions(TrainOptions):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from common.launch import pick_device
 from common.released import weights_file
 from latent_flow.model import LatentFlow
-from latent_flow.runs import load_run
+from latent_flow.runs import load_run, need_flows
 from latent_flow.transforms import NAMES
 
 
@@ -62,4 +62,6 @@ def load(name: str | Path, device: str = "cpu") -> FlowAutoencoder:
     Raises UserError for a missing, damaged or foreign one.
     """
     path = Path(name) if Path(name).is_dir() else weights_file("latent_flow", name)
-    return FlowAutoencoder(load_run(path, pick_device(device))[0]).eval()
+    model, _, _ = load_run(path, pick_device(device))
+    need_flows(model, path)
+    return FlowAutoencoder(model).eval()

@@ -103,6 +103,13 @@ def load_run(path: str | Path, device: torch.device) -> tuple[LatentFlow, dict[s
     return model.to(device).eval(), options, iteration
 
 
+def need_flows(model: LatentFlow, source: str | Path) -> None:
+    """Raise UserError for a baseline, which has no flows to draw."""
+    if model.config.transition != "flow":
+        raise UserError(f"{source} is a baseline (--transition {model.config.transition}) without flows; "
+                        "evaluate measures it")  # fmt: skip
+
+
 def run_or_release(exp: str | None) -> tuple[Path, Path, bool]:
     """What to load, the folder to write to, and whether it is the released model: taken, and said, without `--exp`."""
     if exp is not None:

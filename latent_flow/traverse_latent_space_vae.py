@@ -41,7 +41,7 @@ from latent_flow.metrics import one_transformation
 from latent_flow.model import LatentFlow
 from latent_flow.options import ToolOptions, is_dry, parse_tool
 from latent_flow.rollout import inverse_step, rollout
-from latent_flow.runs import Written, load_run, run_or_release, source_of
+from latent_flow.runs import Written, load_run, need_flows, run_or_release, source_of
 
 BAR = (252, 186, 3)  # progress bar of the GIFs
 PoolName = Annotated[str, StringConstraints(pattern=r"^[^/\x00]+$", max_length=200), Says("a name without slashes")]
@@ -227,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     full_precision(args.tf32)
     source, exp, is_release = run_or_release(args.exp)
     model, options, _ = load_run(source, device)
+    need_flows(model, source)
     if args.shapes3d is not None and args.shapes3d != (model.config.dataset == "shapes3d"):
         raise UserError(f"{source} was trained on {model.config.dataset}: leave --shapes3d out")
     flows = model.stacked(args.shift_steps)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import UserError
 from latent_flow import objective, spikes
+from latent_flow.baselines import FreeSteps, LinearSteps
 from latent_flow.data import DigitSequences
 from latent_flow.encoders import (
     ConvVAE,
@@ -41,6 +42,54 @@ def wide(flows: Flows, scale: float = 2.0) -> Flows:
         for parameter in flows.parameters():
             parameter.mul_(scale)
     return flows.double()
+
+
+@pytest.mark.parametrize("steps", [LinearSteps(3, 6), FreeSteps(3, 6)], ids=["linear", "free"])
+def test_baselines_start_at_rest_and_have_their_jacobian(steps):
+    z, c1, steps = torch.randn(5, 6).double(), torch.rand(5, 3).double(), steps.double()
+    assert not steps.stacked(3).at(z, 2).velocity(c1).any()
+    with torch.no_grad():
+        for parameter in steps.parameters():
+            parameter.normal_(0, 0.5)
+    field = steps.stacked(3).at(z, 2)
+    expected = jacobian_ref(lambda x: steps.stacked(3).at(x, 2).velocity(c1), z)
+    torch.testing.assert_close(field.jacobian(c1), expected, rtol=1e-10, atol=1e-12)
+    one = steps.stacked(3, [1]).at(z, 2).velocity(torch.ones(5, 1).double())
+    torch.testing.assert_close(one, field.velocity(torch.tensor([[0.0, 1.0, 0.0]]).double().expand(5, -1)))
+
+
+def test_baselines_are_the_formulas_of_their_docstrings():
+    linear, free, z = LinearSteps(2, 4).double(), FreeSteps(2, 4).double(), torch.randn(3, 4).double()
+    c = torch.tensor([0.0, 1.0]).double().expand(3, 3, -1)  # (T, B, K): the second transformation
+    with torch.no_grad():
+        for parameter in (*linear.parameters(), *free.parameters()):
+            parameter.normal_(0, 0.5)
+    one = torch.cat([linear.weight[1] + torch.eye(4), linear.bias[1][:, None]], 1)
+    expected, moved = [z], z
+    for _ in range(3):
+        moved = torch.cat([moved, torch.ones(3, 1).double()], 1) @ one.mT
+        expected.append(moved)
+    torch.testing.assert_close(rollout(linear.stacked(3), z, c).z, torch.stack(expected))
+    e = sinusoidal_embedding(torch.tensor([2.0]).double(), 4)
+    hidden = torch.tanh(z @ free.inner[1].weight.mT + free.inner[1].bias + e @ free.time[1].weight.mT)
+    expected = hidden @ free.outer[1].weight.mT + free.outer[1].bias
+    torch.testing.assert_close(free.stacked(3).at(z, 2).velocity(c[0]), expected)
+
+
+def test_a_linear_baseline_learns_a_rotation_of_the_latents():
+    angle = math.pi / 8
+    turn = torch.eye(4)
+    turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    steps, c = LinearSteps(1, 4), torch.ones(4, 64, 1)
+    optimizer = torch.optim.Adam(steps.parameters(), lr=0.02)
+    for _ in range(200):
+        z = torch.randn(64, 4)
+        truth = torch.stack([z @ torch.linalg.matrix_power(turn, t).mT for t in range(5)])
+        loss = ((rollout(steps.stacked(4), z, c).z - truth) ** 2).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(steps.weight[0] + torch.eye(4), turn, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("rotation", [None, "soft", "divfree"])

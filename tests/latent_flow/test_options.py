@@ -99,7 +99,7 @@ COMMON = {
 }  # fmt: skip
 INDEX = {"width": None, "lr_index": 1e-4, "frame_stride": 1}
 OWN = {
-    train_vae_scratch: {},
+    train_vae_scratch: {"transition": "flow"},
     train_vae_scratch_weakly: {**INDEX, "index_weight": 20.0, "entropy_weight": 0.0, "index_labels": False},
     train_vae_scratch_unsuper: {
         **INDEX, "single_control": False, "field": "soft", "slab_start": 75_001, "spike_prior": [0.1, 0.9],

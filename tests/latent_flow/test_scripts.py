@@ -76,6 +76,28 @@ def test_training_writes_its_contract(trained):
     assert likelihood["gaussian_iw_100"] < likelihood["gaussian_maximum"]
 
 
+@pytest.mark.parametrize("transition", ["linear", "free"])
+def test_a_baseline_is_trained_resumed_and_judged_as_the_flows_are(transition, tmp_path, capsys):
+    folder = tmp_path / transition
+    argv = ["--smoke", "--out", str(folder), "--transition", transition, "--support-set-lr", "0.01", *CPU]
+    train_vae_scratch.main([*argv, "--max-steps", "4"])
+    train_vae_scratch.main(["--resume", "--out", str(folder), *CPU])
+    model, _, iteration = load_run(folder, torch.device("cpu"))
+    assert iteration == 6 and model.config.transition == transition
+    assert all(parameter.any() for parameter in model.support_sets.parameters())  # all of it was trained
+    table = pd.read_csv(folder / "metrics.csv")
+    assert len(table) == 6 and not table["loss_pde"].any()
+    result = json.loads((folder / "eval.json").read_text())
+    for entry in result["equivariance"].values():
+        assert entry["model"]["mean"] != entry["unmoved"]["mean"]
+    assert "failed" not in result and result["diagnostics"]["scale"]["hamilton_jacobi_residual"] is None
+    evaluate.main(["--exp", str(folder), "--vp-pairs", "100", *CPU])
+    assert "VP score" in capsys.readouterr().out
+    show_flows.main(["--exp", str(folder), *CPU])
+    with pytest.raises(UserError, match=r"baseline .* without flows"):
+        traverse_latent_space_vae.main(["--exp", str(folder), *CPU])
+
+
 def test_the_command_itself_runs(tmp_path):
     command = [
         sys.executable,
@@ -494,6 +516,7 @@ def test_a_damaged_published_checkpoint_is_one_line(tmp_path):
 WRONG = [
     (train_vae_scratch, ["--dataset", "mnits"], "did you mean 'mnist'"),
     (train_vae_scratch, ["--latent-size", "7"], "even number of at least 4"),
+    (train_vae_scratch, ["--transition", "linear", "--path-kl", "marginal"], "--path-kl marginal need flows"),
     (train_vae_scratch, ["--batch-size", "0"], "a whole number of at least 1"),
     (train_vae_scratch, ["--amp=perhaps"], "true or false"),
     (train_vae_scratch, ["--shapes3d", "--dsprites"], "one data set at a time"),
