@@ -160,7 +160,7 @@ def claim_part(claim: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:
     minutes = sum({(row["command"], row["minutes"]): row["minutes"] or 0.0 for row in run}.values()) * max(seeds, 1)
     commands = []
     for row in used:
-        folder = row["source"]["folder"].split("/") if row["source"] else []
+        folder = row["source"]["folder"].removeprefix("results/").split("/") if row["source"] else []
         table = f"results/{folder[1]}/{folder[2]}" if folder[:1] == ["runs"] and len(folder) > 2 else ""
         commands.append(f"snakemake -s scripts/Snakefile --cores 2 {table}" if table else row["command"])
     title = PAPERS[claim["paper"]].split(":")[0]

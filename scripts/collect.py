@@ -147,7 +147,8 @@ def asked_for(row: Row, what: str) -> bool:
     """Whether `--collect what` means a row that has a source."""
     if not isinstance(row["source"], dict):
         return False
-    return what in ("", row["id"], row["paper"]) or row["source"]["folder"].startswith(f"runs/{what}/")
+    folder = row["source"]["folder"].removeprefix("results/")  # results/runs/ holds the runs whose records are kept
+    return what in ("", row["id"], row["paper"]) or folder.startswith(f"runs/{what}/")
 
 
 def minutes_of(rows: list[Row], table: Table) -> float | None:

@@ -1,5 +1,6 @@
 """The manifests in sweeps/: what is wrong with one is one line; the shipped ones fit their scripts. 15 CPU s."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -144,7 +145,12 @@ def options_of(words: list[str], folder: Path, monkeypatch) -> dict:
 
 
 TABLES = {f"{table.paper}/{table.name}": table for table in experiments.read_tables()}
-SPECIAL = {"glancenet/parity", "glancenet/leakage", "inv_flow/timing"}  # tests/front/test_readme.py reads such commands
+SPECIAL = {
+    "glancenet/parity",
+    "glancenet/leakage",
+    "inv_flow/timing",
+    "inv_flow/claims",
+}  # tests/front/test_readme.py reads such commands
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if not name.startswith("quickstart") and name not in SPECIAL])
@@ -163,6 +169,22 @@ def test_shipped_manifests_fit_their_scripts(name, tmp_path, monkeypatch):
         assert str(options["seed"]) == values["seed"] and options["resume"] == "auto"
         if "supervision" in values:
             assert float(options["masking_fact"]) == float(values["supervision"])
+
+
+def test_the_classifier_of_the_claims_is_trained_as_its_manifest_says(capsys):
+    from inv_flow import classify_mnist
+
+    table, found = TABLES["inv_flow/claims"], {}
+    for experiment, values in table.experiments.items():
+        words = table.commands(experiment, table.steps[0])[0]
+        classify_mnist.main([*words[2:], "--dry_run"])
+        found[values["model"]] = json.loads(capsys.readouterr().out)
+        assert found[values["model"]]["seed"] == int(values["seed"])
+        assert table.out(experiment) == found[values["model"]]["out"] == f"results/runs/inv_flow/claims/{experiment}"
+    learned, control, linear = (found[name] for name in ("learned", "random", "linear"))
+    differing = {key for key in learned if learned[key] != control[key]} - {"out"}
+    assert differing == {"random_taps"} and learned["padding"] == 10 and learned["max_row_sum"] is None
+    assert linear["random_taps"] == 0 and linear["epochs"] == learned["epochs"]
 
 
 def words_of_script(script: str, more: Sequence[str] = (), **environment: str) -> list[str]:

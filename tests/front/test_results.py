@@ -312,9 +312,9 @@ def test_a_bad_snippet_changes_nothing(repository, snippet, message):
 # -------------------------------------------------------------------------------------------------------- collecting
 
 
-def a_run(root: Path, seed: int, value: float, finished: bool = True, **changes) -> Path:
+def a_run(root: Path, seed: int, value: float, finished: bool = True, runs: str = "runs", **changes) -> Path:
     """A run as the engine leaves it: the numbers, and the record of what really ran."""
-    folder = root / f"runs/inv_flow/toy/small_{seed}"
+    folder = root / f"{runs}/inv_flow/toy/small_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps({"test_bpd": value, "images": 500}))
     step = {"commands": [f"python inv_flow/flow.py --seed {seed}"], "seconds": 60.0 * (seed + 1), "cpu_seconds": 1.0,
@@ -347,6 +347,17 @@ def test_a_row_is_filled_from_its_runs(repository):
     assert row["files"][2] == {"path": "runs/inv_flow/toy/small_10/evaluation.json", "sha256": digest, "value": 1.25}
     assert "| small | 1.31 | 1.50 ± 0.25 (3) |" in (repository / "RESULTS.md").read_text() and check(repository) == []
     assert collect(repository) == row and collect(repository, "inv_flow") == row  # again: the same
+
+
+def test_a_row_is_filled_from_the_records_that_are_kept(repository):
+    with_source(repository, folder="results/runs/inv_flow/toy/small_{seed}")
+    a_run(repository, 0, 1.5, runs="results/runs")
+    row = collect(repository, "inv_flow/toy")
+    assert row["ours"] == [1.5] and row["files"][0]["path"].startswith("results/runs/inv_flow/toy/small_0/")
+    claim = {"number": 1, "paper": "inv_flow", "claim": "c", "where": "w", "tests": [{"better": row["id"], "than": 2}]}
+    (repository / "results/claims.json").write_text(json.dumps([claim]))
+    results.main(["--root", str(repository), "--claims"])
+    assert "snakemake -s scripts/Snakefile --cores 2 results/inv_flow/toy\n" in (repository / "CLAIMS.md").read_text()
 
 
 def test_a_typed_number_is_replaced_by_that_of_a_run(repository):
