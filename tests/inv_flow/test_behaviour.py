@@ -126,7 +126,7 @@ CHANGES = {
     "recon_alpha": ("0.1", (*SNF, "--snf_kernel_size", "3", "--epochs", "2", "--recon_loss_lr", "5"), "weights"),
     "eval_epochs": ("2", ("--epochs", "3"), "rows"),
     "eval_train": ("true", (), "rows"),
-    "max_eval_ex": ("10", ("--batch_size", "10"), "rows"),
+    "max_eval_ex": ("15", ("--batch_size", "10"), "rows"),
     "eval_draws": ("2", (), "rows"),
     "sample_epochs": ("5", ("--epochs", "6"), "files"),
     "n_samples": ("2", (), "pictures"),

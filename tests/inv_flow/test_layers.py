@@ -1,6 +1,7 @@
 """What the golden vectors and the layer contract do not reach: extremes, initial states, float32, whole models."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from inv_flow.layers.coupling import Coupling
 from inv_flow.layers.emerging import SquareAutoRegressiveConv2d
 from inv_flow.layers.flow import FlowSequential
 from inv_flow.layers.inv_conv import InverseConv2d
-from inv_flow.layers.preprocess import Squeeze, preprocessing
+from inv_flow.layers.preprocess import Normalization, Squeeze, preprocessing
 from inv_flow.layers.selfnorm import SelfNormConv, SelfNormFC
+from inv_flow.layers.spline import rational_quadratic_spline
 from inv_flow.model import create_model
 from inv_flow.toy_2d import log_density, make_flow
 from inv_flow.train.config import LAYERS, Config, layer_choice
@@ -243,6 +245,25 @@ SINGULAR = [torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.5, 0.7, 0.9]]), t
 def test_an_odd_side_does_not_squeeze(size):
     with pytest.raises(ValueError, match=f"got {size[0]} x {size[1]}"):
         Squeeze()(torch.zeros(1, 1, *size))
+
+
+def test_a_value_goes_through_many_splines_at_once():
+    torch.manual_seed(0)
+    parts = torch.randn(3, 1, 4), torch.randn(3, 1, 4), torch.randn(3, 1, 3)
+    x = torch.linspace(-4, 4, 9)
+    many = rational_quadratic_spline(x, *parts, tail_bound=3.0)
+    for k in range(3):
+        one = rational_quadratic_spline(x, *(part[k] for part in parts), tail_bound=3.0)
+        assert all(torch.equal(a[k], b) for a, b in zip(many, one, strict=True))
+    assert many[0].shape == (3, 9) and many[0].unique(dim=0).shape == (3, 9)
+
+
+def test_a_scale_is_any_positive_number():
+    x = torch.rand(2, 1, 3, 3)
+    y, log_det = Normalization(0.25, 0.5)(x)
+    assert torch.allclose(y, 2 * x - 0.5) and torch.allclose(log_det, torch.full((2,), 9 * math.log(2)))
+    with pytest.raises(ValueError, match="scale=0"):
+        Normalization(0.25, 0)
 
 
 @pytest.mark.parametrize("weight", SINGULAR)

@@ -243,7 +243,7 @@ def test_the_codes_of_training_are_shuffled_and_keep_their_labels(trained):
 
 @pytest.mark.parametrize("script", ["best.cp", "best.safetensors"])
 def test_the_best_epoch_is_that_of_the_lowest_test_loss(script, tmp_path, monkeypatch):
-    scores = iter([3.0, 1.0, 2.0])
+    scores = iter([3.0, 1.0, 2.0, 1.5])
     run_set = training.run_set
     monkeypatch.setattr(training, "run_set", lambda *a, **k: dataclasses.replace(run_set(*a, **k), loss=next(scores)))
     mnist.main([*TINY, f"exp={tmp_path / 'exp'}", "epochs_max=3"])
@@ -254,6 +254,10 @@ def test_the_best_epoch_is_that_of_the_lowest_test_loss(script, tmp_path, monkey
     assert Latents.load(tmp_path / "exp/latents-last.npz").epoch == 2
     last = read_checkpoint(tmp_path / "exp/models/last.cp")
     assert (last["epoch"], last["loss_eval"], last["best"]) == (2, 2.0, 1.0)
+    mnist.main(["l", f"exp={tmp_path / 'exp'}", "epochs_max=4"])  # a training that goes on remembers what was best
+    last = read_checkpoint(tmp_path / "exp/models/last.cp")
+    assert (last["epoch"], last["loss_eval"], last["best"]) == (3, 1.5, 1.0)
+    assert read_checkpoint(tmp_path / "exp/models" / script)["epoch"] == 1
 
 
 def test_a_path_leads_from_one_image_s_code_to_another_s(trained, tmp_path):
