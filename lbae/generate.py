@@ -168,7 +168,10 @@ def interpolations(trained: Trained, fitted: sampler.HyperplaneSampler, latents:
     """Paths between two codes, or from a code to itself with an attribute set."""
     params, mean = trained.params, None
     if params.sets_attribute:
-        mean = fitted.attribute_mean(params.set_attr, params.attr_mode).cpu()
+        try:
+            mean = fitted.attribute_mean(params.set_attr, params.attr_mode).cpu()
+        except UserError as error:
+            raise UserError(f"set_attr={params.set_attr}: {error}") from error
         order = mean.argsort()
         with atomic_write(trained.folder / f"prob_dim_{params.set_attr}.npz") as file:
             np.savez(file, bits=order.numpy(), means=mean[order].numpy())

@@ -302,12 +302,12 @@ def attribute_mean(codes: Tensor, labels: Tensor, attribute: int, mode: str = "c
     labels = labels.reshape(len(labels), -1)
     if labels.shape[1] > 1:
         if not 0 <= attribute < labels.shape[1]:
-            raise UserError(f"attribute {attribute}: there are {labels.shape[1]} attributes, counted from 0")
+            raise UserError(f"no attribute {attribute}: there are {labels.shape[1]}, counted from 0")
         rows = labels[:, attribute] == 1
     else:
         rows = labels[:, 0] == attribute
     if not bool(rows.any()):
-        raise UserError(f"attribute {attribute}: no training latent has this attribute or class")
+        raise UserError(f"no training latent has the attribute or class {attribute}; take another one")
     chosen = codes[rows.to(codes.device)].double().mean(0)
     return chosen - codes.double().mean(0) if mode == "contrast" else chosen
 

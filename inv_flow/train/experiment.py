@@ -152,7 +152,8 @@ class Experiment:
         """Data-dependent initialisation on the first batch, alike on every process; a run that goes on has it."""
         parameters = sum(p.numel() for p in self.model.parameters())
         training.run.info(
-            f"{self.config.name}: {parameters:,} parameters, {self.dist.world} process(es) on {self.dist.device}"
+            f"{self.config.name} on {self.config.dataset}: {parameters:,} parameters, {self.dist.world} process(es) on "
+            f"{self.dist.device}"
         )
         if note := self.model.padding_note:
             training.run.info(note)

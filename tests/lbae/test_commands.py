@@ -299,7 +299,7 @@ def test_wrong_generation_commands(trained):
     run = ["eval", "gen", f"exp={trained}", "device=cpu"]
     for tokens, message in (
         (["set_attr=3"], "goes with sample_method=int"),
-        (["sample_method=int", "set_attr=77"], "no training latent"),
+        (["sample_method=int", "set_attr=77"], "set_attr=77: no training latent has the .* class 77; known: 0, 1"),
         (["sample_method=int", "batch_size_test=200", "gen_imgs=5000"], "lower batch_size_test"),
         (["width=4"], r"does not fit this model .*expected"),
         (["zsize=8"], "does not fit this model"),
