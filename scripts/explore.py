@@ -5,8 +5,7 @@
     python scripts/explore.py --time          # no page: median wall-clock and CPU milliseconds of each move
 
 Needs Gradio: `pip install -e .[explore]`. Only this machine reaches the page, and the page asks no other for anything.
-The digits to begin with are LBAE's reconstructions of training images, from the codes that ship with its weights; so
-are the 4s and 5s whose quantiles are the thresholds of GlanceNet's rejection.
+The digits are LBAE's reconstructions of training images, from the codes that ship with its weights.
 """
 
 import sys
@@ -20,12 +19,15 @@ import base64
 import io
 import os
 import socket
+import statistics
 import threading
 import time
+import timeit
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
@@ -52,49 +54,17 @@ HOST = "127.0.0.1"
 STEPS = 8  # of a path between codes, and of a flow
 KNOWN, IMAGES, QUANTILE = (4, 5), 400, 0.95  # digits of GlanceNet's parity test, how many of each, what is kept
 CSS = """
-.picture img { image-rendering: pixelated; border-radius: 4px; width: 100% }
+img, canvas { image-rendering: pixelated; border-radius: 4px; width: 100% }
+canvas { touch-action: none; cursor: crosshair } canvas + button { font: inherit; text-decoration: underline }
 .says { font-size: 1.5em } .digits label { padding: 4px 9px } .tab-container button { padding: 0 6px }
 @media (max-width: 500px) { .tab-container button { font-size: 13px } }
 .bar { display: flex; gap: 8px; align-items: center } .bar span { min-width: 4em } .bar div { flex: 1; height: 12px }
 """
-# Cells on a canvas, each a hexadecimal digit of its brightness: painted with a pointer, or switched one by one.
-BOARD = """
-const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d"), W = canvas.width, H = canvas.height;
-let cells = [], last = null;
-const show = () => (cells = [...props.value].map(c => parseInt(c, 16))).forEach((v, i) => {
-  pen.fillStyle = `rgb(${v * 17} ${v * 17} ${v * 17})`; pen.fillRect(i % W, Math.floor(i / W), 1, 1);
-});
-const keep = () => { props.value = cells.map(v => v.toString(16)).join(""); show(); };
-const paint = (x, y) => {  // a line from the last place, about two cells wide, with soft edges
-  const [a, b] = last ?? [x, y], dx = x - a, dy = y - b;
-  cells = cells.map((v, i) => {
-    const p = i % W + .5 - a, q = Math.floor(i / W) + .5 - b;
-    const t = Math.min(1, Math.max(0, (p * dx + q * dy) / (dx * dx + dy * dy || 1)));
-    return Math.max(v, Math.round(15 * Math.min(1, Math.max(0, 1.8 - Math.hypot(p - t * dx, q - t * dy)))));
-  });
-  last = [x, y];
-};
-canvas.onpointerdown = canvas.onpointermove = e => {
-  const box = canvas.getBoundingClientRect(), down = e.type == "pointerdown";
-  const x = (e.clientX - box.x) / box.width * W, y = (e.clientY - box.y) / box.height * H;
-  if (!down && !(e.buttons && props.brush)) return;
-  if (down) { last = null; canvas.setPointerCapture(e.pointerId); }
-  if (props.brush) paint(x, y); else cells[Math.floor(y) * W + Math.floor(x)] ^= 15;
-  keep();
-};
-element.querySelector("button")?.addEventListener("click", () => { cells.fill(0); keep(); });
-watch("value", show);
-show();
-"""
-
-
-class Move(NamedTuple):
-    """What a change of a control computes: its tab and name, the function, the controls' first values."""
-
-    tab: str
-    name: str
-    compute: Callable
-    first: list[Any]
+BOARD = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
+# compute at once, the newest values last, without a spinner and without a place in the public interface
+AT_ONCE = {"queue": False, "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+# what a change of a control computes: its tab and name, the function, the controls' first values
+Move = namedtuple("Move", "tab name compute first")
 
 
 class Page:
@@ -120,19 +90,13 @@ class Page:
         for output, value in zip(outputs, compute(*first), strict=True):
             output.value = value
         self.moves.append(Move(self.tab, name, compute, first))
-        self.on([control.change for control in controls], compute, controls, outputs)
-
-    @staticmethod
-    def on(events: Any, compute: Callable, controls: Any, outputs: Any) -> None:
-        """Compute at once, the newest values last, without a spinner and without a place in the public interface."""
-        gr.on(events, compute, controls, outputs, queue=False, show_progress="hidden", trigger_mode="always_last",
-              api_visibility="private")  # fmt: skip
+        gr.on([control.change for control in controls], compute, controls, outputs, **AT_ONCE)
 
     def pad(self, start: int) -> Any:
         """A place to draw a digit; its value is a board of 28 x 28."""
         place = board(self.digits[start], 28, 28, brush=True)
         choice = digit("draw, or begin with", start)
-        self.on(choice.input, lambda k: cells(self.digits[k]), choice, place)
+        choice.input(lambda k: cells(self.digits[k]), choice, place, **AT_ONCE)
         return place
 
 
@@ -141,17 +105,10 @@ def digit(label: str, start: int) -> Any:
     return gr.Radio(range(10), value=start, label=label, elem_classes="digits")
 
 
-def way(label: str) -> Any:
-    """A number in [0, 1]."""
-    return gr.Slider(0, 1, 0.5, step=0.05, label=label)
-
-
 def board(start: Tensor, columns: int, rows: int, brush: bool) -> Any:
     """Cells to paint on with a brush, or to switch one by one."""
     canvas = f'<canvas width="{columns}" height="{rows}"></canvas>' + "<button>clear</button>" * brush
-    css = ("canvas { width: 100%; image-rendering: pixelated; touch-action: none; cursor: crosshair; border-radius: "
-           "4px } button { font: inherit; text-decoration: underline }")  # fmt: skip
-    return gr.HTML(cells(start), html_template=canvas, css_template=css, js_on_load=BOARD, brush=brush)
+    return gr.HTML(cells(start), html_template=canvas, js_on_load=BOARD, brush=brush)
 
 
 def cells(values: Tensor) -> str:
@@ -178,23 +135,18 @@ def bars(rows: Iterable[tuple[str, float, float, str]]) -> str:
     return "".join(bar.format(name, value / full, note) for name, value, full, note in rows)
 
 
-def shown() -> Any:
-    """A place for a picture."""
-    return gr.HTML(elem_classes="picture")
-
-
 def lbae_tab(page: Page) -> None:
     """The path of codes between two digits, by hyperplanes; the bits that go with a digit; 200 bits, each a switch."""
     model, sampler = page.lbae, page.lbae.sampler
     with gr.Row():
         with gr.Column():
-            image, step = shown(), gr.Slider(0, STEPS, STEPS // 2, step=1, label="step of the path")
+            image, step = gr.HTML(), gr.Slider(0, STEPS, STEPS // 2, step=1, label="step of the path")
         with gr.Column():
-            code, strip = board(torch.zeros(200), 25, 8, brush=False), shown()
+            code, strip = board(torch.zeros(200), 25, 8, brush=False), gr.HTML()
         with gr.Column():
             ends = [digit("from", 3), digit("to", 8)]
             attribute = gr.Radio(["none", *range(10)], value="none", label="force the bits of", elem_classes="digits")
-            threshold = way("those whose mean exceeds")
+            threshold = gr.Slider(0, 1, 0.5, step=0.05, label="those whose mean exceeds")
 
     def path(begin: int, end: int, step: int, attribute: int | str, threshold: float) -> list[str]:
         codes = sampler.interpolate(page.codes[begin], page.codes[end], STEPS - 1)
@@ -215,31 +167,28 @@ def glancenet_tab(page: Page) -> None:
         with gr.Column():
             pad = page.pad(4)
         with gr.Column():
-            verdict, again, image = gr.HTML(), shown(), shown()
+            verdict, again, image = gr.HTML(), gr.HTML(), gr.HTML()
         with gr.Column(), gr.Row():
             labels = names + [f"free {i}" for i in range(1, means.shape[1] - len(names) + 1)]
             sliders = [gr.Slider(-4, 4, 0, step=0.05, label=label, min_width=150, buttons=[]) for label in labels]
 
-    def seen(x: Tensor) -> tuple[Tensor, np.ndarray, Tensor]:
-        """Latents (B, D), reconstruction errors (B,) in nats, reconstructions."""
-        z = model.encode(x)
-        recon = model.decode(z)
-        return z, F.binary_cross_entropy(recon, x, reduction="none").sum((1, 2, 3)).numpy(), recon
+    def seen(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (B, D), reconstructions, their errors (B,) in nats."""
+        recon = model.decode(z := model.encode(x))
+        return z, recon, F.binary_cross_entropy(recon, x, reduction="none").sum((1, 2, 3))
 
-    z, errors, _ = seen(page.images(torch.cat([page.codes_of(k, IMAGES) for k in KNOWN])))
-    limits = osr.fit_thresholds(errors, z.numpy(), np.repeat([0, 1], IMAGES), means, len(KNOWN), QUANTILE)
+    z, _, errors = seen(page.images(torch.cat([page.codes_of(k, IMAGES) for k in KNOWN])))
+    classes = torch.arange(len(KNOWN)).repeat_interleave(IMAGES)
+    limits = osr.fit_thresholds(errors.numpy(), z.numpy(), classes.numpy(), means, len(KNOWN), QUANTILE)
 
     def look(drawn: str) -> list[Any]:
-        z, errors, recon = seen(values(drawn))
-        distances, error = osr.prototype_distances(z.numpy(), means, len(KNOWN))[0], float(errors[0])
+        z, recon, error = seen(values(drawn))
+        distances = osr.prototype_distances(z.numpy(), means, len(KNOWN))[0]
         k = (distances / limits.distance).argmin()
         rows = [(name, p, 1, f"{p:.2f}") for name, p in zip(names, z[0].sigmoid().tolist(), strict=False)]
-        for name, value, limit in (
-            ("error", error, limits.reconstruction),
-            ("distance", distances[k], limits.distance[k]),
-        ):
-            rows.append((name, value, 2 * limit, f"{value:.3g} of {limit:.3g}"))
-        word = f"class {model.class_names[k]}" if osr.accept(errors, z.numpy(), limits).both[0] else "rejected"
+        checks = {"error": (error.item(), limits.reconstruction), "distance": (distances[k], limits.distance[k])}
+        rows += [(name, v, 2 * limit, f"{v:.3g} of {limit:.3g}") for name, (v, limit) in checks.items()]
+        word = f"class {model.class_names[k]}" if osr.accept(error.numpy(), z.numpy(), limits).both[0] else "rejected"
         latents = [round(v, 2) for v in z[0].clamp(-4, 4).tolist()]
         return [f'<div class="says">{word}</div>{bars(rows)}', picture(torch.cat([values(drawn), recon]), 2), *latents]
 
@@ -253,9 +202,7 @@ def latent_flow_tab(page: Page) -> None:
     flows = torch.eye(len(model.concept_names))
     with gr.Row():
         with gr.Column():
-            image = shown()
-        with gr.Column():
-            strip = shown()
+            image, strip = gr.HTML(), gr.HTML()
         with gr.Column():
             controls = [digit("digit", 7), gr.Radio(["in turn", "at once"], value="in turn", label="the flows act")]
             for name, steps in zip(model.concept_names, (3, 5, 0), strict=True):
@@ -279,11 +226,12 @@ def flow_tab(page: Page, starts: tuple[int, int, int], classes: bool, sample: Ca
     """Three columns: samples at a temperature, a way between two digits, what is said of a drawn one."""
     with gr.Row():
         with gr.Column():
-            samples, controls = shown(), [digit("class", 0)] if classes else []
+            samples, controls = gr.HTML(), [digit("class", 0)] if classes else []
             controls += [gr.Slider(0, 1.2, 0.7, step=0.05, label="temperature"),
                          gr.Slider(1, 50, 1, step=1, label="draw")]  # fmt: skip
         with gr.Column():
-            image, path = shown(), [digit("from", starts[0]), digit("to", starts[1]), way("way between them")]
+            image, path = gr.HTML(), [digit("from", starts[0]), digit("to", starts[1])]
+            path += [gr.Slider(0, 1, 0.5, step=0.05, label="way between them")]
         with gr.Column():
             pad, said = page.pad(starts[2]), gr.HTML()
     page.live("samples", sample, controls, samples)
@@ -298,25 +246,20 @@ def inv_flow_tab(page: Page) -> None:
 
     def sample(temperature: float, draw: int) -> list[str]:
         rng = torch.Generator().manual_seed(draw)
-        z = [temperature * torch.randn(6, *size, generator=rng) for size in model.flow.latent_sizes]
-        return [picture(model.decode(z), 3)]
+        z = [temperature * torch.randn(4, *size, generator=rng) for size in model.flow.latent_sizes]
+        return [picture(model.decode(z), 2)]
 
-    def between(begin: int, end: int, t: float) -> list[str]:
-        return [picture(model.decode([torch.lerp(z[[begin]], z[[end]], t) for z in latents]))]
-
-    def judge(drawn: str) -> list[str]:
-        return [f'<div class="says">{float(model.bits_per_dim(values(drawn))):.2f} bits/dim</div>']
-
-    flow_tab(page, (3, 5, 1), False, sample, between, judge)
+    flow_tab(
+        page, (3, 5, 1), False, sample,
+        lambda begin, end, t: [picture(model.decode([torch.lerp(z[[begin]], z[[end]], t) for z in latents]))],
+        lambda drawn: [f'<div class="says">{float(model.bits_per_dim(values(drawn))):.2f} bits/dim</div>'],
+    )  # fmt: skip
 
 
 def nfpi_tab(page: Page) -> None:
     """Samples of a class; a way between the Gaussians of two classes; Bayes' rule for a drawn digit."""
     model = nfpi.load("mnist_small")
     mean, deviation = model.gaussians.mean, model.gaussians.var.sqrt()
-
-    def sample(k: int, temperature: float, draw: int) -> list[str]:
-        return [picture(model.sample(torch.full((6,), k), temperature, torch.Generator().manual_seed(draw)), 3)]
 
     def between(begin: int, end: int, t: float) -> list[str]:
         rng, heat = torch.Generator().manual_seed(1), 0.5
@@ -325,10 +268,15 @@ def nfpi_tab(page: Page) -> None:
         return [picture(model.decode(z, heat, rng))]
 
     def judge(drawn: str) -> list[str]:
-        [found] = model.posterior(F.pad(values(drawn), (2, 2, 2, 2)))
+        eight = F.pad(values(drawn), (2, 2, 2, 2)).expand(8, -1, -1, -1)  # draws of the noise, in one pass
+        found = model.posterior(eight, draws=1).mean(0)
         return [bars((str(k), p, 1, f"{p:.2f}") for k, p in enumerate(found.tolist()))]
 
-    flow_tab(page, (3, 8, 6), True, sample, between, judge)
+    flow_tab(
+        page, (3, 8, 6), True,
+        lambda k, t, draw: [picture(model.sample(torch.full((6,), k), t, torch.Generator().manual_seed(draw)), 3)],
+        between, judge,
+    )  # fmt: skip
 
 
 TABS = {"LBAE": lbae_tab, "GlanceNet": glancenet_tab, "Latent flow": latent_flow_tab, "Inverse-Flow": inv_flow_tab,
@@ -347,16 +295,6 @@ def build() -> tuple[Any, list[Move]]:
     return blocks, page.moves
 
 
-def milliseconds(move: Move, clock: Callable[[], float], repeats: int = 9) -> float:
-    """Median time of one computation by a clock in seconds."""
-    times = []
-    for _ in range(repeats):
-        begin = clock()
-        move.compute(*move.first)
-        times.append(1000 * (clock() - begin))
-    return sorted(times)[repeats // 2]
-
-
 class Config(Options):
     """The options."""
 
@@ -371,15 +309,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("scripts/explore.py needs Gradio: pip install -e .[explore]")
     if o.time:
         for move in build()[1]:
-            wall, cpu = milliseconds(move, time.perf_counter), milliseconds(move, time.process_time)
-            print(f"| {move.tab} | {move.name} | {wall:.0f} | {cpu:.0f} |")
+            clocks, once = (time.perf_counter, time.process_time), partial(move.compute, *move.first)
+            wall, cpu = (statistics.median(timeit.repeat(once, timer=clock, number=1, repeat=9)) for clock in clocks)
+            print(f"| {move.tab} | {move.name} | {1000 * wall:.0f} | {1000 * cpu:.0f} |")
         return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, o.port))
-        except OSError as error:
-            raise UserError(f"--port {o.port}: {error.strerror}; name another, such as --port 8000") from error
+    try:
+        socket.create_server((HOST, o.port)).close()
+    except OSError as error:
+        raise UserError(f"--port {o.port}: {os.strerror(error.errno)}; name another, such as --port 8000") from error
     blocks, _ = build()
     # a proxy of the environment must not stand between Gradio and its own page
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = HOST
