@@ -17,9 +17,13 @@ random numbers.
 """
 
 import fcntl
+import json
 import os
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ from common.run import Run
 
 POLL = 10  # steps between two questions to the other processes whether one of them was told to stop
 FINITE_EVERY = 50  # steps between checks of the loss on a GPU, where reading it waits for the device
+PROBE_STEPS, PROBE_WARM, PROBE_SECONDS = 20, 3, 60.0  # of a probe: steps that count, steps before them, time at most
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,8 @@ class Training:
             restore_rng(self.state["rng"], self.dist.device)
         total = last if last is not None else epochs * len(batches)
         with StopSignal() as stop:
-            bar = self.run.progress(self._batches(batches, total), total=total, initial=self.step)
+            rest = timed(self._batches(batches, total), total, self.dist.device)
+            bar = self.run.progress(rest, total=total, initial=self.step)
             for batch in bar:
                 yield batch
                 if self._stops(stop):
@@ -231,6 +237,29 @@ class Training:
     def __exit__(self, *_) -> None:
         self.run.close()
         self._unlock()
+
+
+def timed(batches: Iterable[Any], steps: int, device: torch.device) -> Iterator[Any]:
+    """The batches of a training of `steps` steps in all. Where the environment variable PROBE names a file, the first
+    20 steps are timed and the training ends with KeyboardInterrupt, nothing saved: the file holds `seconds_a_step`,
+    the median on the clock, which an evaluation between two steps does not move, and `steps`.
+    """
+    path = os.environ.get("PROBE") if os.environ.get("RANK", "0") == "0" else None
+    begin, ends = time.monotonic(), []
+    for batch in batches:
+        yield batch
+        if path is None:
+            continue
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        ends.append(time.monotonic())
+        if len(ends) > PROBE_WARM + PROBE_STEPS or (len(ends) > PROBE_WARM and ends[-1] - begin > PROBE_SECONDS):
+            break
+    counted = ends[min(PROBE_WARM, len(ends) - 2) :] if len(ends) > 1 else []
+    if counted:
+        seconds = statistics.median(after - before for before, after in pairwise(counted))
+        Path(path).write_text(json.dumps({"seconds_a_step": seconds, "steps": steps}))
+        raise KeyboardInterrupt
 
 
 class FolderLock:

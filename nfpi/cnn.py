@@ -17,7 +17,7 @@ from common.checkpoint import load_into, load_weights, save_weights
 from common.images import save_image
 from common.launch import Distributed, autocast, check_finite
 from common.run import Run
-from common.training import FINITE_EVERY
+from common.training import FINITE_EVERY, timed
 from nfpi import augment, pictures
 from nfpi.conditional import ConditionalFlow
 from nfpi.config import Config
@@ -220,7 +220,7 @@ def train_epoch(
     # loss and correct ones
     totals = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     seen = 0
-    for index, (pixels, y) in enumerate(batches.epoch(epoch)):
+    for index, (pixels, y) in enumerate(timed(batches.epoch(epoch), config.cnn_run.epochs * len(batches), device)):
         rng = generator(config.seed, Use.CNN, epoch, index, rank, device=device)
         pixels = augment.shift_and_flip(pixels, recipe.crop_pad, recipe.flip, recipe.vertical, rng)
         with autocast(device, config.amp):

@@ -151,12 +151,19 @@ def asked_for(row: Row, what: str) -> bool:
     return what in ("", row["id"], row["paper"]) or folder.startswith(f"runs/{what}/")
 
 
+def fits(row: Row, table: Table, experiment: str) -> bool:
+    """Whether an experiment of a table makes a number of the row."""
+    if not isinstance(row["source"], dict):
+        return False
+    pattern = re.escape(row["source"]["folder"]).replace(r"\{seed\}", r"\d+")
+    return re.fullmatch(pattern, table.out(experiment)) is not None
+
+
 def minutes_of(rows: list[Row], table: Table) -> float | None:
-    """Minutes of an experiment of a table: those of its rows, else a probe of this machine; None when nobody knows."""
-    known = [
-        row["minutes"] for row in rows if asked_for(row, f"{table.paper}/{table.name}") and row["minutes"] is not None
-    ]
-    probe = Path("runs/probe.json")
-    if known or not probe.is_file():
-        return statistics.fmean(known) if known else None
-    return read_json(probe.read_text(), str(probe)).get(f"{table.paper}/{table.name}", {}).get("minutes")
+    """Minutes of an experiment of a table: those of its rows, else of its probes here; None when nobody knows."""
+    name, probes = f"{table.paper}/{table.name}", Path("runs/probe.json")
+    known = [row["minutes"] for row in rows if asked_for(row, name) and row["minutes"] is not None]
+    if not known and probes.is_file():
+        found = read_json(probes.read_text(), str(probes))
+        known = [entry["minutes"] for key, entry in found.items() if key.startswith(f"{name}/")]
+    return statistics.fmean(known) if known else None

@@ -4,9 +4,11 @@
     python scripts/reproduce.py --hours 3 --paper glancenet
     python scripts/reproduce.py --hours 8 --dry-run                 only the plan with its estimates
 
-A table's worth is the priority of its manifest (sweeps/) for each row still to do; its time comes from earlier rows and
-runs, else from a probe: two short trainings on this device, whose difference is 20 steps (kept in runs/probe.json).
-What is estimated longer than the budget gets a share of it and a stop signal then: it saves, and the next call goes on.
+A table's worth is the priority of its manifest (sweeps/) for each row still to do. The time of an experiment comes from
+rows of this machine, else from a probe, also for --dry-run: 20 steps of its own training command, kept in
+runs/probe.json (what follows the training is not counted; all probes take a fifth of the budget at most). --dry-run
+downloads nothing. What is estimated longer than the budget gets a share of it and a stop signal then: it saves, and the
+next call goes on.
 Runs go through scripts/Snakefile; afterwards the rows are collected and RESULTS.md is written. Ctrl-C lets trainings
 save (exit code 130). Exit code 1: a run failed, what is done is collected.
 """
@@ -14,10 +16,9 @@ save (exit code 130). Exit code 1: a run failed, what is done is collected.
 import argparse
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,12 +30,13 @@ if __name__ == "__main__":
     sys.path[0:1] = [str(Path(__file__).resolve().parents[1])]
 
 from common.errors import EXIT_INTERRUPTED, UserError, run_command, suggest
-from scripts.collect import asked_for, minutes_of
+from scripts.collect import Row, asked_for, fits
 from scripts.experiments import ROOT, Table, read_tables
-from scripts.job import read_record
+from scripts.job import hardware, read_record
 from scripts.results import PAPERS, read_rows, write
 
 PROBE = Path("runs/probe.json")
+PATIENCE = 300  # seconds for a probe, with the reading of its data
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,55 +63,69 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def probed(table: Table, device: str) -> float | None:
-    """Minutes of one experiment from a probe on this device; None without one in the manifest. Raises UserError."""
-    key, known = f"{table.paper}/{table.name}", read_record(PROBE)
-    if known.get(key, {}).get("device") == device:
-        return known[key]["minutes"]
-    if "probe" not in table.keys or "training_steps" not in table.keys:
-        return None
-    experiment = next(iter(table.experiments))
-    words = table.commands(experiment, table.steps[0])[0]
-    times = []
-    for steps in (1, 21):
-        with tempfile.TemporaryDirectory(prefix="probe_") as place:
-            short = [word.replace(table.out(experiment), f"{place}/run") for word in words]
-            probe = shlex.split(re.sub(r"\b20\b", str(steps), table.keys["probe"]))
-            begin = time.monotonic()
-            command = [sys.executable if word == "python" else word for word in [*short, *probe]]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError((done.stderr.strip().splitlines() or ["no output"])[-1])
-            times.append(time.monotonic() - begin)
-    step = max(times[1] - times[0], 0.0) / 20
-    known[key] = {"device": device, "seconds_a_step": step, "minutes": step * table.keys["training_steps"] / 60}
-    PROBE.parent.mkdir(exist_ok=True)
-    write(PROBE, json.dumps(known, indent=1) + "\n")
-    return known[key]["minutes"]
+def estimate(table: Table, experiment: str, rows: list[Row], machine: str, end: float) -> float | None:
+    """Minutes of an experiment on this machine: of rows made on it, else by a probe before the time `end`; None where
+    neither tells. Raises UserError when the probe's training fails.
+    """
+    mine = [row for row in rows if row["hardware"] == machine and fits(row, table, experiment)]
+    if known := [row["minutes"] for row in mine if row["minutes"] is not None]:
+        return statistics.fmean(known)
+    values, paced = table.experiments[experiment], table.keys.get("probe", [key for key in table.grid if key != "seed"])
+    key = f"{table.paper}/{table.name}/{'_'.join(values[one] for one in paced)}"
+    probes = read_record(PROBE)
+    if probes.get(key, {}).get("hardware") != machine and table.steps[0].name == "train" and time.monotonic() < end:
+        found = probe(table, experiment)
+        minutes = found["seconds_a_step"] * found["steps"] * table.keys.get("trainings", 1) / 60 if found else None
+        probes[key] = {"hardware": machine, **found, "minutes": minutes}
+        PROBE.parent.mkdir(exist_ok=True)
+        write(PROBE, json.dumps(probes, indent=1) + "\n")
+    return probes.get(key, {}).get("minutes")  # those of another machine say more than nothing
 
 
-def plan(args: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+def probe(table: Table, experiment: str) -> dict[str, Any]:
+    """Seconds a step and steps of a training, 20 of which are made here; {} where it counts none. Raises UserError."""
+    print(f"reproduce: 20 steps of {table.paper}/{table.name}/{experiment}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="probe_") as place:
+        line = table.commands(experiment, table.steps[0])[0]
+        words = [word.replace(table.out(experiment), f"{place}/run") for word in line]
+        words = [sys.executable if word == "python" else word for word in words]
+        env = {**os.environ, "PROBE": f"{place}/probe.json", "PYTHON": sys.executable}
+        try:
+            done = subprocess.run(
+                words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE
+            )
+        except subprocess.TimeoutExpired:
+            return {}
+        found = read_record(Path(place) / "probe.json")
+    if done.returncode and not found:
+        raise UserError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return found
+
+
+def plan(args: argparse.Namespace, rows: list[Row]) -> list[dict[str, Any]]:
     """An entry an experiment that is still to do: table, experiment, minutes (None: unknown), worth, why not.
 
     Experiments of one seed of all settings come before those of the next seed: a table is whole with one seed.
     """
-    entries = []
+    entries, machine, end = [], hardware(), time.monotonic() + 720 * args.hours
     for table in read_tables(args.sweeps):
         key = f"{table.paper}/{table.name}"
         left = [row for row in rows if asked_for(row, key) and row["ours"] is None]
         if not left or (args.paper and table.paper not in args.paper):
             continue
-        why = "" if table.possible() else f"needs {', '.join(table.keys['needs'])} in the data folder"
-        minutes = minutes_of(rows, table)
-        if minutes is None and not why:
-            try:
-                minutes = probed(table, device)
-            except UserError as error:
-                why = f"the probe failed: {error}"
+        lacks = "" if table.possible() else f"needs {', '.join(table.keys['needs'])} in the data folder"
+        failed: dict[str, str] = {}
         for number, experiment in enumerate(table.experiments):
             mine = [row for row in left if fits(row, table, experiment)]
             if not mine or all(map(os.path.isfile, products(table, experiment))):
                 continue
+            minutes, setting = None, str({**table.experiments[experiment], "seed": ""})
+            if not lacks and setting not in failed:
+                try:
+                    minutes = estimate(table, experiment, rows, machine, end)
+                except UserError as error:
+                    failed[setting] = f"the probe failed: {error}"
+            why = lacks or failed.get(setting, "")
             turn = list(table.grid.get("seed", [""])).index(table.experiments[experiment].get("seed", ""))
             worth = table.keys.get("priority", 1) * len(mine) / (turn + 1)
             entries.append({"table": table, "experiment": experiment, "minutes": minutes, "why": why, "worth": worth,
@@ -120,12 +136,6 @@ def plan(args: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> l
 def products(table: Table, experiment: str) -> list[str]:
     """The files of an experiment's last step."""
     return [table.fill(name, experiment) for name in table.steps[-1].makes]
-
-
-def fits(row: dict[str, Any], table: Table, experiment: str) -> bool:
-    """Whether an experiment makes a number of the row."""
-    pattern = re.escape(row["source"]["folder"]).replace(r"\{seed\}", r"\d+")
-    return re.fullmatch(pattern, table.out(experiment)) is not None
 
 
 def shown(entry: dict[str, Any], share: float) -> str:
@@ -145,21 +155,11 @@ def run(entries: list[dict[str, Any]], args: argparse.Namespace, end: float, sto
             break
         wanted = entry["minutes"] or left / min(waiting, 4)
         share = min(left, max(1.5 * wanted + 2, left / waiting))
-        table = entry["table"]
-        targets = products(table, entry["experiment"])
+        targets = products(entry["table"], entry["experiment"])
         print(shown(entry, share), flush=True)
-        config = [f"sweeps={args.sweeps}", f"root={args.root}"]
-        words = [
-            "-s",
-            str(ROOT / "scripts/Snakefile"),
-            "--cores",
-            str(args.cores),
-            "--quiet",
-            "all",
-            "--config",
-            *config,
-        ]
-        engine = subprocess.Popen([sys.executable, "-m", "snakemake", *words, "--", *targets], start_new_session=True)
+        words = ["-s", str(ROOT / "scripts/Snakefile"), "--cores", str(args.cores), "--quiet", "all", "--config"]
+        words += [f"sweeps={args.sweeps}", f"root={args.root}", "--", *targets]
+        engine = subprocess.Popen([sys.executable, "-m", "snakemake", *words], start_new_session=True)
         stopped_at = time.monotonic() + 60 * share
         while engine.poll() is None:
             if stopped or time.monotonic() > stopped_at:
@@ -173,20 +173,20 @@ def run(entries: list[dict[str, Any]], args: argparse.Namespace, end: float, sto
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError, KeyboardInterrupt after a stop, SystemExit(1) when a run failed."""
     args = parse(argv)
-    gpu = shutil.which("nvidia-smi") is not None
-    if args.device == "cuda" and not gpu:
+    device = args.device or ("cuda" if shutil.which("nvidia-smi") else "cpu")
+    if device == "cuda" and not shutil.which("nvidia-smi"):
         raise UserError("--device cuda: no GPU here (nvidia-smi is missing)")
-    device = args.device or ("cuda" if gpu else "cpu")
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    entries = plan(args, read_rows(args.root), device)
+    os.environ |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    os.environ |= {"OFFLINE": "1"} if args.dry_run else {}
+    end = time.monotonic() + 3600 * args.hours
+    entries = plan(args, read_rows(args.root))
     print(f"{len(entries)} experiments with rows still to do; {args.hours:g} hours on {device}")
     if args.dry_run:
         return print("\n".join(shown(entry, 60 * args.hours) for entry in entries))
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stopped.append(number))
-    good = run([entry for entry in entries if not entry["why"]], args, time.monotonic() + 3600 * args.hours, stopped)
+    good = run([entry for entry in entries if not entry["why"]], args, end, stopped)
     collected = [sys.executable, str(ROOT / "scripts/results.py"), "--root", str(args.root), "--collect"]
     for paper in args.paper or [""]:
         subprocess.run([*collected, paper], check=False)

@@ -172,3 +172,19 @@ def test_a_loss_that_is_not_finite_keeps_the_state_before_the_step(tmp_path):
     state = load_state(tmp_path / "run" / "crash.pt", "toy")
     assert state["place"] == {"step": 1, "epoch": 0, "images": 4}
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_probe_times_steps_and_leaves_nothing_half_done(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROBE", str(tmp_path / "probe.json"))
+    ticks = iter(range(1000))
+    monkeypatch.setattr("common.training.time", type("Clock", (), {"monotonic": lambda: next(ticks)}))
+    assert toy(tmp_path / "run", "--epochs", "100") == 130
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert found == {"seconds_a_step": 1, "steps": 2900} and next(ticks) == 25  # 24 steps, 20 of them counted
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+    monkeypatch.setattr("common.training.PROBE_SECONDS", 4)  # slow steps: what a minute gave is enough
+    assert toy(tmp_path / "run2") == 130 and next(ticks) < 40
+    monkeypatch.setattr("common.training.PROBE_STEPS", 10**6)
+    monkeypatch.setattr("common.training.PROBE_SECONDS", 10**6)
+    assert toy(tmp_path / "run3", "--epochs", "1") == 130  # a training of fewer steps
+    assert json.loads((tmp_path / "probe.json").read_text()) == {"seconds_a_step": 1, "steps": 29}

@@ -35,22 +35,35 @@ def lines_of(text: str) -> list[str]:
 
 
 def test_the_plan_makes_a_table_whole_with_one_seed_first(engine):
-    engine.manifest(2, MANIFEST + "probe: '20'\ntraining_steps: 600\n")  # the toy's last argument is its steps
+    toy = f"python {ROOT}/tests/toy_paper.py --out {{out}} --lr 0.{{seed}}1 --epochs EPOCHS"
+    text = MANIFEST.replace("python trainer.py {out} STEPS", toy) + "needs: [a_set]\n"
     manifest = engine.folder / "sweeps/nfpi/toy.yaml"
-    manifest.write_text(manifest.read_text().replace(" {out} 2", " {out}"))
+    manifest.write_text(text.replace("kind: [a, b]", "kind: {a: '10000', b: '20000'}").replace("EPOCHS", "{kind}"))
     (engine.folder / "runs/nfpi/toy/b_0").mkdir(parents=True)
     (engine.folder / "runs/nfpi/toy/b_0/result.json").write_text("{}")  # made already
+    text = reproduce(engine, "--hours", "1", "--dry-run").communicate(timeout=120)[0]
+    assert text.count("needs a_set in the data folder") == 3 and not (engine.folder / "runs/probe.json").exists(), text
+    manifest.write_text(manifest.read_text().replace("needs: [a_set]\n", "trainings: 2\n"))
     child = reproduce(engine, "--hours", "1", "--dry-run")
     text = child.communicate(timeout=120)[0]
     assert child.returncode == 0 and "3 experiments with rows still to do; 1 hours on" in text, text
-    assert lines_of(text) == ["a_0", "a_1", "b_1"] and not engine.ours()[0]
-    known = json.loads((engine.folder / "runs/probe.json").read_text())["nfpi/toy"]
-    assert 0.08 < known["seconds_a_step"] < 0.3 and known["minutes"] == pytest.approx(10 * known["seconds_a_step"])
-    shown = float(re.search(r"a_0 +(\d+) min", text)[1])
-    assert shown == round(known["minutes"])
-    manifest.write_text(manifest.read_text() + "needs: [a_set]\n")
+    assert text.count("reproduce: 20 steps of") == 2  # a setting, not a seed
+    assert lines_of(text) == ["a_0", "a_1", "b_1"] and engine.ours() == [None, None]
+    found = json.loads((engine.folder / "runs/probe.json").read_text())
+    for kind, epochs, experiment in (("a", 10_000, "a_0"), ("b", 20_000, "b_1")):
+        step = found[f"nfpi/toy/{kind}"]
+        assert 0 < step["seconds_a_step"] < 1 and step["steps"] == 29 * epochs
+        assert step["minutes"] == pytest.approx(2 * step["steps"] * step["seconds_a_step"] / 60)
+        assert float(re.search(rf"{experiment} +(\d+) min", text)[1]) == round(step["minutes"])
     text = reproduce(engine, "--hours", "1", "--dry-run").communicate(timeout=120)[0]
-    assert "needs a_set in the data folder" in text
+    assert "20 steps of" not in text and lines_of(text) == ["a_0", "a_1", "b_1"]  # measured once
+    assert not list((engine.folder / "runs/nfpi/toy").glob("a_*"))  # a probe leaves nothing
+
+
+def test_a_probe_that_fails_is_told_beside_its_experiment(engine):
+    (engine.folder / "trainer.py").write_text("import sys; sys.exit('error: no data here')")
+    text = reproduce(engine, "--hours", "1", "--dry-run").communicate(timeout=120)[0]
+    assert text.count("? min: the probe failed: error: no data here") == 4 and text.count("20 steps of") == 2, text
 
 
 def test_what_fits_is_run_and_collected_and_the_rest_is_stopped_in_time(engine):
