@@ -219,7 +219,7 @@ def test_a_killed_engine_leaves_no_orphan_and_no_lock(engine):
 
 
 def test_a_second_engine_is_refused(engine):
-    engine.manifest(60)
+    engine.manifest(2000)  # longer than the second engine takes to start
     first = engine.start()
     wait_for(lambda: len(alive(engine, 2)) == 2)
     code, text = engine.call()
