@@ -59,8 +59,12 @@ def load(path: Path) -> Any:
 
 
 def lookup(data: Any, key: str) -> float:
-    """The number that `key` names. Raises KeyError when it is not there, ValueError when it is none."""
+    """The number that `key` names; at a * the mean over all that stands there. Raises KeyError when it is not there,
+    ValueError when it is none.
+    """
     while key:
+        if key[0] == "*":
+            return statistics.fmean(lookup(one, key[2:]) for one in (data.values() if isinstance(data, dict) else data))
         if chosen := re.match(r"\[([^\]]*)\]\.?", key):
             wanted = dict(part.split("=", 1) for part in chosen[1].split(","))
             data = [one for one in data if all(str(one.get(k)) == v for k, v in wanted.items())]

@@ -5,10 +5,9 @@
     python scripts/reproduce.py --hours 8 --dry-run                 only the plan with its estimates
 
 A table's worth is the priority of its manifest (sweeps/) for each row still to do. The time of an experiment comes from
-rows of this machine, else from a probe, also for --dry-run: 20 steps of its own training command, kept in
-runs/probe.json (what follows the training is not counted; all probes take a fifth of the budget at most). --dry-run
-downloads nothing. What is estimated longer than the budget gets a share of it and a stop signal then: it saves, and the
-next call goes on.
+rows of this machine, else from a probe, also for --dry-run: 20 steps of its own training command (runs/probe.json; what
+follows the training is not counted; all probes take a fifth of the budget at most). --dry-run downloads nothing.
+What is estimated longer than the budget gets a share of it and a stop signal then: it saves, and the next call goes on.
 Runs go through scripts/Snakefile; afterwards the rows are collected and RESULTS.md is written. Ctrl-C lets trainings
 save (exit code 130). Exit code 1: a run failed, what is done is collected.
 """
@@ -37,6 +36,7 @@ from scripts.results import PAPERS, read_rows, write
 
 PROBE = Path("runs/probe.json")
 PATIENCE = 300  # seconds for a probe, with the reading of its data
+SILENT: set[str] = set()  # settings whose probe gave nothing in this call
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,9 +74,10 @@ def estimate(table: Table, experiment: str, rows: list[Row], machine: str, end: 
     key = f"{table.paper}/{table.name}/{'_'.join(values[one] for one in paced)}"
     probes = read_record(PROBE)
     if probes.get(key, {}).get("hardware") != machine and table.steps[0].name == "train" and time.monotonic() < end:
-        found = probe(table, experiment)
-        minutes = found["seconds_a_step"] * found["steps"] * table.keys.get("trainings", 1) / 60 if found else None
-        probes[key] = {"hardware": machine, **found, "minutes": minutes}
+        if not (found := key not in SILENT and probe(table, experiment)):
+            return SILENT.add(key)
+        minutes = found["seconds_a_step"] * found["steps"] * table.keys.get("trainings", 1) / 60
+        probes |= {key: {"hardware": machine, **found, "minutes": minutes}}
         PROBE.parent.mkdir(exist_ok=True)
         write(PROBE, json.dumps(probes, indent=1) + "\n")
     return probes.get(key, {}).get("minutes")  # those of another machine say more than nothing
@@ -88,7 +89,7 @@ def probe(table: Table, experiment: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="probe_") as place:
         line = table.commands(experiment, table.steps[0])[0]
         words = [word.replace(table.out(experiment), f"{place}/run") for word in line]
-        words = [sys.executable if word == "python" else word for word in words]
+        words[0] = sys.executable if words[0] == "python" else words[0]
         env = {**os.environ, "PROBE": f"{place}/probe.json", "PYTHON": sys.executable}
         try:
             done = subprocess.run(
@@ -155,10 +156,9 @@ def run(entries: list[dict[str, Any]], args: argparse.Namespace, end: float, sto
             break
         wanted = entry["minutes"] or left / min(waiting, 4)
         share = min(left, max(1.5 * wanted + 2, left / waiting))
-        targets = products(entry["table"], entry["experiment"])
         print(shown(entry, share), flush=True)
         words = ["-s", str(ROOT / "scripts/Snakefile"), "--cores", str(args.cores), "--quiet", "all", "--config"]
-        words += [f"sweeps={args.sweeps}", f"root={args.root}", "--", *targets]
+        words += [f"sweeps={args.sweeps}", f"root={args.root}", "--", *products(entry["table"], entry["experiment"])]
         engine = subprocess.Popen([sys.executable, "-m", "snakemake", *words], start_new_session=True)
         stopped_at = time.monotonic() + 60 * share
         while engine.poll() is None:
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     good = run([entry for entry in entries if not entry["why"]], args, end, stopped)
     collected = [sys.executable, str(ROOT / "scripts/results.py"), "--root", str(args.root), "--collect"]
     for paper in args.paper or [""]:
-        subprocess.run([*collected, paper], check=False)
+        subprocess.run([*collected, paper])
     if stopped:
         raise KeyboardInterrupt
     if not good:

@@ -139,7 +139,8 @@ def release_for(config: Config) -> Release | None:
 
 
 def evaluate(model: FlowModel, val: Any, test: Any, config: Config, dist: Distributed) -> dict[str, float]:
-    """Validation and test likelihood, reconstruction error over the test images, rounding error, sampling time.
+    """Parameters, validation and test likelihood, reconstruction error over the test images, rounding error, sampling
+    time.
 
     Each figure is printed and written to evaluation.json as it is there; then samples/evaluation.png and
     recon/evaluation.png.
@@ -158,6 +159,7 @@ def evaluate(model: FlowModel, val: Any, test: Any, config: Config, dist: Distri
     report(**likelihood(model, test, config, dist, "test", config.eval_draws))
     report(**reconstruction_errors(model, test, config, dist))
     report(float64_relative_error=rounding_error(model, x[:2], dist, config.seed))
+    report(parameters=sum(p.numel() for p in model.parameters()))
     if config.verbose:
         report(**layer_values(model, x, config.seed))
     if dist.is_main:

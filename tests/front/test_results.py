@@ -432,6 +432,13 @@ def test_keys_of_a_source(data, key, value):
         lookup(data, key + "x")
 
 
+def test_a_star_is_the_mean_over_what_stands_there():
+    data = {"equivariance": {"scale": {"mean": 1.0}, "hue": {"mean": 4.0}}}
+    assert lookup(data, "equivariance.*.mean") == 2.5 and lookup({"std": [[1, 2], [3, 6]]}, "std.*.*") == 3
+    with pytest.raises(KeyError):
+        lookup(data, "equivariance.*.median")
+
+
 def test_lbae_results_are_read(tmp_path):
     path = tmp_path / "results.txt"
     path.write_text(
@@ -446,7 +453,7 @@ def test_every_row_to_do_has_a_source_or_is_known_to_have_none():
     """Of the rows nobody has run yet, the engine makes all but those whose number no result file holds."""
     rows = [row for row in results.read_rows(ROOT) if row["ours"] is None]
     without = [row["id"] for row in rows if row["source"] is None]
-    assert len(without) <= 18
+    assert set(without) <= {"inv_flow/op-gpu-forward", "inv_flow/op-gpu-both"}  # a summary over shapes
     names = {f"{table.paper}/{table.name}": table for table in read_tables()}
     for row in rows:
         if row["source"]:
