@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from latent_flow import objective
@@ -82,6 +81,8 @@ class LinearPredictor:
 
     @torch.no_grad()
     def __init__(self, model: LatentFlow, source, rows: np.ndarray, label: int, steps: int, rank: int):
+        from sklearn.decomposition import PCA  # here, as it takes a second to import
+
         def frames_of(part: np.ndarray, steps: int) -> Tensor:
             return one_transformation(model, source, part, label, steps).flatten(2).cpu()
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from common import datasets, unpickle
@@ -137,6 +136,8 @@ def items_per_class(targets: Tensor, count: int, generator: torch.Generator) -> 
 
 def stratified_split(targets: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
     """(kept, held out) indices, every class in proportion. Raises UserError when a class is too small."""
+    from sklearn.model_selection import train_test_split  # here, as it takes seconds to import
+
     try:
         kept, held = train_test_split(
             np.arange(len(targets)), test_size=held_out, random_state=seed, stratify=targets.numpy()

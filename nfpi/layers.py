@@ -13,7 +13,6 @@ import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from scipy.stats import special_ortho_group
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -256,6 +255,8 @@ class Conv1x1(nn.Module):
     def __init__(self, channels: int, conv_type: str = "matrixexp"):
         super().__init__()
         self.conv_type = conv_type
+        from scipy.stats import special_ortho_group  # here, as it takes a second to import
+
         rotation = special_ortho_group.rvs(channels) if channels > 1 else np.ones((1, 1))
         if conv_type == "matrixexp":
             self.weight = nn.Parameter(_float(scipy.linalg.logm(rotation).real))

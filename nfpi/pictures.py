@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from common.images import mosaic, save_image
@@ -101,6 +100,8 @@ def latent_tsne(gaussians: ClassGaussians, rng: torch.Generator) -> np.ndarray:
     count = 64 if len(gaussians.mean) <= 100 else 9
     y = torch.arange(len(gaussians.mean), device=gaussians.mean.device).repeat_interleave(count)
     z = gaussians.sample(y, 1.0, rng).float().cpu().numpy()
+    from sklearn.manifold import TSNE  # here, as it takes seconds to import
+
     points = TSNE(n_components=2, random_state=0, perplexity=min(30, len(z) - 1)).fit_transform(z)
     return scatter(points, y.cpu().numpy(), "class samples in the latent space")
 

@@ -39,7 +39,8 @@ JUDGES: dict[str, dict[str, str]] = {
     "lbae": {
         "lbae/model.py": "tests/lbae/test_golden.py tests/lbae/test_model.py tests/lbae/test_behaviour.py "
         "-k 'not every_option'",
-        "lbae/train.py": "tests/lbae/test_model.py tests/lbae/test_behaviour.py tests/lbae/test_commands.py",
+        "lbae/train.py": "tests/lbae/test_model.py tests/lbae/test_behaviour.py tests/lbae/test_commands.py "
+        "tests/lbae/test_resume.py",
         "lbae/sampler.py": "tests/lbae/test_golden.py tests/lbae/test_sampler.py tests/front/test_use_the_parts.py "
         "-k 'not use_the_parts or hyperplane_sampler or codes or sampler_takes or attributes_of'",
         "lbae/generate.py": "tests/lbae/test_sampler.py tests/lbae/test_behaviour.py tests/lbae/test_commands.py",

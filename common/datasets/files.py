@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as TF
-from torchvision.transforms.functional import InterpolationMode
 
 from common.checkpoint import atomic_write
 from common.datasets.base import ArraySet, ImageSet
@@ -45,10 +43,12 @@ def fit(image: Image.Image, image_size: int | None, crop: int | None = None) -> 
     Without `crop`: shorter edge to `image_size`, then its centre. With `crop`: the centre `crop` x `crop`, resized to
     `image_size`. Without either: as it is.
     """
+    from torchvision.transforms import functional as TF  # here: it takes seconds to import
+
     if crop:
         image = TF.center_crop(image, [crop, crop])
     if image_size and image.size != (image_size, image_size):
-        image = TF.resize(image, image_size, InterpolationMode.BILINEAR, antialias=True)
+        image = TF.resize(image, image_size, TF.InterpolationMode.BILINEAR, antialias=True)
         image = TF.center_crop(image, [image_size, image_size])
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,7 +22,8 @@ TRAINERS = {
 }
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["front.children", "common.run", *TRAINERS.values()])
+# torch._dynamo: an optimiser imports it
+_context.set_forkserver_preload(["front.children", "common.run", "torch._dynamo", *TRAINERS.values()])
 
 
 def start(target, *arguments) -> BaseProcess:
@@ -41,8 +43,31 @@ def finish(child: BaseProcess, seconds: float = 300) -> int:
     return child.exitcode
 
 
-def train(paper: str, argv: list[str], folder: str, stop: tuple[int, int] | None = None, limit: int | None = None):
-    """The paper's command in `folder`, its output in `folder`/output.txt; ends with the command's exit code.
+def train_together(paper: str, argv: list[str], folder: Path, seconds: float = 300) -> str:
+    """The paper's command (or a module's) in two processes with the environment that torchrun gives them: what the
+    first wrote.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pair = [start(_one_of_two, rank, port, paper, [str(word) for word in argv], str(folder)) for rank in (0, 1)]
+    codes = [finish(child, seconds) for child in pair]
+    written = [(Path(folder) / f"output{rank}.txt").read_text() for rank in (0, 1)]
+    assert codes == [0, 0], written
+    return written[0]
+
+
+def _one_of_two(rank: int, port: int, paper: str, argv: list[str], folder: str):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    train(paper, argv, folder, output=f"output{rank}.txt")
+
+
+def train(
+    paper: str, argv: list[str], folder: str, stop: tuple[int, int] | None = None, limit: int | None = None,
+    output: str = "output.txt",
+):  # fmt: skip
+    """The paper's command in `folder`, what it says in `output`; ends with the command's exit code.
 
     stop = (step, signal): the process gets the signal when that step has been logged. limit: the largest size that a
     file may take, which gives the error of a full disk (EFBIG, which the code treats as ENOSPC).
@@ -55,8 +80,8 @@ def train(paper: str, argv: list[str], folder: str, stop: tuple[int, int] | None
     torch.set_num_threads(1)
     Path(folder).mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1), os.dup2(output, 2)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1), os.dup2(file, 2)
     if stop is not None:
         log, pending = Run.log, [stop]
 
@@ -71,7 +96,7 @@ def train(paper: str, argv: list[str], folder: str, stop: tuple[int, int] | None
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    main = importlib.import_module(TRAINERS[paper]).main
+    main = importlib.import_module(TRAINERS.get(paper, paper)).main
     code = run_command(lambda: main(argv))
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)

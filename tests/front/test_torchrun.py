@@ -1,22 +1,19 @@
-"""Every trainer under torchrun: two gloo processes reproduce the losses of one; the batch size is the total.
+"""Every trainer in two gloo processes reproduces the losses of one; the batch size is the total.
 
-Here are GlanceNet and latent-flow by the command that a user types. The others are with their papers:
+The processes get what torchrun gives them; torchrun itself starts tests/common/test_launch.py and test_training.py.
+Here are GlanceNet and latent-flow. The others are with their papers:
 tests/lbae/test_distributed.py, tests/inv_flow/test_experiment.py::test_two_processes_equal_one and
 tests/nfpi/test_main.py::test_two_processes_equal_one. GlanceNet, latent-flow and NFPI draw the noise of the whole batch
 on every process; Inverse-Flow's processes dequantise each with its own (switched off there); LBAE's bits need none.
-
-Costs about 40 CPU seconds: each process imports torch.
 """
 
 import csv
 import multiprocessing
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from front import children
 from torch import nn
 
 from common.checkpoint import load_state
@@ -25,16 +22,6 @@ from common.launch import Distributed, normalise_over_processes
 from glancenet import main as glancenet
 from latent_flow import train, train_vae_scratch_weakly
 from latent_flow.options import WeakOptions, parse
-
-ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def torchrun(command: list[str], folder: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*TORCHRUN, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=540
-    )
 
 
 def columns(path: Path) -> dict[str, list[float]]:
@@ -67,8 +54,7 @@ def test_glancenet(tmp_path):
         return [*small, "--dset_dir", str(tmp_path), "--out_path", "x", *map(str, places)]
 
     log = glancenet.main(words("one"))
-    done = torchrun([str(ROOT / "glancenet/main.py"), *words("two")], tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    children.train_together("glancenet", words("two"), tmp_path)
     other = tmp_path / "two" / log.relative_to(tmp_path / "one")
     close(columns(log / "run/metrics.csv"), columns(other / "run/metrics.csv"), 1e-4)
     for name in ("train_runs/metrics.csv", "train_runs/val_metrics.csv", "eval_results/test_metrics.csv"):
@@ -88,8 +74,7 @@ def test_latent_flow(tmp_path):
     """The weakly supervised loop: encoder, decoder, index encoder and flows; the index loss compares all sequences."""
     argv = ["--smoke", "--max-iter", "4", "--device", "cpu", "--eval-images", "4"]
     train_vae_scratch_weakly.main([*argv, "--out", str(tmp_path / "one")])
-    done = torchrun(["-m", "latent_flow.train_vae_scratch_weakly", *argv, "--out", str(tmp_path / "two")], tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    children.train_together("latent_flow.train_vae_scratch_weakly", [*argv, "--out", tmp_path / "two"], tmp_path)
     one, two = (columns(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     close(one, two, 1e-4)
     assert len(two["iteration"]) == 4 and (tmp_path / "two/eval.json").is_file()

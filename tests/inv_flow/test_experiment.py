@@ -7,13 +7,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from front import children
 from mnist_files import write_mnist
 from same_state import same
 from torch.utils.data import DataLoader, TensorDataset
@@ -179,7 +178,8 @@ def earlier_layout(path, batch=None):
     epoch = place["epoch"] if batch is None else place["epoch"] - 1
     place = {"epoch": epoch, "step": place["step"], "batch": place["images"] // 50 if batch is None else batch}
     rest = {name: extra[name] for name in ("best", "metrics", "epoch_loss", "epoch_count")}
-    save_state(path, KIND, processes=[own], config=options, **kept, **place, **rest)
+    second = own | {"rng": None, "loss_sum": torch.zeros(()), "loss_count": 0}  # of a second process, without images
+    save_state(path, KIND, processes=[own, second], config=options, **kept, **place, **rest)
 
 
 def stopped(folder, step, *more):
@@ -579,13 +579,8 @@ def test_random_images_for_timing(tmp_path):
 # ------------------------------------------------------------------------------------------------------- processes
 
 
-def two_processes(*argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "inv_flow/inv_flow_mnist.py")
-    result = subprocess.run([*command, script, *argv], env=environment, capture_output=True, text=True, timeout=170)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+def two_processes(folder, *argv):
+    return children.train_together("inv_flow", argv, folder)
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -594,7 +589,7 @@ def test_two_processes_equal_one(tmp_path):
     more = ("--optimizer_name", "SGD", "--lr", 1e-4, "--log_interval", 2, "--layer", "snf", "--inv_conv", "true")
     more += ("--n_test", 45)  # the last batch of an evaluation is not shared evenly
     two, one = tmp_path / "two", tmp_path / "one"
-    two_processes(*arguments(two, *more))
+    two_processes(tmp_path, *arguments(two, *more))
     inv_flow_mnist.main(arguments(one, *more))
     for name in ("batch_nll", "grad_norm", "train_nll", "val_nll", "test_nll"):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-6), name
@@ -603,7 +598,9 @@ def test_two_processes_equal_one(tmp_path):
         assert torch.allclose(b["model"][name], value, rtol=1e-5, atol=1e-6), name
     same(a["rng"]["torch"], b["rng"]["torch"])  # drawing pictures, on one process, moved no stream
     argv = ["--smoke", "--evaluate", "--device", "cpu", "--out", str(two), "--n_test", "45"]
-    printed = dict(line.split() for line in two_processes(*argv).splitlines() if line.startswith(("val", "recon")))
+    printed = dict(
+        line.split() for line in two_processes(tmp_path, *argv).splitlines() if line.startswith(("val", "recon"))
+    )
     inv_flow_mnist.main(argv)
     stored = json.loads((two / "evaluation.json").read_text())
     assert float(printed["val_nll"]) == pytest.approx(stored["val_nll"], rel=1e-5)

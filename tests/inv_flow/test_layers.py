@@ -322,6 +322,9 @@ def test_num_layers_is_the_published_depth_of_a_cnn(layers, blocks, steps):
     assert sum(isinstance(layer, InverseConv2d) for layer in model.layers) == blocks * steps
     model = create_model(tiny("none", fc=True, num_layers=5, num_blocks=1))
     assert sum(isinstance(layer, SelfNormFC) for layer in model.layers) == 5
+    for activation, count in (("Spline", 5), ("Identity", 0)):
+        model = create_model(tiny("none", fc=True, num_layers=5, num_blocks=1, activation=activation))
+        assert sum(isinstance(layer, SplineActivation) for layer in model.layers) == count
 
 
 def test_the_convolution_exponential_keeps_its_norm_while_its_kernel_grows():

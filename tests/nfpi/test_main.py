@@ -2,14 +2,12 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from front import children
 from omegaconf import OmegaConf
 
 from common import training
@@ -377,22 +375,10 @@ def test_diverged_training_exits_with_3():
 
 
 def test_two_processes_equal_one():
-    """torchrun with two gloo processes: the same initial statistics, losses and Gaussians as a single process."""
+    """Two gloo processes: the same initial statistics, losses and Gaussians as a single process."""
     options = [*DIGITS, *TINY, *FLOW_ONLY, "trainer_precision=64", "train.epochs=2", "train.batch_size=50"]
     main.main([*options, "extra=single"])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(REPOSITORY / "nfpi/main.py"),
-        *options,
-        "extra=double",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    children.train_together("nfpi", [*options, "extra=double"], Path.cwd())
     one, two = (load_weights(folder(e) / "checkpoints/flow.safetensors")[0] for e in ("single", "double"))
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-8, atol=1e-8)
