@@ -152,7 +152,7 @@ def asked_for(row: Row, what: str) -> bool:
     if not isinstance(row["source"], dict):
         return False
     folder = row["source"]["folder"].removeprefix("results/")  # results/runs/ holds the runs whose records are kept
-    return what in ("", row["id"], row["paper"]) or folder.startswith(f"runs/{what}/")
+    return what in ("", row["id"], row["paper"]) or f"{folder}/".startswith(f"runs/{what}/")
 
 
 def fits(row: Row, table: Table, experiment: str) -> bool:
