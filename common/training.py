@@ -240,11 +240,11 @@ class Training:
 
 
 def timed(batches: Iterable[Any], steps: int, device: torch.device) -> Iterator[Any]:
-    """The batches of a training of `steps` steps in all. Where the environment variable PROBE names a file, the first
-    20 steps are timed and the training ends with KeyboardInterrupt, nothing saved: the file holds `seconds_a_step`,
-    the median on the clock, which an evaluation between two steps does not move, and `steps`.
+    """The batches of a training of `steps` steps in all. Where the environment variable STRUCTURED_LATENTS_PROBE names
+    a file, the first 20 steps are timed and the training ends with KeyboardInterrupt, nothing saved: the file holds
+    `seconds_a_step`, the median on the clock, which an evaluation between two steps does not move, and `steps`.
     """
-    path = os.environ.get("PROBE") if os.environ.get("RANK", "0") == "0" else None
+    path = os.environ.get("STRUCTURED_LATENTS_PROBE") if os.environ.get("RANK", "0") == "0" else None
     begin, ends = time.monotonic(), []
     for batch in batches:
         yield batch

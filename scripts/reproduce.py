@@ -90,7 +90,7 @@ def probe(table: Table, experiment: str) -> dict[str, Any]:
         line = table.commands(experiment, table.steps[0])[0]
         words = [word.replace(table.out(experiment), f"{place}/run") for word in line]
         words[0] = sys.executable if words[0] == "python" else words[0]
-        env = {**os.environ, "PROBE": f"{place}/probe.json", "PYTHON": sys.executable}
+        env = {**os.environ, "STRUCTURED_LATENTS_PROBE": f"{place}/probe.json", "PYTHON": sys.executable}
         try:
             done = subprocess.run(
                 words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE

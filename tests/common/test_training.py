@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_keeps_the_state_before_the_step(tmp_path):
 
 
 def test_a_probe_times_steps_and_leaves_nothing_half_done(tmp_path, monkeypatch):
-    monkeypatch.setenv("PROBE", str(tmp_path / "probe.json"))
+    monkeypatch.setenv("STRUCTURED_LATENTS_PROBE", str(tmp_path / "probe.json"))
     ticks = iter(range(1000))
     monkeypatch.setattr("common.training.time", type("Clock", (), {"monotonic": lambda: next(ticks)}))
     assert toy(tmp_path / "run", "--epochs", "100") == 130

@@ -131,6 +131,7 @@ def test_real_data_classifier_needs_no_flow():
             "test_nf_alone=0",
             "classifier_nf_strategy=do_not_use",
             "classification.digits.epochs=6",
+            "classification.resnet_version=18",
             "classification.stem=imagenet",
             "classification.digits.imgs_per_class=40",
         ]
@@ -145,6 +146,7 @@ def test_real_data_classifier_needs_no_flow():
             "train_nf=0",
             "test_nf_alone=0",
             "classifier_nf_strategy=do_not_use",
+            "classification.resnet_version=18",
             "classification.stem=imagenet",
             f"cnn_load_path={weights}",
         ]
