@@ -54,8 +54,8 @@ JUDGES: dict[str, dict[str, str]] = {
         "tests/glancenet/test_devices.py tests/glancenet/test_main.py tests/glancenet/test_behaviour.py "
         "-k 'not metric and not data_rules and not architectures'",
         "glancenet/osr.py": "tests/glancenet/test_leakage.py tests/glancenet/test_golden.py "
-        "tests/glancenet/test_behaviour.py -k 'osr or leakage_of or half or thresholds_keep or prototype or search or "
-        "probe or both_checks or quantiles'",
+        "tests/glancenet/test_behaviour.py tests/front/test_use_the_parts.py -k 'osr or leakage_of or half or "
+        "thresholds_keep or prototype or search or probe or both_checks or quantiles or rejection'",
         "glancenet/leakage.py": "tests/glancenet/test_behaviour.py tests/glancenet/test_leakage.py "
         "tests/glancenet/test_scripts.py -k 'probe or position or finish or leakage_needs'",
         "glancenet/main.py": "tests/glancenet/test_losses.py tests/glancenet/test_behaviour.py "

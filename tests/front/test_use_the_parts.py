@@ -506,6 +506,8 @@ IDENTITY = OpenSet(lambda x: x)
         (lambda: IDENTITY.fit(POINTS, np.zeros(3)), "one label an input"),
         (lambda: IDENTITY.fit(POINTS, [0] * 58 + [1] * 2), "class 1 has 2"),
         (lambda: IDENTITY.fit(POINTS[:0], []), "there are none"),
+        (lambda: IDENTITY.fit(POINTS.tolist(), [0] * 60), "an array or a tensor"),
+        (lambda: IDENTITY.fit(POINTS, [0] * 60).accepts(POINTS[:0]), "at least one"),
         (lambda: IDENTITY.fit(POINTS * np.nan, [0] * 60), "NaN"),
         (lambda: IDENTITY.fit(np.zeros((60, 4)), [0] * 60), "none could be accepted"),
         (lambda: OpenSet(lambda x: x, lambda z: z).fit(POINTS, [0] * 60), "leave decode out"),

@@ -187,6 +187,28 @@ def test_class_loss_alone_from_the_middle_of_an_epoch(command, tmp_path, monkeyp
     assert seen == [(i, i >= 5) for i in range(8)], "epochs of 4 steps"
 
 
+@pytest.mark.parametrize(("unit", "steps"), [("false", 7), ("true", 35)])
+def test_intervals_are_steps_or_epochs(command, tmp_path, unit, steps):
+    o = parse(command(tmp_path, "--alg", "CBNM", "--float_iter", "7", "--treat_iter_as_epoch", unit))
+    assert training.intervals(o, 5).float == steps
+
+
+def test_a_metric_that_fails_is_said_and_the_training_goes_on(command, cbnm_run, tmp_path, monkeypatch):
+    def metrics(report, step):
+        if step == 1:
+            raise UserError("the codes are constant")
+        return {}
+
+    monkeypatch.setattr(training.Report, "metrics", metrics)
+    words = ["--alg", "CBNM", "--max_iter", "2", "--evaluation_metric", "mig", "--evaluate_iter", "1"]
+    log = training.main(command(tmp_path, *words, "--hold_data", "true"))
+    said = (log / "run/log.txt").read_text()
+    assert "metrics not measured: the codes are constant" in said
+    (final,) = tmp_path.glob("ckpt/*/final")
+    assert load_state(final, KIND)["iter"] == 2
+    assert ", images held there" in said and "held there" not in (cbnm_run.log / "run/log.txt").read_text()
+
+
 def test_same_seed_gives_the_same_run_and_another_does_not(command, tmp_path):
     def weights(name: str, seed: str) -> dict:
         words = command(

@@ -164,6 +164,14 @@ def run_eval(folder: Path, *tokens: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_a_classifier_is_not_trained_on_a_folder_of_one_s_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = eval.ScoreOptions(feat="lenet", lenet_data="folder")
+    with pytest.raises(UserError, match="lenet_data=mnist"):
+        eval.pick_extractor(options)
+    assert eval.pick_extractor(options.with_changes(feat="pixel-pca8")).name == "pixel-pca8"
+
+
 def test_the_whole_evaluation_of_a_folder_of_experiments(tmp_path):
     exp = tmp_path / "exp"
     mnist.main(["dataset=digits", "width=2", "zsize=16", "batch_size=64", "epochs_max=1", f"exp={exp / 'first'}",
