@@ -9,7 +9,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from common.checkpoint import load_state, load_weights, read_json
+from common.checkpoint import load_state, load_weights, read_json, save_state
+from common.errors import UserError
 from common.launch import Distributed
 from common.options import flat
 from nfpi import cnn, data, main, sample
@@ -18,7 +19,7 @@ from nfpi.config import Config, composed, config_place, without_effect
 from nfpi.evaluate import evaluate
 from nfpi.evaluate import test_stream as batches_of_test
 from nfpi.fit_gaussians import latents
-from nfpi.train import picture_epoch
+from nfpi.train import initialise, new_model, picture_epoch, read_state
 
 TINY = {
     "device": "cpu", "num_flows": [1, 1], "hidden_channels": [4, 4], "train.epochs": 2, "train.batch_size": 40,
@@ -284,6 +285,31 @@ def test_tests_use_averaged_weights_and_the_gaussians_of_the_iteration(trained, 
     assert evaluate(average, tests, CPU) == stored
     assert model.pixel_noise == average.pixel_noise == config.test_noise == 0.05
     assert torch.equal(model.gaussians.mean, state["gaussians"]["mean"])
+
+
+def test_the_untrained_flow_is_normalised_on_the_first_images():
+    config = options(TINY)
+    images = data.flow_sets(data.load_split("digits", None, "train"), config).train
+    model = new_model(config)
+    initialise(model, images, config, None, CPU.device)
+    first = images.subset(torch.arange(60))
+    x, y, noise, _ = next(data.Stream(first, config, CPU, data.Use.INIT, 60).epoch(0))
+    seen = []
+    model.flow.blocks[0][0].actnorm.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    model.nll(x, y, noise)
+    std, mean = torch.std_mean(seen[0], dim=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-4)
+    torch.testing.assert_close(std, torch.ones_like(std), rtol=0, atol=1e-3)
+
+
+def test_a_state_keeps_the_codes_of_classes_told_in_the_image(tmp_path):
+    folder = run(tmp_path, BAND | {"train.epochs": 1, "label_encoder.iters": 2})[1]
+    (path,) = folder.glob("checkpoints/*.pt")
+    codes = read_state(path)["codes"]
+    assert torch.equal(codes, ConditionalFlow.load(folder / "checkpoints/flow.safetensors").codes.codes)
+    save_state(path, STATE_KIND, **load_state(path, STATE_KIND) | {"codes": "bands"})
+    with pytest.raises(UserError, match="codes"):
+        read_state(path)
 
 
 def test_the_iteration_sees_the_latents_of_the_trained_flow(tmp_path):

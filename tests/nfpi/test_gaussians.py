@@ -32,6 +32,27 @@ def problem(classes=6, dim=9, seed=0, spread=1.0):
     return spread * normal(), 0.3 + normal().square(), spread * normal(), 0.3 + normal().square()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_density_of_a_class_is_the_normal_one(shared):
+    mean, var, z, _ = problem(classes=4)
+    y = torch.tensor([3, 0, 1, 1])
+    gaussians, rows = ClassGaussians(mean, var, shared), y * (not shared)
+    wanted = torch.distributions.Normal(mean[rows], var[rows].sqrt()).log_prob(z).sum(1)
+    torch.testing.assert_close(gaussians.log_prob(z, y), wanted)
+    torch.testing.assert_close(gaussians.logits(z)[range(4), rows], wanted)
+
+
+def test_a_class_without_latents_has_moments_of_zero():
+    moments = ClassMoments.of(torch.randn(5, 3), torch.tensor([0, 0, 2, 2, 2]), 3)
+    assert moments.count.tolist() == [2, 0, 3]
+    assert not moments.mean[1].any() and not moments.square[1].any() and moments.mean[[0, 2]].all()
+
+
+def test_a_damping_below_0_is_refused():
+    with pytest.raises(UserError, match=r"damping=-0\.5"):
+        FixedPoint(strength=1.0, damping=-0.5)
+
+
 def test_kl_and_log_prob_equal_their_references():
     mean, var, z, _ = problem(classes=7)
     torch.testing.assert_close(kl_matrix(mean, var), kl_matrix_ref(mean, var), rtol=1e-11, atol=1e-11)

@@ -8,6 +8,7 @@ import torch
 from common.errors import UserError
 from nfpi.conditional import ConditionalFlow
 from nfpi.gaussians import ClassGaussians
+from nfpi.label_encoder import DistancedPixels
 from nfpi.layers import ActNorm, AttentionBlock, Conv1x1, CouplingLayer, postprocess, preprocess
 from nfpi.matrix_exp import MAX_NORM, coarse, expm, expm_action, expm_action_ref, expm_ref, phi_action, taylor_plan
 from nfpi.model import FlowConfig, MultiScaleFlow
@@ -221,6 +222,18 @@ def test_samples_have_the_class_s_moments():
     z = gaussians.sample(torch.ones(40000, dtype=torch.long), 0.5, torch.Generator().manual_seed(0))
     torch.testing.assert_close(z.mean(0), torch.tensor([-3.0, 1.0]), rtol=0, atol=0.02)
     torch.testing.assert_close(z.var(0), 0.25 * torch.tensor([0.25, 1.0]), rtol=0.03, atol=0)
+
+
+def test_scores_of_a_class_that_is_told_in_the_image_are_its_likelihood():
+    torch.manual_seed(0)
+    config = FlowConfig(channels=1, height=8, width=8, flows=(1, 1), blocks=(1, 1), hidden=(4, 4))
+    gaussians = ClassGaussians(torch.zeros(3, config.latent_dim), torch.ones(3, config.latent_dim), shared=True)
+    codes = DistancedPixels.make(3, 1, 2, 8, 10, torch.Generator().manual_seed(0))
+    model, x = ConditionalFlow(MultiScaleFlow(config), gaussians, 8, codes), torch.rand(5, 1, 6, 8)
+    scores = model.scores(x, 0.5)
+    assert scores.shape == (5, 3) and scores[0].unique().numel() == 3
+    for k in range(3):
+        torch.testing.assert_close(scores[:, k], -model.nll(x, torch.full((5,), k), 0.5)[0].detach().double())
 
 
 def test_temperature_reaches_the_split_priors():
