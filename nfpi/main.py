@@ -179,14 +179,18 @@ def figures_so_far(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def version_folder(base: Path, config: Config, dist: Distributed) -> Path:
-    """`base/version_<N>`, the same on all processes: with resume=auto the newest one of this command, unless the newest
-    is finished and none is unfinished; otherwise a new one.
+    """`base/version_<N>`, the same on all processes: with resume=auto the newest unfinished one of this command, else
+    its newest finished one, else an empty one (the engine makes the folders of what a step writes); otherwise a new one.
     """
     number = 0
     if dist.is_main:
         earlier = of_same_command(base, config) if config.resume else []
         unfinished = [p for p in earlier if not is_finished(p, config)]
-        if chosen := unfinished[:1] or earlier[:1]:
+        found = (
+            sorted(p for p in base.glob("version_*") if p.name[8:].isdigit() and p.is_dir()) if config.resume else []
+        )
+        empty = [p for p in found if not any(p.iterdir())]
+        if chosen := unfinished[:1] or earlier[:1] or empty[:1]:
             number = int(chosen[0].name[8:])
         else:
             taken = [int(p.name[8:]) for p in base.glob("version_*") if p.name[8:].isdigit()]
