@@ -180,16 +180,14 @@ def figures_so_far(folder: Path, config: Config) -> dict[str, Any]:
 
 def version_folder(base: Path, config: Config, dist: Distributed) -> Path:
     """`base/version_<N>`, the same on all processes: with resume=auto the newest unfinished one of this command, else
-    its newest finished one, else an empty one (the engine makes the folders of what a step writes); otherwise a new one.
+    its newest finished one, else an empty one (the engine makes the folders of what a step writes); else a new one.
     """
     number = 0
     if dist.is_main:
         earlier = of_same_command(base, config) if config.resume else []
         unfinished = [p for p in earlier if not is_finished(p, config)]
-        found = (
-            sorted(p for p in base.glob("version_*") if p.name[8:].isdigit() and p.is_dir()) if config.resume else []
-        )
-        empty = [p for p in found if not any(p.iterdir())]
+        found = sorted(p for p in base.glob("version_*") if p.name[8:].isdigit() and p.is_dir())
+        empty = [p for p in found if config.resume and not any(p.iterdir())]
         if chosen := unfinished[:1] or earlier[:1] or empty[:1]:
             number = int(chosen[0].name[8:])
         else:
