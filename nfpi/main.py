@@ -241,7 +241,7 @@ def _stages(config: Config, output: Path, given: list[str], state: dict[str, Any
                 print(f"{folder} is finished")
                 return read_json(folder / "results.json")
             how = {"resume": "auto", "checkpoint": newest_state(folder)}
-    results: dict[str, Any] = {"config": config.as_dict(), "folder": str(folder), "finished": False,
+    results: dict[str, Any] = {"config": config.as_dict(), "folder": os.path.relpath(folder), "finished": False,
                                "weights": weights_of(config)}  # fmt: skip
     done = figures_so_far(folder, config) if how else {}
     with FlowTraining(folder, config, dist, state, wandb=config.wandb or None, **how) as training:

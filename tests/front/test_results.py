@@ -457,7 +457,7 @@ def test_every_row_to_do_has_a_source_or_is_known_to_have_none():
     names = {f"{table.paper}/{table.name}": table for table in read_tables()}
     for row in rows:
         if row["source"]:
-            paper, name, experiment = row["source"]["folder"].removeprefix("runs/").split("/")
+            paper, name, experiment = row["source"]["folder"].removeprefix("results/").removeprefix("runs/").split("/")
             table = names[f"{paper}/{name}"]
             fitting = [one for one in table.experiments if re.fullmatch(experiment.replace("{seed}", r"\d+"), one)]
             assert fitting, row["id"]

@@ -125,7 +125,9 @@ def test_resume_auto_goes_on_or_starts(monkeypatch):
 def test_resume_auto_takes_the_folder_that_the_engine_made():
     (BASE / "version_0").mkdir(parents=True)  # for version_0/results.json, which its manifest names
     run(*FLOW_ONLY, "train.epochs=1", "resume=auto")
-    assert read_json(BASE / "version_0/results.json")["finished"] and not (BASE / "version_1").exists()
+    found = read_json(BASE / "version_0/results.json")
+    assert found["finished"] and found["folder"] == str(BASE / "version_0")  # no path of this machine
+    assert not (BASE / "version_1").exists()
     (BASE / "version_1").mkdir()
     run(*FLOW_ONLY, "train.epochs=1", "seed=7")  # without resume: a folder of its own
     assert not list((BASE / "version_1").iterdir()) and (BASE / "version_2/results.json").is_file()
