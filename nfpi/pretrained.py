@@ -50,14 +50,14 @@ class ClassFlow(nn.Module):
     def forward(self, images: Tensor, draws: int = 8, generator: torch.Generator | None = None) -> Tensor:
         """Bayes' rule: p(class | image), (B, K) float64, classes equally likely, of images without noise.
 
-        The mean over `draws` of the noise that the flow was trained with; one pass, of the images as they are, with
-        draws=0 (for generated ones) or where there was none. Draws are the same at every call without a generator.
+        The mean over `draws` of the noise that the flow was trained with, all in one pass; draws=0 (for generated ones)
+        takes the images as they are, as does a flow without. Draws are the same at every call without a generator.
         """
         if not draws or not self.conditional.pixel_noise:
             return torch.softmax(self.conditional.scores(images, 0.5), 1)
         generator = generator or torch.Generator(images.device).manual_seed(0)
-        found = [self.conditional.scores(self.noisy(images, generator), 0.5) for _ in range(draws)]
-        return torch.stack([torch.softmax(scores, 1) for scores in found]).mean(0)
+        scores = self.conditional.scores(self.noisy(images.repeat(draws, 1, 1, 1), generator), 0.5)
+        return torch.softmax(scores, 1).unflatten(0, (draws, -1)).mean(0)
 
     posterior = forward
 

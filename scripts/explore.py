@@ -268,8 +268,7 @@ def nfpi_tab(page: Page) -> None:
         return [picture(model.decode(z, heat, rng))]
 
     def judge(drawn: str) -> list[str]:
-        eight = F.pad(values(drawn), (2, 2, 2, 2)).expand(8, -1, -1, -1)  # draws of the noise, in one pass
-        found = model.posterior(eight, draws=1).mean(0)
+        [found] = model.posterior(F.pad(values(drawn), (2, 2, 2, 2)))
         return [bars((str(k), p, 1, f"{p:.2f}") for k, p in enumerate(found.tolist()))]
 
     flow_tab(
