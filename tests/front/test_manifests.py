@@ -150,6 +150,7 @@ SPECIAL = {
     "glancenet/leakage",
     "inv_flow/timing",
     "inv_flow/claims",
+    "nfpi/planar",
 }  # tests/front/test_readme.py reads such commands
 
 

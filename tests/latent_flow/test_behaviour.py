@@ -84,6 +84,7 @@ CHANGED = {  # option: (words beside it in both runs, words of the changed run)
     "latent_size": ([], ["--latent-size", "6"]),
     "objective": ([], ["--objective", "upstream"]),
     "path_kl": ([], MARGINAL),
+    "transition": ([], ["--transition", "linear"]),
     "logdet": (MARGINAL, ["--logdet", "trace"]),
     "logdet_terms": (MARGINAL, ["--logdet-terms", "3"]),
     "diffusion": (MARGINAL, ["--diffusion", "2"]),
