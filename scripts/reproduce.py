@@ -74,7 +74,7 @@ def estimate(table: Table, experiment: str, rows: list[Row], machine: str, end: 
     key = f"{table.paper}/{table.name}/{'_'.join(values[one] for one in paced)}"
     probes = read_record(PROBE)
     if probes.get(key, {}).get("hardware") != machine and table.steps[0].name == "train" and time.monotonic() < end:
-        if not (found := key not in SILENT and probe(table, experiment, end)):
+        if not (found := key not in SILENT and probe(table, experiment, end - time.monotonic())):
             return SILENT.add(key)
         minutes = found["seconds_a_step"] * found["steps"] * table.keys.get("trainings", 1) / 60
         probes |= {key: {"hardware": machine, **found, "minutes": minutes}}
@@ -83,18 +83,17 @@ def estimate(table: Table, experiment: str, rows: list[Row], machine: str, end: 
     return probes.get(key, {}).get("minutes")  # those of another machine say more than nothing
 
 
-def probe(table: Table, experiment: str, end: float) -> dict[str, Any]:
-    """Seconds a step and steps of a training, 20 of which are made here; {} after `end`. Raises UserError."""
+def probe(table: Table, experiment: str, seconds: float) -> dict[str, Any]:
+    """Seconds a step and steps of a training, 20 of which are made here; {} after `seconds`. Raises UserError."""
     print(f"reproduce: 20 steps of {table.paper}/{table.name}/{experiment}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="probe_") as place:
         line = table.commands(experiment, table.steps[0])[0]
         words = [word.replace(table.out(experiment), f"{place}/run") for word in line]
         words[0] = sys.executable if words[0] == "python" else words[0]
         env = {**os.environ, "STRUCTURED_LATENTS_PROBE": f"{place}/probe.json", "PYTHON": sys.executable}
-        seconds = max(1.0, min(PATIENCE, end - time.monotonic()))
         try:
             done = subprocess.run(
-                words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
+                words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=min(PATIENCE, seconds)
             )
         except subprocess.TimeoutExpired:
             return {}
