@@ -253,10 +253,10 @@ class Conv1x1(nn.Module):
     """
 
     def __init__(self, channels: int, conv_type: str = "matrixexp"):
-        super().__init__()
-        self.conv_type = conv_type
         from scipy.stats import special_ortho_group  # here, as it takes a second to import
 
+        super().__init__()
+        self.conv_type = conv_type
         rotation = special_ortho_group.rvs(channels) if channels > 1 else np.ones((1, 1))
         if conv_type == "matrixexp":
             self.weight = nn.Parameter(_float(scipy.linalg.logm(rotation).real))

@@ -97,11 +97,11 @@ def gaussian_curves(gaussians: ClassGaussians, classes: int = 3) -> dict[str, np
 
 def latent_tsne(gaussians: ClassGaussians, rng: torch.Generator) -> np.ndarray:
     """t-SNE of samples of all class Gaussians: 64 a class, 9 above a hundred classes."""
+    from sklearn.manifold import TSNE  # here, as it takes seconds to import
+
     count = 64 if len(gaussians.mean) <= 100 else 9
     y = torch.arange(len(gaussians.mean), device=gaussians.mean.device).repeat_interleave(count)
     z = gaussians.sample(y, 1.0, rng).float().cpu().numpy()
-    from sklearn.manifold import TSNE  # here, as it takes seconds to import
-
     points = TSNE(n_components=2, random_state=0, perplexity=min(30, len(z) - 1)).fit_transform(z)
     return scatter(points, y.cpu().numpy(), "class samples in the latent space")
 

@@ -53,10 +53,12 @@ class Column:
         return [self.name], ((self.values - low) / ((high - low) or 1.0))[:, None]
 
 
-def _column(path: Path, name: str, cells: list[str], words: bool = False) -> Column:
-    """The column of these cells; `words`: classes, whatever they look like."""
+def _column(path: Path, name: str, cells: list[str], point: str = ".", words: bool = False) -> Column:
+    """The column of these cells, whose numbers may have a `point` of their own; `words`: classes, whatever they look
+    like.
+    """
     known = {cell for cell in cells if cell.lower() not in MISSING}
-    numbers = {} if words else {cell: number for cell in known if (number := _number(cell)) is not None}
+    numbers = {} if words else {cell: number for cell in known if (number := _number(cell, point)) is not None}
     if strays := natural_sorted(known - numbers.keys()) if numbers else []:
         raise UserError(f"{path}: column {name!r} holds numbers and words ({strays[0]!r} is no number): empty that "
                         "cell if it is missing, else write numbers alone, or words alone")  # fmt: skip
@@ -78,10 +80,10 @@ def _column(path: Path, name: str, cells: list[str], words: bool = False) -> Col
     return Column(name, np.array([place.get(cell, np.nan) for cell in cells]), "categorical", categories)
 
 
-def _number(cell: str) -> float | None:
-    """The number that a cell holds, with a decimal point or comma; None for words."""
+def _number(cell: str, point: str) -> float | None:
+    """The number that a cell holds; None for words."""
     try:
-        return float(cell.replace(",", "."))
+        return float(cell.replace(point, "."))
     except ValueError:
         return None
 
@@ -111,8 +113,10 @@ class Table(NamedTuple):
         return names, np.concatenate(values, axis=1), groups
 
 
-def _table(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """The cells of the column that names the files, and those of the others by name; cells are stripped."""
+def _table(path: Path) -> tuple[list[str], dict[str, list[str]], str]:
+    """The cells of the column that names the files, those of the others by name, stripped, and the decimal sign beside
+    the point: a comma where it does not separate cells.
+    """
     try:
         with reading(path, "a CSV"):
             text = path.read_text(encoding="utf-8-sig")
@@ -121,8 +125,9 @@ def _table(path: Path) -> tuple[list[str], dict[str, list[str]]]:
             raise UserError(f"{path} is no UTF-8 text: save it as CSV UTF-8 (comma separated)") from error
         raise
     first = next((line for line in text.split("\n") if line.strip()), "")
+    separator = max(SEPARATORS, key=first.count)
     try:
-        reader = csv.reader(io.StringIO(text), delimiter=max(SEPARATORS, key=first.count))
+        reader = csv.reader(io.StringIO(text), delimiter=separator)
         lines = [(reader.line_num, cells) for line in reader if any(cells := [cell.strip() for cell in line])]
     except csv.Error as error:
         raise UserError(f"cannot read {path} as a CSV ({error}): save it as text with commas") from error
@@ -141,7 +146,8 @@ def _table(path: Path) -> tuple[list[str], dict[str, list[str]]]:
         raise UserError(f"{path} begins with an image ({file}), not with a header: put a line of names first (file, "
                         "class, concept, ...)")  # fmt: skip
     cells = dict(zip(header, map(list, zip(*(line for _, line in lines), strict=True)), strict=True))
-    return cells.pop(file), {name: column for name, column in cells.items() if name}
+    point = "." if separator == "," else ","
+    return cells.pop(file), {name: column for name, column in cells.items() if name}, point
 
 
 def read_labels(path: str | Path, class_column: str = "") -> tuple[list[str], Table]:
@@ -149,13 +155,13 @@ def read_labels(path: str | Path, class_column: str = "") -> tuple[list[str], Ta
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no table of labels at {path}: expected a CSV with the columns file, class, concept, ...")
-    files, cells = _table(path)
+    files, cells, point = _table(path)
     if class_column and class_column not in cells:
         raise UserError(f"{path} has no column {class_column!r} of classes{suggest(class_column, cells)}; beside the "
                         f"files' names it has {', '.join(cells)}")  # fmt: skip
     class_column = class_column or next((name for name in cells if name.lower() == "class"), "")
     classes = _column(path, class_column, cells[class_column], words=True) if class_column else None
-    concepts = [_column(path, name, cells[name]) for name in cells if name != class_column]
+    concepts = [_column(path, name, cells[name], point) for name in cells if name != class_column]
     for one in (classes, *concepts):
         if one and np.isnan(one.values).all():
             raise UserError(f"{path}: column {one.name!r} is empty; fill it in or take it out")

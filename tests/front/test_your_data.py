@@ -122,6 +122,7 @@ def test_a_grey_folder_is_grey(tmp_path):
         (["file"], "no table of labels"),
         (["<html><body>no"], "is a web page"),
         (["im0.png,a", "im1.png,b"], r"begins with an image \(im0.png\), not with a header"),
+        (["file,y,size", 'im0.png,a,"1,000"', "im1.png,a,3"], "holds numbers and words \\('1,000'"),
         (["file,y,y", "im0.png,a,b"], "two columns 'y': rename one"),
         (["file,y,note", "im0.png,a,3", "im1.png,a,unknown"], "column 'note' holds numbers and words \\('unknown'"),
         (["file,y", "im0.png,Größe"], "is no UTF-8 text: save it as CSV UTF-8"),
