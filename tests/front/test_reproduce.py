@@ -38,7 +38,7 @@ def test_the_plan_makes_a_table_whole_with_one_seed_first(engine):
     toy = f"python {ROOT}/tests/toy_paper.py --out {{out}} --lr 0.{{seed}}1 --epochs EPOCHS"
     text = MANIFEST.replace("python trainer.py {out} STEPS", toy) + "needs: [a_set]\n"
     manifest = engine.folder / "sweeps/nfpi/toy.yaml"
-    manifest.write_text(text.replace("kind: [a, b]", "kind: {a: '10000', b: '20000'}").replace("EPOCHS", "{kind}"))
+    manifest.write_text(text.replace("kind: [a, b]", "kind: {a: '1000', b: '200000'}").replace("EPOCHS", "{kind}"))
     (engine.folder / "runs/nfpi/toy/b_0").mkdir(parents=True)
     (engine.folder / "runs/nfpi/toy/b_0/result.json").write_text("{}")  # made already
     text = reproduce(engine, "--hours", "1", "--dry-run").communicate(timeout=120)[0]
@@ -50,7 +50,7 @@ def test_the_plan_makes_a_table_whole_with_one_seed_first(engine):
     assert text.count("reproduce: 20 steps of") == 2  # a setting, not a seed
     assert lines_of(text) == ["a_0", "a_1", "b_1"] and engine.ours() == [None, None]
     found = json.loads((engine.folder / "runs/probe.json").read_text())
-    for kind, epochs, experiment in (("a", 10_000, "a_0"), ("b", 20_000, "b_1")):
+    for kind, epochs, experiment in (("a", 1_000, "a_0"), ("b", 200_000, "b_1")):
         step = found[f"nfpi/toy/{kind}"]
         assert 0 < step["seconds_a_step"] < 1 and step["steps"] == 29 * epochs
         assert step["minutes"] == pytest.approx(2 * step["steps"] * step["seconds_a_step"] / 60)
