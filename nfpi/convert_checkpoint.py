@@ -217,12 +217,14 @@ def _conv_type(state: dict[str, Tensor]) -> str:
 
 
 def convert(
-    source: str | Path, target: str | Path, online: bool = False, conv_type: str | None = None, bits: int | None = None
-) -> dict[str, Any]:
+    source: str | Path, target: str | Path, online: bool = False, conv_type: str | None = None, bits: int | None = None,
+    pixel_noise: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
     """Read `source`, check that its tensors fit the architecture they imply, write `target` (.safetensors, .json).
 
-    `bits`: of a grey level, where the file does not say (8, as in every published configuration). Returns what is
-    written about the model. Raises UserError where both say, and differ.
+    `bits`: of a grey level, where the file does not say (8, as in every published configuration). `pixel_noise`:
+    range of the uniform noise that training images got, for Bayes' rule on clean images. Returns what is written about
+    the model. Raises UserError where both say, and differ.
     """
     state, told = read_checkpoint(source)
     flow = under(state, "flow.")
@@ -241,8 +243,8 @@ def convert(
     empty = torch.empty(len(mean), config.latent_dim)
     load_into(ClassGaussians(empty, empty), {"mean": mean, "var": var}, source)
     named = {f"flow.{k}": v.float() for k, v in tensors.items()}
-    facts = {"flow": config.as_dict(), "shared": False, "bits": told or bits or 8, "source": Path(source).name,
-             "averaged": averaged and not online}  # fmt: skip
+    facts = {"flow": config.as_dict(), "shared": False, "bits": told or bits or 8, "pixel_noise": pixel_noise,
+             "source": Path(source).name, "averaged": averaged and not online}  # fmt: skip
     save_weights(target, {**named, "gaussians.mean": mean.float(), "gaussians.var": var.float()}, facts)
     return {**facts, "bits_known": told is not None or bits is not None}
 
@@ -258,6 +260,7 @@ class Config(Options):
     online: bool = option(False, "take the online weights, not the moving average")
     conv_type: ConvType | None = option(None, "of the 1x1 convolutions, when it cannot be inferred")
     bits: Annotated[int, Field(ge=1, le=8)] | None = option(None, "of a grey level, where the file does not say")
+    pixel_noise: Annotated[float, Field(ge=0, le=1)] = option(0.0, "noise on the training images (MNIST's flows: 0.05)")
     dry_run: bool = option(False, "check the options and leave")
 
 
@@ -267,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(args.model_dump_json(indent=2))
         return
-    facts = convert(args.source, args.target, args.online, args.conv_type, args.bits)
+    facts = convert(args.source, args.target, args.online, args.conv_type, args.bits, args.pixel_noise)
     if not facts.pop("bits_known"):
         print(f"{args.source} does not say how many bits a grey level has: 8 is taken; --bits says otherwise")
     print(f"wrote {args.target}: {facts}")

@@ -134,7 +134,8 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> np.ndarray:
     counts = matrix.cpu().numpy()
     figure = Figure(figsize=(6, 6), dpi=100, layout="constrained")
     axes = figure.subplots()
-    axes.imshow(counts / counts.sum(1, keepdims=True).clip(min=1), cmap="Blues", vmin=0, vmax=1)
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if len(counts) <= 20:
@@ -143,5 +144,6 @@ def confusion(matrix: Tensor, classes: Sequence[str]) -> np.ndarray:
         axes.set_yticks(range(len(counts)), names)
         for i, row in enumerate(counts):
             for j, value in enumerate(row):
-                axes.text(j, i, int(value), ha="center", va="center", fontsize=7, color="white" if i == j else "black")
+                colour = "white" if shares[i, j] > 0.5 else "black"
+                axes.text(j, i, int(value), ha="center", va="center", fontsize=7, color=colour)
     return render(figure)

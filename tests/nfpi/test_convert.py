@@ -8,6 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from option_table import run_inside
 
+import nfpi
 from common.checkpoint import load_weights
 from common.errors import UserError
 from nfpi import convert_checkpoint
@@ -160,6 +161,9 @@ def test_a_converted_checkpoint_keeps_its_bits(saved, tmp_path, monkeypatch, cap
     convert_checkpoint.main(["a.ckpt", "a.safetensors"])
     told = "does not say how many bits" in capsys.readouterr().out
     assert load_weights("a.safetensors")[1]["bits"] == (8 if saved == "none" else 5) and told is (saved == "none")
+    assert load_weights("a.safetensors")[1]["pixel_noise"] == 0
+    run_inside(convert_checkpoint.main, ["a.ckpt", "noisy.safetensors", "--pixel_noise", "0.05"])
+    assert nfpi.load("noisy.safetensors").conditional.pixel_noise == 0.05
     found = run_inside(convert_checkpoint.main, ["a.ckpt", "b.safetensors", "--bits", "6"])
     if saved == "none":
         assert load_weights("b.safetensors")[1]["bits"] == 6
