@@ -20,6 +20,7 @@ DIGITS = [
     "num_imgs_scale=0.05", "classification.stem=imagenet", "classification.digits.epochs=1",
     "classification.digits.batch_size=20",
 ]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("undrawn", "narrow_cnn")
 
 
 class Types(TorchDispatchMode):

@@ -34,6 +34,7 @@ CNN = {
 }  # fmt: skip
 VALUES = OmegaConf.to_container(composed(*config_place("___configs/digits", "smoke"), []), resolve=True)
 CPU = Distributed(torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("undrawn", "narrow_cnn")
 
 
 def options(changes):

@@ -32,6 +32,7 @@ DIGITS = [
 ]  # fmt: skip
 FLOW_ONLY = ["test_nf_alone=0", "train_classifier=0"]
 BASE = Path("outputs/digits/smoke/1000_1000/_")
+pytestmark = pytest.mark.usefixtures("undrawn", "narrow_cnn")
 
 
 @pytest.fixture(autouse=True)
