@@ -5,6 +5,7 @@ Options that cannot show on a CPU or are judged elsewhere stand in `ELSEWHERE`, 
 
 import dataclasses
 import hashlib
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -24,7 +25,7 @@ from lbae.generate import Trained, code_source
 from lbae.model import LBAE, build_model, kl_divergence, losses
 from lbae.options import Params
 from lbae.protocol import experiment_params
-from lbae.results import read_line
+from lbae.results import Results, read_line
 
 KEYS = {"dataset": "digits", "width": 2, "zsize": 24, "batch_size": 16, "batch_size_test": 12, "epochs_max": 2,
         "lr": 1e-2, "dec_in_channels": 4, "train_images": 96, "test_images": 24, "tensorboard": 0}  # fmt: skip
@@ -336,44 +337,50 @@ def test_the_crop_of_celeba(tmp_path):
 # ---- scores
 
 
-@pytest.fixture
-def scored(tmp_path, monkeypatch):
-    """Squares of all places as reference; `few` shows a handful of them, `blurred` all of them with noise."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("METRICS_CACHE", str(tmp_path / "cache"))
-    g = np.random.default_rng(0)
-    for name, n, noise in (("ref", 300, 0), ("few", 3, 0), ("blurred", 300, 60)):
-        (tmp_path / name).mkdir()
-        for i in range(300):
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory) -> Path:
+    """Squares of all places as `ref`; `few` shows a handful of them, `blurred` all of them with noise."""
+    root, g = tmp_path_factory.mktemp("squares") / "shown", np.random.default_rng(0)
+    for name, n, noise in (("ref", 120, 0), ("few", 3, 0), ("blurred", 120, 60)):
+        (root / name).mkdir(parents=True)
+        for i in range(120):
             x, y = np.random.default_rng(i % n + 1000 * (name == "blurred")).integers(0, 24, 2)
             image = g.integers(0, 5 + noise * 3, (32, 32)).astype(np.uint8)
             image[x : x + 8, y : y + 8] = 250
-            Image.fromarray(image).save(tmp_path / name / f"{i}.png")
-
-    def score(*words: str):
-        eval.main(["s=ref", "t=few,blurred", "feat=pixel-pca16", "kid_subsets=5", "kid_size=100", "device=cpu", *words])
-        return read_line((tmp_path / "results.txt").read_text().splitlines()[-1])
-
-    return score
+            Image.fromarray(image).save(root / name / f"{i}.png")
+    return root
 
 
-def test_scores_hang_on_the_images_alone(scored, tmp_path):
-    first = str(scored())
-    shutil.rmtree(tmp_path / "cache")
+def scored(squares: Path, folder: Path, *words: str) -> Results:
+    """The line of results of the squares in a new folder."""
+    shutil.copytree(squares, folder, copy_function=os.link)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("METRICS_CACHE", str(folder / "cache"))
+        eval.main(["s=ref", "t=few,blurred", "feat=pixel-pca16", "kid_subsets=5", "kid_size=60", "device=cpu", *words])
+    return read_line((folder / "results.txt").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(squares) -> Results:
+    return scored(squares, squares.with_name("plain"))
+
+
+def test_scores_hang_on_the_images_alone(plain, squares, tmp_path):
     torch.manual_seed(5)
     np.random.seed(5)
-    assert str(scored()) == first
+    assert str(scored(squares, tmp_path / "again")) == str(plain)
 
 
-def test_f8_is_recall_and_its_inverse_precision(scored):
-    few, blurred = scored().sections
+def test_f8_is_recall_and_its_inverse_precision(plain):
+    few, blurred = plain.sections
     assert few.f8[0] < 0.5 * few.f8[1]  # what is shown is right, but little is shown
     assert few.f8[0] < blurred.f8[0]
 
 
-@pytest.mark.parametrize("words", ["prd=0", "kid_subsets=9", "kid_size=50", "limit=150", "feat=pixel-pca8", "t=few"])
-def test_every_option_of_the_scores_changes_what_it_says(words, scored):
-    plain, changed = str(scored()), str(scored(words))
-    assert plain != changed
+@pytest.mark.parametrize("words", ["prd=0", "kid_subsets=9", "kid_size=50", "limit=70", "feat=pixel-pca8", "t=few"])
+def test_every_option_of_the_scores_changes_what_it_says(words, plain, squares, tmp_path):
+    changed = scored(squares, tmp_path / "changed", words)
+    assert str(plain) != str(changed)
     if words in ("kid_subsets=9", "kid_size=50", "prd=0"):
-        assert [s.fid for s in read_line(plain).sections] == [s.fid for s in read_line(changed).sections]
+        assert [s.fid for s in plain.sections] == [s.fid for s in changed.sections]
