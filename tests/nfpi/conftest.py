@@ -7,13 +7,23 @@ from torch import nn
 
 from nfpi import cnn, pictures
 
+RENDER = pictures.render
+
 
 @pytest.fixture(scope="module")
 def undrawn():
-    """A figure's drawing takes half as long as a tiny run's training; test_main draws each."""
+    """A figure's drawing takes half as long as a tiny run's training."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "render", lambda figure: np.zeros((*figure.canvas.get_width_height()[::-1], 3), np.uint8))
+        patch.setattr(
+            pictures, "render", lambda figure: np.zeros((*figure.canvas.get_width_height()[::-1], 3), np.uint8)
+        )
         yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures are drawn in this test, whatever its module says."""
+    monkeypatch.setattr(pictures, "render", RENDER)
 
 
 @pytest.fixture(scope="module")

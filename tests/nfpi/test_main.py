@@ -34,6 +34,7 @@ TINY = [
     "test_every_n_epochs=5",
 ]
 FLOW_ONLY = ["test_nf_alone=0", "train_classifier=0"]
+pytestmark = pytest.mark.usefixtures("undrawn", "narrow_cnn")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def metrics(path):
         return list(csv.DictReader(file))
 
 
-def test_all_stages_by_the_documented_command(capsys):
+def test_all_stages_by_the_documented_command(capsys, drawn):
     small = [a for a in TINY if not a.startswith(("save_every", "test_every"))]
     main.main(
         [
