@@ -1,7 +1,6 @@
 """common.training by the toy paper: train, stop, kill, resume, two processes; what is refused before work starts."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_paper
+from front import children
 
 from common.checkpoint import load_state
 from common.errors import NonFiniteError, UserError, run_command
@@ -99,14 +99,12 @@ def test_kill_then_auto(whole, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert subprocess.run(command).returncode == 0
+    assert toy(tmp_path / "run", "--resume", "auto") == 0
     same_run(whole, tmp_path / "run")
 
 
 def test_two_processes_make_the_losses_of_one(whole, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *launcher, str(SCRIPT), "--out", str(tmp_path / "run")]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+    children.train_together("toy_paper", ["--out", tmp_path / "run"], tmp_path)
     one, two = (
         [float(line.split(",")[1]) for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
         for folder in (whole, tmp_path / "run")
