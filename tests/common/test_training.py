@@ -1,6 +1,7 @@
 """common.training by the toy paper: train, stop, kill, resume, two processes; what is refused before work starts."""
 
 import json
+import os
 import re
 import signal
 import subprocess

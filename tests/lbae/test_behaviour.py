@@ -384,3 +384,5 @@ def test_every_option_of_the_scores_changes_what_it_says(words, plain, squares, 
     assert str(plain) != str(changed)
     if words in ("kid_subsets=9", "kid_size=50", "prd=0"):
         assert [s.fid for s in plain.sections] == [s.fid for s in changed.sections]
+    if words == "limit=70":
+        assert [s.ntest for s in changed.sections] == [70, 70]

@@ -177,6 +177,7 @@ CNNS = {
     "classification.adam.steps": ([9], ADAM | {"classification.adam.steps_decay": 0.1}, "weights"),
     "classification.digits.epochs": (2, {}, "weights"), "classification.digits.batch_size": (9, {}, "weights"),
     "classification.digits.imgs_per_class": (3, REAL, "weights"), "seed": (3, {}, "weights"),
+    "amp": (1, REAL, "weights"),
 }  # fmt: skip
 FILES = {"TRAINED": "", "CNN": "nf_datasets/cnn.safetensors", "GENERATED": "pickle_datasets/ds_0.pickle"}
 ELSEWHERE = {
