@@ -193,7 +193,7 @@ def fake_runs(out: Path) -> None:
     write(out / "glancenet/leakage/leakage.json", json.dumps({"summary": summary}))
     picture(out / "glancenet/leakage/pca.png")
     picture(out / "glancenet/parity/leakage.png")
-    kinds = ("model", "unmoved", "identity", "black")
+    kinds = ("model", "unmoved", "identity", "black", "linear")
     errors = {
         name: {kind: {"mean": 100.5 + k} for k, kind in enumerate(kinds)} for name in ("scale", "rotation", "hue")
     }
