@@ -146,6 +146,7 @@ def options_of(words: list[str], folder: Path, monkeypatch) -> dict:
 
 TABLES = {f"{table.paper}/{table.name}": table for table in experiments.read_tables()}
 SPECIAL = {
+    "glancenet/claims",
     "glancenet/parity",
     "glancenet/leakage",
     "inv_flow/timing",
@@ -170,6 +171,19 @@ def test_shipped_manifests_fit_their_scripts(name, tmp_path, monkeypatch):
         assert str(options["seed"]) == values["seed"] and options["resume"] == "auto"
         if "supervision" in values:
             assert float(options["masking_fact"]) == float(values["supervision"])
+
+
+def test_the_grid_of_the_claims_compares_both_models(capsys):
+    from glancenet import compare
+
+    table = TABLES["glancenet/claims"]
+    for experiment, values in table.experiments.items():
+        words = table.commands(experiment, table.steps[0])[0]
+        compare.main(["--dry_run", *words[2:]])
+        found = json.loads(capsys.readouterr().out)
+        assert (found["settings"], found["models"]) == ([values["setting"]], ["GlanceNet", "CBNM"])
+        assert (found["supervision"], found["seeds"]) == ([float(values["supervision"])], [int(values["seed"])])
+        assert found["out"] == table.out(experiment) and "PadlessGaussianConv64" in found["overrides"]
 
 
 def test_the_classifier_of_the_claims_is_trained_as_its_manifest_says(capsys):

@@ -99,7 +99,7 @@ def snippets(path: Path) -> list[Snippet]:
 
 def filled(text: str) -> str:
     """Shell text with optional parts taken and placeholders filled."""
-    text = re.sub(r"\[(-[^\]]*)\]", r"\1", text)  # [--split test]
+    text = re.sub(r"\[(--?[a-z][^\]]*)\]", r"\1", text)  # [--split test]
     text = re.sub(r"<([\w ]+)>", lambda m: m[1].replace(" ", "_").upper(), text)  # lbae/<experiment>
     text = re.sub(r"(?m)(^|[;&|]\s*)(?:\.\./)*((?:lbae/)?(?:eval|download)\.sh)\b", r"\1 script \2", text)
     return re.sub(r"\s(\.\.\.|…)(?=\s|$)", "", text)
