@@ -201,9 +201,13 @@ def listed(values: Tensor | list[Tensor]) -> list[Tensor]:
     return list(values) if isinstance(values, (list, tuple)) else [values]
 
 
-def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
-    """F.softplus in operators that onnxruntime has in float64, too."""
-    return torch.where(beta * x > threshold, x, torch.log1p(torch.exp(beta * x)) / beta)
+def softplus(x, beta: float = 1.0, threshold: float = 20.0):
+    """F.softplus of an ONNX value in operators that onnxruntime has in float64, too."""
+    from onnxscript import opset18 as op
+
+    scaled = op.Mul(x, op.CastLike(beta, x))
+    soft = op.Div(op.Log(op.Add(op.Exp(scaled), op.CastLike(1.0, x))), op.CastLike(beta, x))
+    return op.Where(op.Greater(scaled, op.CastLike(threshold, x)), x, soft)
 
 
 def to_onnx(model: nn.Module, function: Function, inputs: list[Tensor], names: tuple[str, str]) -> bytes:
@@ -216,12 +220,17 @@ def to_onnx(model: nn.Module, function: Function, inputs: list[Tensor], names: t
     ]
     shapes = (tuple({0: batch} for _ in inputs),)
     program = torch.export.export(Call(model, function).eval(), tuple(inputs), dynamic_shapes=shapes)
-    program = program.run_decompositions({torch.ops.aten.softplus.default: softplus})
     program.graph_module.graph.eliminate_dead_code()  # the log-determinants
     program.graph_module.recompile()
     # not optimised: that drops a division by 1.000002, which decides the logit of a bright pixel
     made = torch.onnx.export(
-        program, dynamo=True, verbose=False, optimize=False, input_names=named[0], output_names=named[1]
+        program,
+        dynamo=True,
+        verbose=False,
+        optimize=False,
+        input_names=named[0],
+        output_names=named[1],
+        custom_translation_table={torch.ops.aten.softplus.default: softplus},
     )
     return made.model_proto.SerializeToString()
 
