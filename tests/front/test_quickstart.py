@@ -380,12 +380,12 @@ def test_a_paper_that_failed_is_shown_with_its_reason(page, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------- real
 TINY = {
-    "epochs_max=25": "epochs_max=1", "width=16": "width=4", "zsize=64": "zsize=16", "batch_size=32": "batch_size=128",
-    "--max_epoch 30": "--max_epoch 1", "--max_epoch 20": "--max_epoch 1", "--test_iter 210": "--test_iter 10",
+    "epochs_max=20": "epochs_max=1", "width=16": "width=4", "zsize=64": "zsize=16", "batch_size=32": "batch_size=128",
+    "--max_epoch 24": "--max_epoch 1", "--max_epoch 15": "--max_epoch 1", "--test_iter 210": "--test_iter 10",
     "--metric_train 1000": "--metric_train 60", "--metric_eval 500": "--metric_eval 30",
-    "--max-iter 1500": "--max-iter 3", "--test_images 1500": "--test_images 100",
-    "--images 280": "--images 20", "--epochs 30": "--epochs 1", "--eval_epochs 5": "--eval_epochs 1",
-    "--sample_epochs 30": "--sample_epochs 1", "--block_size 4": "--block_size 1",
+    "--max-iter 1300": "--max-iter 3", "--test_images 1500": "--test_images 100",
+    "--images 280": "--images 20", "--epochs 20": "--epochs 1", "--eval_epochs 5": "--eval_epochs 1",
+    "--sample_epochs 20": "--sample_epochs 1", "--block_size 4": "--block_size 1",
     "only_T=1": "only_T=1 train.epochs=1 num_flows=[1,1] num_imgs_scale=0.1", "digits.epochs=5": "digits.epochs=1",
 }  # fmt: skip
 
