@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 import json
 import logging
-import os
 import tempfile
 import time
 from contextlib import ExitStack
@@ -319,7 +318,6 @@ def main(argv: list[str] | None = None) -> Path | None:
     if o.dry_run:
         print(json.dumps(o.as_dict(), indent=2))
         return None
-    os.environ["DISENTANGLEMENT_LIB_DATA"] = o.dset_dir
     dist = Distributed.start(o.device)
     try:
         return test(o, dist) if o.test else train(o, dist)

@@ -308,6 +308,12 @@ def test_data_set_named_by_the_environment(monkeypatch, tmp_path):
         parse(base)
 
 
+def test_a_run_names_no_data_folder_for_the_next_one(command, tmp_path, monkeypatch):
+    monkeypatch.delenv("DISENTANGLEMENT_LIB_DATA", raising=False)
+    training.main(command(tmp_path, "--alg", "GlanceNet", "--max_iter", "1", "--dset_dir", str(tmp_path)))
+    assert "DISENTANGLEMENT_LIB_DATA" not in os.environ
+
+
 def test_a_diverging_run_ends_with_exit_code_3(command, tmp_path):
     with pytest.raises(NonFiniteError, match="step"):
         training.main(command(tmp_path, "--alg", "GlanceNet", "--lr_G", "1e10", "--max_epoch", "3", "--out_path", "x"))

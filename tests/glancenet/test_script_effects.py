@@ -52,7 +52,7 @@ TABLE = [
         "checkpoints": "--checkpoints W/two", "osr_quantile": "--osr_quantile 0.3", "osr_sample": "--osr_sample true"}),
     (leakage, f"--dset_dir W --models cbnm --seeds 1 {SHORT}", {
         "models": "--models vae", "seeds": "--seeds 4", "out": "--out there", "dset_dir": "--dset_dir W/few"}),
-    (compare, f"--settings fair_1 --supervision 100 --models CBNM --seeds 1 {GRID}", {
+    (compare, f"--dset_dir W --settings fair_1 --supervision 100 --models CBNM --seeds 1 {GRID}", {
         "settings": "--settings fair_7", "supervision": "--supervision 20", "models": "--models GlanceNet",
         "seeds": "--seeds 2", "out": "--out there"}),
     (mnist_parity, "--data_root DIGITS --limit 400 --max_iter 40 --models glancenet --out . --reuse true", {
@@ -114,7 +114,7 @@ def world(narrow, tmp_path_factory, mnist_root):
             (out / "final").rename(folder / name)
             for suffix in ("safetensors", "json"):
                 (out / f"model.{suffix}").rename(folder / f"{name}.{suffix}")
-        words = ["--settings", "fair_1", "--supervision", "100", "--device", "cpu", *GRID.split()]
+        words = ["--dset_dir", ".", "--settings", "fair_1", "--supervision", "100", "--device", "cpu", *GRID.split()]
         compare.main(words)
         prepare_celeba.main(["--in", "faces", "--out", "."])
         prepare_celeba.main(["--in", "other_faces", "--out", "there"])
