@@ -190,25 +190,29 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     rows: dict[str, list[dict[str, Any]]] = {setting: [] for setting in o.settings}
     jobs = [(seed, supervision, setting, model) for seed in o.seeds for supervision in o.supervision
             for setting in o.settings for model in o.models]  # fmt: skip
-    for seed, supervision, setting, model in jobs:
-        row = run_scores(run_one(setting, model, supervision, seed, o, overrides))
-        rows[setting].append(row)
-        shown = ", ".join(f"{n} {row[n]:.3f}" for n in ("accuracy", "alignment", "explicitness") if n in row)
-        print(f"{setting} {model} {supervision:g} % seed {seed}: {shown}", flush=True)
-        tables = write_tables(Path(o.out), rows)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    try:
+        for seed, supervision, setting, model in jobs:
+            row = run_scores(run_one(setting, model, supervision, seed, o, overrides))
+            rows[setting].append(row)
+            shown = ", ".join(f"{n} {row[n]:.3f}" for n in ("accuracy", "alignment", "explicitness") if n in row)
+            print(f"{setting} {model} {supervision:g} % seed {seed}: {shown}", flush=True)
+            tables = write_tables(Path(o.out), rows)
+    finally:
+        if tables:
+            plot(Path(o.out) / "compare.png", tables)
     print((Path(o.out) / "compare.md").read_text(), end="")
     return tables
 
 
 def write_tables(out: Path, rows: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """compare.csv, compare.md and compare.png of the runs so far; returns the tables."""
+    """compare.csv and compare.md of the runs so far; returns the tables."""
     tables = {setting: aggregate(found) for setting, found in rows.items()}
     write_csv(out / "compare.csv", [{"setting": setting, **row} for setting, table in tables.items() for row in table])
     text = "".join(f"{setting}\n\n{markdown(table)}\n" for setting, table in tables.items())
     text += "".join(f"- {line}\n" for line in gaps(tables))
     with atomic_write(out / "compare.md") as file:
         file.write(text.encode())
-    plot(out / "compare.png", tables)
     return tables
 
 

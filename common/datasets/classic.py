@@ -1,5 +1,6 @@
 """Labelled image sets that fit in memory: MNIST, Fashion-MNIST, SVHN, CIFAR-10, CIFAR-100, scikit-learn's digits."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,20 +133,26 @@ def _cifar_folders(name: str, root: Path, split: str, expected: Path, **options:
     return _finish(name, split, images.numpy(), targets.numpy(), source.classes, base, **options)
 
 
-def load_digits(split: str, seed: int = 0, test_fraction: float = 0.2, **options: Any) -> ArraySet:
-    """scikit-learn's 1,797 digits: uint8 (1, 8, 8) by rounding 255/16 of the values, split stratified by `seed`."""
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels of `load_digits`: reading scikit-learn's text file takes longer than a tiny epoch."""
     from sklearn.datasets import load_digits as sklearn_digits
-    from sklearn.model_selection import train_test_split
 
     bunch = sklearn_digits()
-    images = np.floor(bunch.images * (255 / 16) + 0.5).astype(np.uint8)[:, None]
+    return np.floor(bunch.images * (255 / 16) + 0.5).astype(np.uint8)[:, None], bunch.target.astype(np.int64)
+
+
+def load_digits(split: str, seed: int = 0, test_fraction: float = 0.2, **options: Any) -> ArraySet:
+    """scikit-learn's 1,797 digits: uint8 (1, 8, 8) by rounding 255/16 of the values, split stratified by `seed`."""
+    from sklearn.model_selection import train_test_split
+
+    images, targets = _digits()
     rows = np.arange(len(images))
     if split != "all":
         try:
-            parts = train_test_split(rows, test_size=float(test_fraction), random_state=seed, stratify=bunch.target)
+            parts = train_test_split(rows, test_size=float(test_fraction), random_state=seed, stratify=targets)
         except ValueError as error:  # every class must be in both parts
             raise UserError(f"digits: test_fraction={test_fraction} and seed={seed} do not split them") from error
         rows = np.sort(parts[0 if split == "train" else 1])
     facts = {"seed": seed, "test_fraction": test_fraction}
-    labels = bunch.target[rows].astype(np.int64)
-    return _finish("digits", split, images[rows], labels, DIGITS, "digits", **options, **facts)
+    return _finish("digits", split, images[rows], targets[rows], DIGITS, "digits", **options, **facts)

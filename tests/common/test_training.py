@@ -71,13 +71,30 @@ def wait_for_its_first_line(process):
         time.sleep(0.01)
 
 
+def killable(run, *words):
+    """The toy paper in a process of its own."""
+    return children.start(children.train, "toy_paper", ["--out", str(run), *words], str(run.parent))
+
+
+def wait_for_its_first_row(process, run):
+    while not (run / "metrics.csv").is_file() and process.exitcode is None:
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("seconds", [0.3, 4.0])
-def test_a_signal_at_any_moment_ends_with_130(whole, tmp_path, number, seconds):
+@pytest.mark.parametrize("moment", ["start", "training"])
+def test_a_signal_at_any_moment_ends_with_130(tmp_path, number, moment):
+    if moment == "training":
+        child = killable(tmp_path / "run", "--epochs", "100000")
+        wait_for_its_first_row(child, tmp_path / "run")
+        os.kill(child.pid, number)
+        assert children.finish(child, 120) == 130
+        assert "Traceback" not in (tmp_path / "output.txt").read_text()
+        return
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "run"), "--epochs", "100000"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for_its_first_line(process)
-    time.sleep(seconds)
+    time.sleep(0.3)
     process.send_signal(number)
     _, text = process.communicate(timeout=120)
     assert process.returncode == 130, text
@@ -94,12 +111,10 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(whole, tm
 
 
 def test_kill_then_auto(whole, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "run"), "--resume", "auto"]
-    process = subprocess.Popen(command)
-    while not (tmp_path / "run" / "metrics.csv").is_file() and process.poll() is None:
-        time.sleep(0.01)
+    process = killable(tmp_path / "run", "--resume", "auto")
+    wait_for_its_first_row(process, tmp_path / "run")
     process.kill()
-    process.wait()
+    process.join()
     assert toy(tmp_path / "run", "--resume", "auto") == 0
     same_run(whole, tmp_path / "run")
 

@@ -6,6 +6,7 @@ A fork of the test's own process would inherit its CUDA context and autograd thr
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -100,6 +101,17 @@ def train(
     code = run_command(lambda: main(argv))
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
+
+
+def command(file: str, words: list[str], folder: str, environment: dict[str, str]):
+    """`python file words` with that environment, what it says in output.txt; ends with the command's exit code."""
+    os.environ.clear()
+    os.environ.update(environment)
+    written = os.open(f"{folder}/output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(written, 1), os.dup2(written, 2)
+    os.chdir(Path(file).parent)
+    sys.argv = [file, *words]
+    runpy.run_path(file, run_name="__main__")
 
 
 def save_for_ever(folder: str, i: int):

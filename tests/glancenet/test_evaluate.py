@@ -275,5 +275,6 @@ def test_a_stopped_comparison_goes_on(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         compare.main(words)
     assert len(read_table(tmp_path / "out/compare.csv")) == 1, "what was measured is there"
+    assert (tmp_path / "out/compare.png").stat().st_size > 1000
     compare.main(words)
     assert calls == [0, 1, 2, 3, 0, 1, 2, 2, 3], "only the missing steps"
