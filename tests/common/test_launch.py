@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from front import children
 
 from common.errors import NonFiniteError, UserError, run_command, suggest
 from common.launch import (
@@ -112,10 +111,49 @@ def test_keep_freed_memory():
     assert int(before) > 10 * int(after)
 
 
-def test_two_processes_as_torchrun_starts_them(tmp_path):
-    children.train_together("two_processes", [], tmp_path)
-    for rank in (0, 1):
-        assert f"rank {rank} fine" in (tmp_path / f"output{rank}.txt").read_text()
+_TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch
+from common.launch import Distributed, StopSignal, normalise_over_processes
+dist = Distributed.start("cpu")
+assert dist.world == 2 and dist.is_main == (dist.rank == 0)
+rows = torch.full((dist.rank + 1, 2), float(dist.rank))
+together = dist.gather(rows)
+assert together.tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]], together
+assert float(dist.sum(float(dist.rank + 1))) == 3.0
+assert float(dist.mean(torch.tensor(2.0 * dist.rank))) == 1.0
+assert dist.any(dist.rank == 1) and not dist.any(False) and not dist.any(StopSignal())
+torch.manual_seed(0)
+model = dist.wrap(torch.nn.Linear(2, 1))
+x = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+model(x[dist.rank : dist.rank + 1]).sum().backward()
+assert torch.allclose(model.module.weight.grad, x.mean(0, keepdim=True))
+images, share, whole = torch.rand(4, 3, 2, 2), torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+mine = slice(2 * dist.rank, 2 * dist.rank + 2)
+assert torch.allclose(normalise_over_processes(share, dist)(images[mine]), whole(images)[mine], atol=1e-6)
+for name, value in whole.state_dict().items():  # the statistics of evaluation too: of the whole batch, unbiased
+    assert torch.allclose(share.state_dict()[name], value, atol=1e-6), name
+dist.barrier()
+dist.close()
+threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+assert not [name for name in threads if "gloo" in name], threads  # they would run on while the interpreter ends
+sys.stdout.write(f"rank {dist.rank} fine\\n")  # one write: the two processes share the pipe
+"""
+
+
+def test_two_processes_under_torchrun(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(_TWO_PROCESSES)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "rank 0 fine" in done.stdout and "rank 1 fine" in done.stdout
 
 
 def test_single_process_is_the_identity():

@@ -71,26 +71,14 @@ def wait_for_its_first_line(process):
         time.sleep(0.01)
 
 
-def killable(run, *words):
-    """The toy paper in a process of its own."""
-    return children.start(children.train, "toy_paper", ["--out", str(run), *words], str(run.parent))
-
-
-def wait_for_its_first_row(process, run):
-    while not (run / "metrics.csv").is_file() and process.exitcode is None:
-        time.sleep(0.01)
+def stopped(run, step, number, *words):
+    """The toy paper in a process of its own, which gets the signal when that step has been logged: its exit code."""
+    argv = ["--out", str(run), *words]
+    return children.finish(children.start(children.train, "toy_paper", argv, str(run.parent), (step, number)), 120)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["start", "training"])
-def test_a_signal_at_any_moment_ends_with_130(tmp_path, number, moment):
-    if moment == "training":
-        child = killable(tmp_path / "run", "--epochs", "100000")
-        wait_for_its_first_row(child, tmp_path / "run")
-        os.kill(child.pid, number)
-        assert children.finish(child, 120) == 130
-        assert "Traceback" not in (tmp_path / "output.txt").read_text()
-        return
+def test_a_signal_while_it_starts_ends_with_130(tmp_path, number):
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "run"), "--epochs", "100000"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     wait_for_its_first_line(process)
@@ -99,6 +87,12 @@ def test_a_signal_at_any_moment_ends_with_130(tmp_path, number, moment):
     _, text = process.communicate(timeout=120)
     assert process.returncode == 130, text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_training_ends_with_130(tmp_path, number):
+    assert stopped(tmp_path / "run", 40, number, "--epochs", "100000") == 130
+    assert "Traceback" not in (tmp_path / "output.txt").read_text()
 
 
 def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(whole, tmp_path):
@@ -111,10 +105,7 @@ def test_auto_starts_where_there_is_nothing_and_goes_on_where_there_is(whole, tm
 
 
 def test_kill_then_auto(whole, tmp_path):
-    process = killable(tmp_path / "run", "--resume", "auto")
-    wait_for_its_first_row(process, tmp_path / "run")
-    process.kill()
-    process.join()
+    assert stopped(tmp_path / "run", 40, signal.SIGKILL, "--resume", "auto") == -signal.SIGKILL
     assert toy(tmp_path / "run", "--resume", "auto") == 0
     same_run(whole, tmp_path / "run")
 

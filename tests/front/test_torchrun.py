@@ -1,6 +1,6 @@
 """Every trainer in two gloo processes reproduces the losses of one; the batch size is the total.
 
-The processes get what torchrun gives them; torchrun itself starts tests/common/test_launch.py and test_training.py.
+The processes get what torchrun gives them; torchrun itself starts those of tests/common/test_launch.py.
 Here are GlanceNet and latent-flow. The others are with their papers:
 tests/lbae/test_distributed.py, tests/inv_flow/test_experiment.py::test_two_processes_equal_one and
 tests/nfpi/test_main.py::test_two_processes_equal_one. GlanceNet, latent-flow and NFPI draw the noise of the whole batch

@@ -62,7 +62,7 @@ def test_cuda_arithmetic_with_emulated_threads(tmp_path):
     """
     program = tmp_path / "wavefront"
     source = Path(__file__).parent / "test_inv_conv_wavefront.cpp"
-    flags = ["-std=c++17", "-O0", "-fsanitize=address", "-Wall", "-Wextra", "-Werror", f"-I{OP / 'csrc'}"]
+    flags = ["-std=c++17", "-O1", "-fsanitize=address", "-Wall", "-Wextra", "-Werror", f"-I{OP / 'csrc'}"]
     subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)
     lines = "\n".join(" ".join(map(str, numbers)) for _, numbers in CASES)
     done = subprocess.run([program], input=lines, capture_output=True, text=True, check=False)
