@@ -155,11 +155,10 @@ def plot(out: Path, summary: list[dict[str, Any]], latents: dict[str, tuple[np.n
     axes.bar(range(len(shown)), heights, yerr=spread)
     for i, row in enumerate(shown):
         if row["model"] in PAPER and (row["rejection"] == "both") == (row["model"] == "glancenet"):
-            axes.plot([i - 0.4, i + 0.4], [PAPER[row["model"]]] * 2, "k--")
-    axes.plot([], [], "k--", label="paper")
+            (line,) = axes.plot([i - 0.4, i + 0.4], [PAPER[row["model"]]] * 2, "k--")
+            axes.legend([line], ["paper"])
     axes.set_xticks(range(len(shown)), names, fontsize=7)
     axes.set_ylabel("leakage, %")
-    axes.legend()
     save_figure(out / "leakage.png", made)
     made = figure(3 * len(latents), 3)
     for i, (key, (z, corner)) in enumerate(latents.items()):

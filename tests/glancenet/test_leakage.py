@@ -120,6 +120,17 @@ def test_position_leakage_command(tmp_path, leakage_data):
         assert value == pytest.approx(rows[key]["accuracy"], abs=1e-6)
 
 
+@pytest.mark.parametrize(("model", "named"), [("glancenet", True), ("own", False)])
+def test_the_figure_names_the_paper_where_its_line_is(monkeypatch, tmp_path, model, named):
+    made = {}
+    monkeypatch.setattr(leakage, "save_figure", lambda path, figure: made.update({path.name: figure}))
+    rows = [{"model": model, "rejection": kind, "leakage_percent": 9.0, "leakage_percent_std": 1.0}
+            for kind in ("none", "both")]  # fmt: skip
+    leakage.plot(tmp_path, rows, {model: (np.eye(4), np.array([0, 1, 0, 1]))})
+    (axes,) = made["leakage.png"].axes
+    assert (axes.get_legend() is not None) == named == bool(axes.lines)
+
+
 def test_models_are_written_as_they_finish(tmp_path, leakage_data, monkeypatch):
     """A stop in the second model keeps the first, and --resume auto trains only what is missing."""
     out, trained = tmp_path / "out", []
