@@ -263,7 +263,12 @@ def test_the_best_epoch_is_that_of_the_lowest_test_loss(script, tmp_path, monkey
 
 def test_a_path_leads_from_one_image_s_code_to_another_s(trained, tmp_path):
     folder = Path(shutil.copytree(trained(), tmp_path / "exp"))
-    params = experiment_params(folder, {"eval": True, "gen": True, "sample_method": "int", "batch_size_test": 3})
+    latents, draw = Latents.load(folder / "latents-last.npz"), torch.Generator().manual_seed(0)
+    marks, noise = torch.randn(10, 24, generator=draw), torch.randn(96, 24, generator=draw)
+    codes = (marks[latents.labels[:, 0]] + noise).sign().to(torch.int8)  # 96 of their own: the model's often agree
+    dataclasses.replace(latents, codes=codes).save(folder / "latents-last.npz")
+    options = {"eval": True, "gen": True, "sample_method": "int", "batch_size_test": 3, "attr_threshold": 0.6}
+    params = experiment_params(folder, options)
     state = read_checkpoint(folder / "models/last.cp")
     source = Trained(params, folder, stored(folder)[1], state, torch.device("cpu"))
     codes, columns, counted = code_source(source)(36)
@@ -271,6 +276,7 @@ def test_a_path_leads_from_one_image_s_code_to_another_s(trained, tmp_path):
     assert (len(rows), columns, int(counted.sum())) == (3, 12, 36)
     assert bool((rows[:, 0] != rows[:, -1]).any(1).all())
     known = {tuple(code) for code in Latents.load(folder / "latents-last.npz").codes.tolist()}
+    assert len(known) == 96
     assert all(tuple(rows[i, j].tolist()) in known for i in range(3) for j in (0, -1))
     # towards an attribute: the same beginnings, ends with the bits that mark it
     source.params = params.with_changes(set_attr=3)
