@@ -149,6 +149,13 @@ def test_a_table_is_made_once_and_its_rows_are_filled(engine):
     assert code == 0 and engine.ran().count("a_0 from 1") == 1, text
 
 
+def test_what_is_left_of_every_table_is_told(tmp_path):
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "scripts/Snakefile"), "-n"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    tables = [path for path in ROOT.glob("sweeps/*/*.yaml") if path.parent.name != "quickstart"]
+    assert done.returncode == 0 and f"collect {len(tables)}" in " ".join(done.stdout.split()), done.stderr
+
+
 def test_a_failing_job_stops_no_other_and_runs_again(engine):
     (engine.folder / "broken_a_1").touch()
     code, text = engine.call()
