@@ -1,14 +1,17 @@
 """What a user would see: options of the flow matter; which weights and mode each stage uses; labels travel."""
 
 import copy
+import csv
 import functools
 import hashlib
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from common.batches import Batches
 from common.checkpoint import load_state, load_weights, read_json, save_state
 from common.errors import UserError
 from common.launch import Distributed
@@ -373,6 +376,25 @@ def test_a_cnn_is_tested_in_evaluation_mode_on_every_image():
         predicted = net.eval()(test.images.float() / 127.5 - 1).argmax(1)
     assert matrix.sum() == len(test) and torch.equal(matrix.sum(1), torch.bincount(test.targets).double())
     assert all(matrix[k, j] == ((test.targets == k) & (predicted == j)).sum() for k in range(10) for j in range(10))
+
+
+def test_figures_of_a_cnn_s_epoch_are_means_over_its_images():
+    config = options({})
+    images = data.load_split("digits", None, "train").subset(torch.arange(25))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    net[1].weight.data.zero_()
+    net[1].bias.data = torch.eye(10)[3]  # every image is taken for a 3
+    idle = torch.optim.SGD(net.parameters(), lr=0.0)
+    figures = cnn.train_epoch(net, net, Batches(images, 10, seed=0, device=CPU.device), 0, config, idle, None)
+    threes, all_of_them = int((images.targets == 3).sum()), math.log(9 + math.e)
+    assert figures["train_acc"] == threes / 25 > 0
+    assert figures["train_loss"] == pytest.approx(all_of_them - threes / 25)
+
+
+def test_the_flow_is_tested_in_the_epochs_that_are_asked_and_the_last(tmp_path):
+    folder = run(tmp_path, {"train.epochs": 5, "test_every_n_epochs": 2})[1]
+    with open(folder / "metrics.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file) if row["test_bpd"]] == ["1", "3", "4"]
 
 
 def test_the_one_cycle_reaches_the_rate_that_is_asked():

@@ -241,6 +241,8 @@ def test_temperature_reaches_the_split_priors():
     config = FlowConfig(channels=1, height=4, width=4, flows=(1, 1), blocks=(1, 1), hidden=(4, 4), level_method="spcb")
     flow = MultiScaleFlow(config)
     model = ConditionalFlow(flow, ClassGaussians(torch.zeros(2, config.latent_dim), torch.ones(2, config.latent_dim)))
+    white = torch.ones(1, 1, 4, 4)
+    assert torch.equal(model.input(white, torch.zeros(1), 0.5), (255.5 / 128 - 1) * white)  # 8 bits
     z = model.gaussians.mean
     cold = flow.inverse(z, 0.0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(cold, flow.inverse(z, 0.0, torch.Generator().manual_seed(1)))
