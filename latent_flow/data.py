@@ -4,7 +4,6 @@ A source answers two questions: `labelled` (one transformation a sequence; super
 (several, switching at every step; unsupervised). Frames are float (T+1, B, C, N, N) in [0, 1] on the source's device.
 """
 
-import contextlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -264,6 +263,7 @@ class FrameSequences:
     in `folder` and in its sub-folders; or one video file.
 
     An item is T+1 frames `stride` pictures apart. No transformation is known: weakly and unsupervised training only.
+    Raises UserError for a clip too short and for a file that cannot be read.
     """
 
     def __init__(self, folder: Path, steps: int, size: int, device: torch.device | str = "cpu", stride: int = 1):
@@ -277,7 +277,13 @@ class FrameSequences:
             (number, start) for number, clip in enumerate(self.clips) for start in range(len(clip) - self.span)
         ]
         if not self.starts:
-            raise UserError(f"no clip in {folder} has the {self.span + 1} frames that one sequence needs")
+            raise UserError(
+                f"no clip in {folder} has the {self.span + 1} frames that one sequence needs: lower --frame-stride or "
+                "--num-timesteps"
+            )
+        pictures = [path for clip in self.clips if isinstance(clip, list) for path in clip]
+        for path in tqdm(pictures, "reading the frames", disable=None, leave=False, delay=2):
+            read_picture(path, size)  # a damaged one is named before anything is trained or written
         self.names, self.moving, self.channels, self.image_size = (), (), 3, size
 
     def __len__(self) -> int:
@@ -330,10 +336,13 @@ def clips_of(place: Path, size: int) -> list[list[Path] | np.ndarray]:
 
 
 def is_video(path: Path) -> bool:
-    """Whether a file is a video by its name, or a GIF of several frames."""
-    if path.suffix.lower() == ".gif":
-        with contextlib.suppress(OSError, SyntaxError), Image.open(path) as picture:
-            return getattr(picture, "n_frames", 1) > 1
+    """Whether a file is a video by its name, or a GIF of several frames. Raises UserError for a damaged GIF."""
+    if path.suffix.lower() == ".gif" and path.is_file():
+        try:
+            with Image.open(path) as picture:
+                return getattr(picture, "n_frames", 1) > 1
+        except Exception as error:  # a damaged GIF: OSError, SyntaxError, IndexError, struct.error, ...
+            raise UserError(f"cannot read {path}; repair it or take it out") from error
     return path.suffix.lower() in VIDEOS
 
 

@@ -24,7 +24,7 @@ from inv_flow import benchmark, classify_mnist, data, inv_flow_mnist, timing, to
 from inv_flow.layers.conv1x1 import Conv1x1
 from inv_flow.layers.selfnorm import SelfNormConv
 from inv_flow.model import create_model
-from inv_flow.train import launch
+from inv_flow.train import evaluation, launch
 from inv_flow.train.config import Config, layer_choice, parse
 from inv_flow.train.evaluation import integer_images, layer_values, own_rng
 from inv_flow.train.experiment import KIND, Experiment, clip_gradients, scaled_rates
@@ -733,3 +733,12 @@ def test_nonfinite_evaluation_is_refused(tmp_path):
         experiment.model.layers[-1].net[4].bias.fill_(math.inf)
     with pytest.raises(NonFiniteError, match="val NLL"):
         experiment.evaluate("val")
+
+
+def test_reconstruction_errors_weigh_every_image_alike(monkeypatch):
+    errors = iter([(4.0, 1.0), (2.0, 5.0)])
+    monkeypatch.setattr(evaluation, "reconstruction_error", lambda *_: next(errors))
+    config = configure(image_size=(1, 8, 8), block_size=2, coupling_width=8, split_width=8)
+    batches = [torch.zeros(3, 1, 8, 8), torch.zeros(1, 1, 8, 8)]
+    found = evaluation.reconstruction_errors(create_model(config), batches, config, Distributed(torch.device("cpu")))
+    assert found == {"recon_max_grey": 4.0, "recon_mean_grey": 2.0, "recon_images": 4}

@@ -362,3 +362,13 @@ def test_reconstruction_gradient_reaches_what_it_should():
         layer.reconstruction_loss(x, only_r=only_r).backward()
         assert layer.inverse.grad.abs().max() > 0
         assert (layer.weight.grad is None) == only_r
+
+
+@pytest.mark.parametrize("size, inside", [((8, 6), (8, 8)), ((6, 8), (8, 8)), ((5, 7), (8, 8)), ((8, 4), (8, 4))])
+def test_images_of_any_size_are_padded_until_they_squeeze(size, inside):
+    torch.manual_seed(0)
+    model = create_model(tiny(dataset="folder", image_size=(1, *size), num_blocks=2, first_squeeze=True))
+    x = torch.randint(0, 256, (4, 1, *size)).float()
+    latents, _ = model.encode(x)
+    assert sum(z[0].numel() for z in latents) == inside[0] * inside[1]
+    assert torch.equal(model.eval().reconstruct(x), x) and model.sample_images(2).shape == (2, 1, *size)

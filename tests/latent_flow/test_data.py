@@ -81,8 +81,20 @@ def test_folder_of_frames(tmp_path):
     (tmp_path / "b" / "001.png").write_bytes(b"not a picture")
     with pytest.raises(UserError, match=r"001\.png as an image"):
         source.sequences(np.array([3]))
-    with pytest.raises(UserError, match="frames that one sequence needs"):
+    with pytest.raises(UserError, match=r"001\.png as an image"):  # before anything is trained
+        FrameSequences(tmp_path, 3, 16)
+    with pytest.raises(UserError, match="frames that one sequence needs: lower --frame-stride or --num-timesteps"):
         FrameSequences(tmp_path, 9, 16)
+
+
+@pytest.mark.parametrize("size", [30, 300, 600])
+def test_a_damaged_gif_among_clips_is_named(tmp_path, size):
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)) for i in range(6)]
+    pictures[0].save(tmp_path / "whole.gif", save_all=True, append_images=pictures[1:])
+    assert len(FrameSequences(tmp_path, 3, 16)) == 3
+    (tmp_path / "cut.gif").write_bytes((tmp_path / "whole.gif").read_bytes()[:size])
+    with pytest.raises(UserError, match=r"cannot read .*cut\.gif"):
+        FrameSequences(tmp_path, 3, 16)
 
 
 def clips(folder, **lengths):

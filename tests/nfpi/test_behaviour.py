@@ -378,6 +378,13 @@ def test_a_cnn_is_tested_in_evaluation_mode_on_every_image():
     assert all(matrix[k, j] == ((test.targets == k) & (predicted == j)).sum() for k in range(10) for j in range(10))
 
 
+def test_a_cnn_sees_mnist_framed_in_black():
+    mnist = OmegaConf.to_container(composed(*config_place("___configs/mnist", "mean_and_var"), []), resolve=True)
+    seen = cnn.normalised(torch.full((2, 1, 28, 28), 255, dtype=torch.uint8), Config.build(mnist))
+    assert seen.shape == (2, 1, 32, 32) and torch.equal(seen[..., 2:-2, 2:-2], torch.ones(2, 1, 28, 28))
+    assert int((seen == -1).sum()) == 2 * (32 * 32 - 28 * 28)
+
+
 def test_figures_of_a_cnn_s_epoch_are_means_over_its_images():
     config = options({})
     images = data.load_split("digits", None, "train").subset(torch.arange(25))
