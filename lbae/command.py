@@ -89,7 +89,15 @@ def with_saved(configs: Configs, folder: Path, given: Mapping[str, Any], resumes
         raise UserError(f"cfg={given['cfg']}, but {folder} holds a {saved['cfg']} experiment")
     base = preset(configs, given.get("cfg") or saved.get("cfg") or "")
     own = {"latents": "best"} if given.get("reload") == "best" else {}
-    return Params.build(base, saved, own, {**given, "cfg": base["cfg"]})
+    params = Params.build(base, saved, own, {**given, "cfg": base["cfg"]})
+    seed = saved.get("held_out_seed", params.held_out_seed)
+    same_images = params.dataset == saved.get("dataset") == "folder" and params.data_root == saved.get("data_root")
+    if same_images and params.held_out_seed != seed:
+        raise UserError(
+            f"held_out_seed={params.held_out_seed}: {folder} was trained with held_out_seed={seed}, so that others of "
+            "its images are held out; leave it out"
+        )
+    return params
 
 
 def released_experiment(cfg: str, target: Path, given: Mapping[str, Any], reason: str) -> Path:

@@ -206,6 +206,8 @@ def test_lbae(tmp_path, monkeypatch, capsys):
         red = codes[latents["labels"][:, 6] == 1].mean(0)
     np.testing.assert_allclose(np.sort(red), named)
     assert "did you mean 'colour=red'" in refusal(capsys, lbae_folder.main, *words, "set_attr=colour=rad")
+    line = refusal(capsys, lbae_folder.main, "eval", "exp=exp/own", "held_out_seed=5", "device=cpu")
+    assert "was trained with held_out_seed=0" in line  # its test images would be training images
     monkeypatch.chdir(tmp_path / "exp/own")
     protocol.main(["methods=cov", "device=cpu", "kid_subsets=3"])  # scores 6 images, which 64 components do not fit
     assert "feat:pixel-pca5" in Path("results.txt").read_text()
@@ -394,6 +396,10 @@ def test_glancenet_takes_concepts_by_name(tmp_path, monkeypatch, capsys):
     glance("CBNM", "--include_labels", "size", "bright")
     stored = json.loads((tmp_path / "checkpoints/x/model.json").read_text())
     assert stored["concept_names"] == ["size", "bright"]
+    words = ["--alg", "CBNM", *TINY_GLANCE, "--include_labels", "size", "bright", "--test", "true"]
+    words += ["--ckpt_load", "checkpoints/x/last", "--seed"]
+    assert "last was trained with --seed" in refusal(capsys, glance_main.main, *words, "55")
+    glance_main.main([*words, str(stored["seed"]), "--overwrite", "true"])
     data = load_data(glance_options.parse(["--alg", "CBNM", *TINY_GLANCE, "--include_labels", "size"]))
     shown = (data.train.images.fetch(data.train.rows).amax(1) > 0)[..., -1].float().mean(1)  # the height of the bar
     assert np.corrcoef(shown, data.train.concepts[:, 0])[0, 1] > 0.97
