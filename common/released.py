@@ -75,11 +75,18 @@ def released(paper: str, name: str) -> Release:
     return Release(key, FOLDER / weights, *(entry[text] for text in TEXTS), entry["files"][weights]["sha256"])
 
 
-def weights_file(paper: str, name: str | Path) -> Path:
-    """The file of weights that `name` means: a file, or a release of this paper. Raises UserError for neither."""
+def weights_file(paper: str, name: str | Path, inside: str = "") -> Path:
+    """The file of weights that `name` means: a file, the newest one `inside` (a pattern) a run's folder, or a release
+    of this paper. Raises UserError for neither.
+    """
     path = Path(name)
     if path.is_file():
         return path
+    if inside and path.is_dir():
+        found = sorted(path.glob(inside), key=lambda file: file.stat().st_mtime)
+        if not found:
+            raise UserError(f"{path} holds no {Path(inside).name}: name the folder of a run, or a file of weights")
+        return found[-1]
     if path.suffix or len(path.parts) > 1:
         raise UserError(f"there is no file {path}; the names in checkpoints/{paper} need no folder and no ending")
     return released(paper, path.name).path

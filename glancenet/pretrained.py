@@ -55,11 +55,11 @@ class ConceptModel(nn.Module):
 
 @torch.no_grad()
 def load(name: str | Path, device: str = "cpu") -> ConceptModel:
-    """The model of a file that ships (its name), or of a model.safetensors of main.py or mnist_parity.py.
+    """The model of a file that ships (its name), of a model.safetensors of main.py or mnist_parity.py, or its folder.
 
     Raises UserError for a missing, damaged or foreign file.
     """
-    path = weights_file("glancenet", name)
+    path = weights_file("glancenet", name, "model.safetensors")
     tensors, config = load_weights(path)
     if config.get("model") in MODELS:
         found = _of_parity(tensors, config, path)

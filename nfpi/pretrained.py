@@ -67,8 +67,10 @@ class ClassFlow(nn.Module):
 
 
 def load(name: str | Path, device: str = "cpu") -> ClassFlow:
-    """The flow of a file that ships (its name), of a flow.safetensors, or of a training state (.pt).
+    """The flow of a file that ships (its name), of a flow.safetensors or a training state (.pt), or of a run's folder.
 
     Raises UserError for a missing, damaged or foreign file.
     """
-    return ClassFlow(ConditionalFlow.load(weights_file("nfpi", name), pick_device(device))).eval()
+    return ClassFlow(
+        ConditionalFlow.load(weights_file("nfpi", name, "**/checkpoints/flow.safetensors"), pick_device(device))
+    ).eval()

@@ -272,6 +272,7 @@ def test_nfpi(tmp_path, monkeypatch, capsys):
     assert 0 <= found["nf"]["acc"] <= 1 and 0 <= found["cnn"]["1.0"] <= 1
     for weights in (*results.parent.glob("checkpoints/flow.safetensors"), *results.parent.glob("checkpoints/*.pt")):
         assert nfpi.load(weights).class_names == ("k0", "k1", "k2")
+    assert nfpi.load(results.parent).class_names == nfpi.load("outputs").class_names == ("k0", "k1", "k2")
     with Image.open(results.parent / "pictures/samples_2.png") as picture:
         assert picture.size == (8 * 14 + 2, 8 * 14 + 2)
 
@@ -365,7 +366,12 @@ def test_glancenet(tmp_path, monkeypatch, capsys):
     names = ["bright", "colour=blue", "colour=green", "colour=red", "size"]
     stored = json.loads((tmp_path / "checkpoints/x/model.json").read_text())
     assert (stored["concept_names"], stored["class_names"]) == (names, ["k0", "k1", "k2"])
-    model = glancenet.load("checkpoints/x/model.safetensors")
+    assert (
+        glancenet.load("checkpoints/x/model.safetensors").concept_names == glancenet.load("checkpoints/x").concept_names
+    )
+    model = glancenet.load("checkpoints/x")
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+        glancenet.load("mine")
     assert list(model.concept_names)[:5] == names and model.class_names == ("k0", "k1", "k2")
     # training pictures without `bright` train without concepts, test pictures without it are left out
     held_out = [i for i in range(600) if i % 5 == 0]
