@@ -83,10 +83,10 @@ def weights_file(paper: str, name: str | Path, inside: str = "") -> Path:
     if path.is_file():
         return path
     if inside and path.is_dir():
-        found = sorted(path.glob(inside), key=lambda file: file.stat().st_mtime)
-        if not found:
+        found = max(path.glob(inside), key=lambda file: file.stat().st_mtime, default=None)
+        if found is None:
             raise UserError(f"{path} holds no {Path(inside).name}: name the folder of a run, or a file of weights")
-        return found[-1]
+        return found
     if path.suffix or len(path.parts) > 1:
         raise UserError(f"there is no file {path}; the names in checkpoints/{paper} need no folder and no ending")
     return released(paper, path.name).path

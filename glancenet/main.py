@@ -36,7 +36,7 @@ from torch import Tensor
 
 from common.checkpoint import load_into, load_state, save_weights
 from common.cuda_graph import CudaGraph, detached
-from common.datasets.folder import has_splits
+from common.datasets.folder import check_split
 from common.errors import NonFiniteError, UserError, run_command
 from common.launch import Distributed, full_precision, keep_freed_memory, non_finite_layer, seed_everything
 from common.run import Run
@@ -287,12 +287,8 @@ def test(o: Config, dist: Distributed) -> Path:
     state = load_state(o.ckpt_load, KIND)
     load_into(model, state.get("model"), o.ckpt_load)
     trained = state.get("options", {})
-    same_images = o.dset_name == trained.get("dset_name") == "folder" and o.dset_dir == trained.get("dset_dir")
-    if same_images and o.seed != trained.get("seed", o.seed) and not has_splits(Path(o.dset_dir)):
-        raise UserError(
-            f"--seed {o.seed}: {o.ckpt_load} was trained with --seed {trained['seed']}, which says what is held out; "
-            f"give --seed {trained['seed']}"
-        )
+    if o.dset_name == trained.get("dset_name") == "folder":
+        check_split(o.dset_dir, o.seed, trained["dset_dir"], trained["seed"], "--seed")
     with ExitStack() as stack:
         discard = None if dist.is_main else stack.enter_context(tempfile.TemporaryDirectory())
         files = Files.of(o, discard=discard)

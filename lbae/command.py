@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from common.checkpoint import read_json, write_json
+from common.datasets.folder import check_split
 from common.errors import UserError
 from common.launch import pick_device
 from common.options import from_tokens
@@ -90,13 +91,9 @@ def with_saved(configs: Configs, folder: Path, given: Mapping[str, Any], resumes
     base = preset(configs, given.get("cfg") or saved.get("cfg") or "")
     own = {"latents": "best"} if given.get("reload") == "best" else {}
     params = Params.build(base, saved, own, {**given, "cfg": base["cfg"]})
-    seed = saved.get("held_out_seed", params.held_out_seed)
-    same_images = params.dataset == saved.get("dataset") == "folder" and params.data_root == saved.get("data_root")
-    if same_images and params.held_out_seed != seed:
-        raise UserError(
-            f"held_out_seed={params.held_out_seed}: {folder} was trained with held_out_seed={seed}, so that others of "
-            "its images are held out; leave it out"
-        )
+    if params.dataset == saved.get("dataset") == "folder":
+        seed = saved.get("held_out_seed", params.held_out_seed)
+        check_split(params.data_root, params.held_out_seed, saved.get("data_root", ""), seed, "held_out_seed")
     return params
 
 

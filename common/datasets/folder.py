@@ -201,6 +201,17 @@ def has_splits(root: Path) -> bool:
     return bool(found)
 
 
+def check_split(root: str | Path, seed: int, trained_root: str | Path, trained_seed: int, option: str) -> None:
+    """Raise UserError when an evaluation on the images of a training would hold out others of them: `option` names the
+    seed. Another folder, and one with train/ and test/, takes any.
+    """
+    root, same = Path(root), Path(root).resolve() == Path(trained_root).resolve()
+    if same and seed != trained_seed and not has_splits(root):
+        raise UserError(
+            f"{option} is {seed}, but was {trained_seed} in training, which says what of {root} is held out: give that"
+        )
+
+
 class Look(NamedTuple):
     """What a folder holds: 1 (all grey) or 3 channels, the size for a network, and whether that is the files' own."""
 

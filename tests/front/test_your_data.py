@@ -28,6 +28,7 @@ import glancenet
 import nfpi
 from common.datasets import load, prepare
 from common.datasets.download import Remote
+from common.datasets.folder import check_split
 from common.errors import UserError, run_command
 from glancenet import evaluate, leakage
 from glancenet import main as glance_main
@@ -100,6 +101,17 @@ def test_what_is_held_out_follows_from_the_seed_alone(tmp_path):
     parts = [load("folder", tmp_path, "test", held_out=0.25, seed=seed, image_size=8).paths for seed in (1, 1, 2)]
     assert parts[0] == parts[1] != parts[2]
     assert [sum(path.parent.name == f"k{i}" for path in parts[0]) for i in range(3)] == [5, 5, 5]
+
+
+def test_an_evaluation_of_the_training_s_images_keeps_its_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "mine", 20)
+    draw(tmp_path / "parted", 20, "splits")
+    with pytest.raises(UserError, match="seed is 5, but was 0 in training"):
+        check_split("mine", 5, tmp_path / "mine", 0, "seed")
+    check_split("mine", 0, "mine", 0, "seed")
+    check_split("parted", 5, "parted", 0, "seed")
+    check_split("mine", 5, "parted", 0, "seed")
 
 
 def test_a_grey_folder_is_grey(tmp_path):
@@ -207,7 +219,7 @@ def test_lbae(tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(np.sort(red), named)
     assert "did you mean 'colour=red'" in refusal(capsys, lbae_folder.main, *words, "set_attr=colour=rad")
     line = refusal(capsys, lbae_folder.main, "eval", "exp=exp/own", "held_out_seed=5", "device=cpu")
-    assert "was trained with held_out_seed=0" in line  # its test images would be training images
+    assert "held_out_seed is 5, but was 0 in training" in line  # its test images would be training images
     monkeypatch.chdir(tmp_path / "exp/own")
     protocol.main(["methods=cov", "device=cpu", "kid_subsets=3"])  # scores 6 images, which 64 components do not fit
     assert "feat:pixel-pca5" in Path("results.txt").read_text()
@@ -366,10 +378,8 @@ def test_glancenet(tmp_path, monkeypatch, capsys):
     names = ["bright", "colour=blue", "colour=green", "colour=red", "size"]
     stored = json.loads((tmp_path / "checkpoints/x/model.json").read_text())
     assert (stored["concept_names"], stored["class_names"]) == (names, ["k0", "k1", "k2"])
-    assert (
-        glancenet.load("checkpoints/x/model.safetensors").concept_names == glancenet.load("checkpoints/x").concept_names
-    )
-    model = glancenet.load("checkpoints/x")
+    model = glancenet.load("checkpoints/x/model.safetensors")
+    assert glancenet.load("checkpoints/x").concept_names == model.concept_names  # the run's folder
     with pytest.raises(UserError, match=r"holds no model\.safetensors"):
         glancenet.load("mine")
     assert list(model.concept_names)[:5] == names and model.class_names == ("k0", "k1", "k2")
@@ -404,7 +414,7 @@ def test_glancenet_takes_concepts_by_name(tmp_path, monkeypatch, capsys):
     assert stored["concept_names"] == ["size", "bright"]
     words = ["--alg", "CBNM", *TINY_GLANCE, "--include_labels", "size", "bright", "--test", "true"]
     words += ["--ckpt_load", "checkpoints/x/last", "--seed"]
-    assert "last was trained with --seed" in refusal(capsys, glance_main.main, *words, "55")
+    assert f"--seed is 55, but was {stored['seed']}" in refusal(capsys, glance_main.main, *words, "55")
     glance_main.main([*words, str(stored["seed"]), "--overwrite", "true"])
     data = load_data(glance_options.parse(["--alg", "CBNM", *TINY_GLANCE, "--include_labels", "size"]))
     shown = (data.train.images.fetch(data.train.rows).amax(1) > 0)[..., -1].float().mean(1)  # the height of the bar
