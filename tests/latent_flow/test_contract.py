@@ -271,6 +271,13 @@ def test_spike_chain_against_enumeration_and_simulation():
     assert np.abs(counted[1:, 1:] / rows - moves).max() < 4 * math.sqrt(0.25 / rows.min())
 
 
+def test_a_single_flow_is_always_on_and_none_is_refused():
+    draw = torch.Generator().manual_seed(0)
+    assert torch.equal(spikes.draw_spikes(4, 1, 0.3, 0.7, draw, 5), torch.ones(4, 5, 1))
+    with pytest.raises(UserError, match="no transformation"):
+        spikes.draw_spikes(4, 0, 0.3, 0.7, draw, 5)
+
+
 def test_spike_path_kl():
     """Zero when q is the prior itself; positive elsewhere; gradient to the logits."""
     p_on, stay = 0.2, 0.8
@@ -393,6 +400,11 @@ def test_unused_units_under_the_marginal_objective():
     expected = 9 / sum(1 / (1 + 2 * t) for t in range(9))
     torch.testing.assert_close(log_var.exp(), torch.full_like(log_var, expected), rtol=1e-3, atol=0)
     assert abs(expected - 4.33) < 0.01
+
+
+def test_what_a_unit_tells_is_the_information_of_a_gaussian_channel():
+    mean, log_var = torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2)
+    torch.testing.assert_close(objective.unit_information(mean, log_var), torch.tensor([0.5 * math.log(5), 0.0]))
 
 
 def test_active_units():
