@@ -30,24 +30,24 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights and switches of the objectives, named as the flags; None means off."""
+    """Weights and switches of the objectives, named as the flags, which have the defaults; None means off."""
 
-    w_recon: float = 1.0
-    w_kld: float = 1.0
-    label_weight: float = 5.0
-    latent_weight: float = 5.0
-    latent_loss: str = "MSE"
-    cluster_dim: int = 0
-    max_c: float | None = None
-    iterations_c: float = 10000
-    w_tc: float = 1.0
-    w_infovae: float = 1.0
-    w_dipvae: float = 1.0
-    lambda_od: float = 1.0
-    lambda_d: float = 10.0
-    w_le: float = 1.0
-    w_aux: float = 1.0
-    loss_terms: tuple[str, ...] = ()
+    w_recon: float
+    w_kld: float
+    label_weight: float
+    latent_weight: float
+    latent_loss: str
+    cluster_dim: int
+    max_c: float | None
+    iterations_c: float
+    w_tc: float
+    w_infovae: float
+    w_dipvae: float
+    lambda_od: float
+    lambda_d: float
+    w_le: float
+    w_aux: float
+    loss_terms: tuple[str, ...]
 
     @classmethod
     def of(cls, o: Config) -> "Weights":

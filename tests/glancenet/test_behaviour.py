@@ -296,6 +296,8 @@ def test_a_test_twice_writes_the_same(trained, tmp_path):
         written.append({path.name: path.read_bytes() for path in files if path.is_file()})
     assert set(written[0]) >= {"test_metrics.csv", "passed.npy", "recon_12.jpg", "thr_y.csv", "dis_metrics.csv"}
     assert written[0] == written[1]
+    (epoch,) = load_arrays(log / "eval_results/downstream_obtained.npy", 1)
+    assert epoch == 3, "that of the trained weights"
     ours = read_table(trained.log / "eval_results/dis_metrics.csv")[-1]
     assert written[0]["dis_metrics.csv"].decode().split() == ["eval_sap_score", ours["eval_sap_score"]]
 

@@ -1,6 +1,7 @@
 """Every reference vector of tests/golden/glancenet (or GOLDEN_DIR); sizes, seeds and weights come from the files."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import published_measures
@@ -18,6 +19,7 @@ from glancenet.architectures import DECODERS, ENCODERS, SimpleDiscriminator
 from glancenet.dci_celeba import celeba_categories, dci_celeba
 
 PAPER = "glancenet"
+WEIGHTS = losses.Weights(1, 1, 5, 5, "MSE", 0, None, 10000, 1, 1, 1, 1, 10, 1, 1, ())
 COVERED = {
     "kl_terms", "total_correlation", "dip_vae", "infovae_mmd", "factorvae", "glancenet_objective", "cbm_objective",
     "accuracy", "multi_label", "osr", "schedules", "mnist_losses", "data_rules", "architectures", "metric_mig",
@@ -163,8 +165,8 @@ def mask_of(case: str, g: dict[str, torch.Tensor], key: str) -> torch.Tensor:
 @pytest.mark.parametrize("case", objective_cases())
 def test_glancenet_objective(case):
     g = tensors("glancenet_objective")
-    w = losses.Weights(
-        w_recon=float(g["w_recon"]), w_kld=float(g["w_kld"]), label_weight=float(g["label_weight"]),
+    w = replace(
+        WEIGHTS, w_recon=float(g["w_recon"]), w_kld=float(g["w_kld"]), label_weight=float(g["label_weight"]),
         latent_weight=float(g["latent_weight"]), latent_loss=case.split("_")[0].upper(),
         cluster_dim=int(g["cluster_dim_used"]) if "_cd3" in case else 0,
         max_c=float(g["cap_max_c"]) if "_capacity" in case else None, iterations_c=float(g["cap_iterations_c"]),
@@ -191,9 +193,10 @@ def test_glancenet_objective(case):
 @pytest.mark.parametrize("case", ["mse_partial", "mse_none", "bce_partial", "bce_none"])
 def test_cbm_objective(case):
     g = tensors("cbm_objective")
-    w = losses.Weights(
-        label_weight=float(g["label_weight"]), latent_weight=float(g["latent_weight"]), latent_loss=case[:3].upper()
-    )
+    w = replace(
+        WEIGHTS, label_weight=float(g["label_weight"]), latent_weight=float(g["latent_weight"]),
+        latent_loss=case[:3].upper(),
+    )  # fmt: skip
     batch = losses.Batch(g["mu"], g["labels"], g["y"], mask_of(f"_{case}", g, "mask"), g["y"][:, None])
     terms = losses.cbnm_terms(w, batch, g["mu"], torch.tanh(g["mu"] / 2) @ g["W_cls"].T)
     values = {"prediction": terms.prediction, "true_values": terms.true_values, "total": terms.total}

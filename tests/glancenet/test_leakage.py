@@ -1,6 +1,7 @@
 """Rejection, the leakage score, the position leakage command and the MNIST parity command."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_probe_reads_what_is_there_and_nothing_else():
     assert rejected == (0.5, 0.0)
 
 
-def test_position_leakage_command(tmp_path, leakage_data):
+def test_position_leakage_command(tmp_path, leakage_data, capsys):
     """All three models, few steps: rejected corner images cannot leak, and a second call measures the checkpoints."""
     out = tmp_path / "out"
     words = ["--dset_dir", str(leakage_data), "--out", str(out), "--seeds", "1", "--device", "cpu", "--", *TINY]
@@ -112,6 +113,9 @@ def test_position_leakage_command(tmp_path, leakage_data):
     assert glance["median_error_corners"] > 2 * glance["median_error_train"], "corners reconstruct badly"
     for name in ("leakage.png", "pca.png", "leakage.csv"):
         assert (out / name).stat().st_size > 100
+    said = capsys.readouterr().out
+    paper = re.findall(r"^(\S+) +rejection (\S+) .*\(paper (\d+) %\)", said, re.MULTILINE)
+    assert paper == [("cbnm", "none", "80"), ("cg-vae", "none", "98"), ("glancenet", "both", "1")]
     again = leakage.main(
         ["--checkpoints", str(out / "checkpoints" / "glancenet_1" / "final"), "--out", str(tmp_path / "again")]
     )
@@ -120,15 +124,22 @@ def test_position_leakage_command(tmp_path, leakage_data):
         assert value == pytest.approx(rows[key]["accuracy"], abs=1e-6)
 
 
-@pytest.mark.parametrize(("model", "named"), [("glancenet", True), ("own", False)])
-def test_the_figure_names_the_paper_where_its_line_is(monkeypatch, tmp_path, model, named):
+def test_the_figure_shows_the_papers_leakage_where_it_has_one(monkeypatch, tmp_path):
+    """A dashed line across its bar: each bottleneck and VAE without rejection, the GlanceNet with both checks."""
     made = {}
     monkeypatch.setattr(leakage, "save_figure", lambda path, figure: made.update({path.name: figure}))
+    pairs = [(model, kind) for model in ("cbnm", "own", "glancenet") for kind in ("none", "distance", "both")]
     rows = [{"model": model, "rejection": kind, "leakage_percent": 9.0, "leakage_percent_std": 1.0}
-            for kind in ("none", "both")]  # fmt: skip
-    leakage.plot(tmp_path, rows, {model: (np.eye(4), np.array([0, 1, 0, 1]))})
+            for model, kind in pairs]  # fmt: skip
+    leakage.plot(tmp_path, rows, {"own": (np.eye(4), np.array([0, 1, 0, 1]))})
     (axes,) = made["leakage.png"].axes
-    assert (axes.get_legend() is not None) == named == bool(axes.lines)
+    lines = [(np.asarray(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if line.get_ls() == "--"]
+    assert [y for _, y in lines] == [[80.0, 80.0], [1.0, 1.0]]
+    for (x, _), bar in zip(lines, (axes.patches[0], axes.patches[5]), strict=True):
+        np.testing.assert_allclose(x, [bar.get_x(), bar.get_x() + bar.get_width()])
+    assert axes.get_legend() is not None
+    leakage.plot(tmp_path, rows[3:6], {"own": (np.eye(4), np.array([0, 1, 0, 1]))})
+    assert made["leakage.png"].axes[0].get_legend() is None
 
 
 def test_models_are_written_as_they_finish(tmp_path, leakage_data, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -191,6 +192,18 @@ def test_class_loss_alone_from_the_middle_of_an_epoch(command, tmp_path, monkeyp
 def test_intervals_are_steps_or_epochs(command, tmp_path, unit, steps):
     o = parse(command(tmp_path, "--alg", "CBNM", "--float_iter", "7", "--treat_iter_as_epoch", unit))
     assert training.intervals(o, 5).float == steps
+
+
+def test_reports_come_at_the_intervals_and_at_the_ends_of_epochs(command, tmp_path, monkeypatch):
+    """Terms every --float_iter and every --show_loss steps; an epoch's line at its end and at the last step."""
+    terms, epochs, clock = [], [], iter(100 + 7 * i for i in range(100))
+    monkeypatch.setattr(training.Report, "terms", lambda self, step, *rest, **say: terms.append((step, say["say"])))
+    monkeypatch.setattr(training.Report, "epoch", lambda self, step, mean, seconds, z: epochs.append((step, seconds)))
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    words = ["--alg", "CBNM", "--max_iter", "7", "--file_save", "false", "--float_iter", "2", "--show_loss", "3"]
+    training.main(command(tmp_path, *words, "--print_iter", "6"))
+    assert terms == [(2, False), (3, False), (4, False), (6, True)]
+    assert epochs == [(4, 7), (7, 7)], "epochs of 4 steps; the seconds since the one before"
 
 
 def test_a_metric_that_fails_is_said_and_the_training_goes_on(command, cbnm_run, tmp_path, monkeypatch):

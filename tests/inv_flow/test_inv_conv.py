@@ -591,6 +591,16 @@ def test_forced_backend(monkeypatch, caplog):
     extension.say_once.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "tile"),
+    [((28, 28, 1, 3, 3, 100), (4, 4)), ((28, 28, 4, 3, 3, 100), (2, 2)), ((8, 8, 4, 5, 5, 16), (4, 4)),
+     ((16, 16, 16, 3, 3, 100), (1, 1)), ((64, 64, 48, 3, 3, 8), (1, 1)), ((1, 1, 4, 3, 3, 8), (1, 1))],
+)  # fmt: skip
+def test_tiles_are_wide_where_channels_are_few(sizes, tile):
+    """What the estimate makes of the sizes: a step costs as much as many multiply-adds, whose number grows with C^2."""
+    assert torch_backend.tile_size(*sizes) == tile
+
+
 @pytest.mark.skipif(not extension.load().path, reason="the compiled op is not built")
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_narrower_instruction_sets(isa):
