@@ -27,7 +27,7 @@ from torch import Tensor
 
 from common.checkpoint import atomic_write
 from common.datasets import load
-from common.datasets.folder import Column, OwnImages, Table, held_out_rows
+from common.datasets.folder import Column, OwnImages, Table, held_out_rows, names_below
 from common.datasets.readers import NpzFile, reading
 from common.errors import MissingDataError, UserError
 from common.metrics.disentanglement_points import MIN_ROWS
@@ -590,7 +590,9 @@ def load_own(o: Config) -> ConceptData:
     whole, held = (load("folder", o.dset_dir, split, **options) for split in ("train", "test"))
     images, labels, known = _folder_part(whole, o)
     mask = rules.supervision_mask(len(whole), o.masking_fact, o.seed) & known
-    val = held_out_rows(labels.y, 0.1, o.seed)
+    if whole.table:
+        log.info("%s: %s", o.concepts, whole.table)
+    val = held_out_rows(names_below(Path(o.dset_dir), whole.paths), labels.y, 0.1, f"{o.seed} validation")
     rows = np.delete(np.arange(len(whole)), val)
     test_images, test_labels, test_known = _folder_part(held, o)
     if not test_known.all():
@@ -610,13 +612,15 @@ def load_own(o: Config) -> ConceptData:
 def other_images(folder: str, channels: int) -> tuple[Part, np.ndarray]:
     """Images that the concepts do not describe, from two class sub-folders, and their class (n,): what may leak.
 
-    Raises UserError for another number of sub-folders.
+    Raises UserError for another number of sub-folders, and for fewer than 100 images.
     """
     found = load("folder", folder, "all", image_size=64, channels=channels)
     if len(found.classes or ()) != 2:
         raise UserError(f"--other_dir {folder}: leakage is how well the concepts tell two kinds of images apart; put "
                         f"each into a sub-folder, there are {len(found.classes or ())}")  # fmt: skip
     n = len(found)
+    if n < MIN_ROWS:
+        raise UserError(f"--other_dir {folder}: {MIN_ROWS} images at least are needed to say what leaks, not {n}")
     nothing = np.zeros((n, 0))
     part = Part(Images(found.in_memory()), np.arange(n), nothing, np.zeros(n), np.ones(n), nothing)
     return part, found.targets.numpy()

@@ -12,7 +12,7 @@ of them; leakage = 2 |accuracy - 1/2| on the rest. Models with rejection count r
     python glancenet/leakage.py --checkpoints checkpoints/NAME/final --other_dir OTHER      # of a model of your images
 
 OTHER holds images that the concepts do not describe, in two sub-folders: leakage is then what the latents tell of the
-sub-folder, and what is kept are the model's own held-out images.
+sub-folder, and what is kept are the model's own validation images.
 CG-VAE in the tables is the GlanceNet without rejection; `vae` is trained with --conditional_prior false. Models
 without a prior use the mean latents of each class as prototypes, and a bottleneck is judged by distance alone.
 Written in --out after every model: leakage.json, leakage.csv, leakage.png, pca.png. The data are made by
@@ -118,7 +118,7 @@ def measure(
         "rejection": found, "median_error_train": medians[0], "median_error_closed": medians[1],
         "median_error_corners": medians[2],
         "largest_error_train": float(train.errors.max()), "smallest_error_corners": float(corners.errors.min()),
-        "latents": z, "corner": data.corner,
+        "probe_images": len(fit), "probe_tested": len(held), "latents": z, "corner": data.corner,
     }  # fmt: skip
 
 
@@ -205,12 +205,12 @@ def train_one(key: str, seed: int, o: Config, overrides: list[str]) -> Path:
 
 
 def write_results(out: Path, rows: list[dict[str, Any]], details: list[dict[str, Any]], overrides: list[str],
-                  latents: dict[str, tuple[np.ndarray, np.ndarray]]) -> list[dict[str, Any]]:  # fmt: skip
-    """The files of the models measured so far; returns the summary."""
+                  latents: dict[str, tuple[np.ndarray, np.ndarray]], published: bool
+                  ) -> list[dict[str, Any]]:  # fmt: skip
+    """The files of the models measured so far; returns the summary. `published`: on the paper's images."""
     summary = summarise(rows)
-    write_json(out / "leakage.json", {
-        "summary": summary, "runs": details, "paper_leakage_percent": PAPER, "overrides": overrides,
-    })  # fmt: skip
+    paper = {"paper_leakage_percent": PAPER} if published else {}
+    write_json(out / "leakage.json", {"summary": summary, "runs": details, **paper, "overrides": overrides})
     write_csv(out / "leakage.csv", summary)
     plot(out, summary, latents)
     return summary
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     device, out = pick_device(o.device), Path(o.out)
     if o.other_dir and not o.checkpoints:
         raise UserError("--other_dir needs a trained model: --checkpoints <ckpt_dir>/<name>/final")
-    beyond, own = ("other images", "held-out") if o.other_dir else ("corners", "centre")
+    beyond, own = ("other images", "validation") if o.other_dir else ("corners", "centre")
     for key in o.models if not o.checkpoints else ():  # all that can be wrong is said before the first training
         training.parse(command(key, o.seeds[0], o, overrides))
     if o.dry_run:
@@ -244,13 +244,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         latents.setdefault(key, (found.pop("latents"), found.pop("corner")))
         found = {name: value for name, value in found.items() if name not in ("latents", "corner")}
         rows += table_rows(key, used.seed, found)
+        print(f"{key}: probe fitted on {found['probe_images']} images, leakage on the other {found['probe_tested']}")
         details.append({"model": key, "seed": used.seed, "checkpoint": str(path), **found})
-        summary = write_results(out, rows, details, overrides, latents)
+        summary = write_results(out, rows, details, overrides, latents, not o.other_dir)
     for row in summary:
         published = row["rejection"] == ("both" if row["model"] == "glancenet" else "none")
         paper = f"(paper {PAPER[row['model']]:.0f} %)" if published and row["model"] in PAPER else ""
-        print(f"{row['model']:10s} rejection {row['rejection']:15s} leakage {row['leakage_percent']:5.1f} +/- "
-              f"{row['leakage_percent_std']:.1f} %  {beyond} rejected {row['rejected_percent']:5.1f} %  {own} kept "
+        spread = f"+/- {row['leakage_percent_std']:.1f} " if row["seeds"] > 1 else ""
+        print(f"{row['model']:10s} rejection {row['rejection']:15s} leakage {row['leakage_percent']:5.1f} "
+              f"{spread}%  {beyond} rejected {row['rejected_percent']:5.1f} %  {own} kept "
               f"{row['closed_set_kept_percent']:5.1f} % {paper}")  # fmt: skip
     print(json.dumps({"results": str(out / "leakage.json")}))
     return summary

@@ -5,6 +5,8 @@ A source answers two questions: `labelled` (one transformation a sequence; super
 """
 
 import importlib.util
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from tqdm import tqdm
 from common import datasets
 from common.datasets.base import FactorSet
 from common.datasets.files import subfolders
+from common.datasets.folder import held_out_rows, names_below
 from common.datasets.readers import read_image
 from common.errors import UserError, suggest
 from common.images import list_pictures, natural_sorted
 from latent_flow import transforms
+
+log = logging.getLogger(__name__)
 
 # K flows, D-flag (twice the steps), image side, swept factors; the published settings where there are any
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -78,8 +83,11 @@ TURNING = (
 class DigitSequences:
     """Images zoomed, rotated or turned in hue (transformations 0, 1, 2); grey ones are made red."""
 
-    def __init__(self, images: Tensor, steps: int, device: torch.device | str = "cpu", centre: str = "upstream"):
-        self.images, self.steps, self.centre = images.to(device), steps, centre
+    def __init__(
+        self, images: Tensor, steps: int, device: torch.device | str = "cpu", centre: str = "upstream",
+        files: Sequence[str] = (),
+    ):  # fmt: skip
+        self.images, self.steps, self.centre, self.files = images.to(device), steps, centre, files
         self.names = self.moving = transforms.NAMES
         self.channels, self.image_size = 3, images.shape[-1]
 
@@ -87,8 +95,8 @@ class DigitSequences:
         return len(self.images)
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Training and validation rows."""
-        return split_rows(len(self), seed)
+        """Training and validation rows: a fifth, by the names of the files where there are any."""
+        return split_names(self.files, seed) if self.files else split_rows(len(self), seed)
 
     def _grey(self, rows: Any) -> Tensor:
         rows = torch.as_tensor(rows, device=self.images.device)
@@ -271,7 +279,7 @@ class FrameSequences:
             raise UserError(
                 f"no folder of frames at {folder}: put one sub-folder of pictures, or a video, a clip there"
             )
-        self.clips = clips_of(folder, size)
+        self.clip_names, self.clips = zip(*clips_of(folder, size).items(), strict=True)
         self.steps, self.device, self.stride, self.span = steps, device, stride, steps * stride
         self.starts = [
             (number, start) for number, clip in enumerate(self.clips) for start in range(len(clip) - self.span)
@@ -281,6 +289,9 @@ class FrameSequences:
                 f"no clip in {folder} has the {self.span + 1} frames that one sequence needs: lower --frame-stride or "
                 "--num-timesteps"
             )
+        short = [name for name, clip in zip(self.clip_names, self.clips, strict=True) if 0 < len(clip) <= self.span]
+        if short:
+            log.warning("left out, shorter than the %d frames of a sequence: %s", self.span + 1, ", ".join(short))
         pictures = [path for clip in self.clips if isinstance(clip, list) for path in clip]
         for path in tqdm(pictures, "reading the frames", disable=None, leave=False, delay=2):
             read_picture(path, size)  # a damaged one is named before anything is trained or written
@@ -290,16 +301,14 @@ class FrameSequences:
         return len(self.starts)
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Training and validation rows: a fifth of the clips, one at least, is held out. Of a single clip it is the
-        last fifth, and no sequence crosses the cut. Raises UserError when that clip is too short.
+        """Training and validation rows: about a fifth of the clips, one at least, is held out, drawn by their names. Of
+        a single clip it is the last fifth, and no sequence crosses the cut. Raises UserError when it is too short.
         """
         numbers = np.array([number for number, _ in self.starts])
         clips = np.unique(numbers)
         if len(clips) > 1:
-            order = np.random.default_rng([seed, 80]).permutation(clips)
-            shown = order[: min(max(int(0.8 * len(clips)), 1), len(clips) - 1)]
-            train = np.isin(numbers, shown)
-            return np.flatnonzero(train), np.flatnonzero(~train)
+            held = clips[split_names([self.clip_names[number] for number in clips], seed)[1]]
+            return np.flatnonzero(~np.isin(numbers, held)), np.flatnonzero(np.isin(numbers, held))
         length = len(self.clips[clips[0]])
         cut = min(int(0.8 * length), length - self.span - 1)
         if cut <= self.span:
@@ -321,17 +330,17 @@ class FrameSequences:
         return frames.float() / 255
 
 
-def clips_of(place: Path, size: int) -> list[list[Path] | np.ndarray]:
-    """The clips at a video, or in a folder and its sub-folders: paths of pictures, or a video's frames (n, 3, size,
-    size).
+def clips_of(place: Path, size: int) -> dict[str, list[Path] | np.ndarray]:
+    """The clips at a video, or in a folder and its sub-folders, by name: paths of pictures, or a video's frames (n, 3,
+    size, size).
     """
     if place.is_file():
-        return [read_video(place, size)]
-    clips: list[list[Path] | np.ndarray] = []
+        return {place.name: read_video(place, size)}
+    clips: dict[str, list[Path] | np.ndarray] = {}
     for folder in (place, *subfolders(place)):
         videos = [path for path in natural_sorted(folder.iterdir()) if is_video(path)]
-        clips.append([path for path in list_pictures(folder) if path not in videos])
-        clips += [read_video(path, size) for path in videos]
+        clips[folder.relative_to(place).as_posix()] = [path for path in list_pictures(folder) if path not in videos]
+        clips |= {path.relative_to(place).as_posix(): read_video(path, size) for path in videos}
     return clips
 
 
@@ -412,10 +421,12 @@ def open_source(
     size = size or DEFAULTS[name]["image_size"]
     if name in TESTED:
         own = {"image_size": size, "channels": 0, "held_out": HELD_OUT} if name == "folder" else {}
-        images = datasets.load(name, root=root, split=split, fetch=fetch, **own).arrays()[0]
+        found = datasets.load(name, root=root, split=split, fetch=fetch, **own)
+        images = found.arrays()[0]
         if images.shape[-1] != size:
             images = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).round().byte()
-        return DigitSequences(images, steps, device, centre)
+        files = names_below(datasets.data_root(root), found.paths) if name == "folder" else ()
+        return DigitSequences(images, steps, device, centre, files)
     base = datasets.data_root(root)
     if name == "frames":
         return FrameSequences(base, steps, size, device, stride)
@@ -433,3 +444,9 @@ def split_rows(count: int, seed: int, share: float = 0.8) -> tuple[np.ndarray, n
     order = np.random.default_rng([seed, 80]).permutation(count)
     cut = int(share * count)
     return order[:cut], order[cut:]
+
+
+def split_names(names: Sequence[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`split_rows` by the items' names: what is added moves nothing from training to validation."""
+    held = held_out_rows(names, np.zeros(len(names)), 0.2, f"{seed} validation")
+    return np.delete(np.arange(len(names)), held), held

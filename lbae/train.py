@@ -63,6 +63,8 @@ def train(params: Params, folder: Path) -> None:
             training.restore(enc=model.enc, gen=model.gen, optimizer=optimizer)
             training.names = attribute_names(train_set)
             training.start(model, len(train_set), len(test_set))
+            if table := getattr(train_set.parent, "table", None):
+                training.run.info(f"{params.labels}: {table}")
             module = dist.wrap(normalise_over_processes(model, dist))
             module.train()
             step = CudaGraph(

@@ -133,7 +133,7 @@ def folder_items(folder: Path, train: Path | None = None) -> tuple[list[Path], n
     class that `train` lacks.
     """
     if not folder.is_dir():
-        raise UserError(f"folder: {folder} is not a folder of images; give the folder as root")
+        raise UserError(f"no folder of images at {folder}")
     loose = list_pictures(folder)
     groups = {sub.name: paths for sub in subfolders(folder) if (paths := tree(sub))}
     if loose and groups:

@@ -9,8 +9,11 @@ categorical one; an empty cell (also nan, na, n/a, none, null, ?) is missing.
 """
 
 import csv
+import hashlib
 import io
 import os
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from common.datasets.files import FileSet, first_present, folder_items, tree
+from common.datasets.files import FileSet, first_present, folder_items, subfolders, tree
 from common.datasets.readers import reading
 from common.errors import UserError, suggest
 from common.images import PICTURE_SUFFIXES, natural_sorted, picture_head
@@ -31,6 +34,8 @@ MISSING = ("", "nan", "na", "n/a", "none", "null", "?")
 SEPARATORS = (",", ";", "\t")
 TRUTHS = ({"0": 0, "1": 1}, {"-1": 0, "1": 1}, {"no": 0, "yes": 1}, {"false": 0, "true": 1})
 CATEGORIES = 100  # of one column
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?", re.I | re.A)
+LOOKS_LIKE_ONE = re.compile(r"[+\u2212-]?[\d\s.,'_%]*\d[\d\s.,'_%]*", re.A)  # 1.000,5 and 1_0 and 5 %, not 3D, 10-20
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,10 @@ def _column(path: Path, name: str, cells: list[str], point: str = ".", words: bo
     """
     known = {cell for cell in cells if cell.lower() not in MISSING}
     numbers = {} if words else {cell: number for cell in known if (number := _number(cell, point)) is not None}
+    odd = next((cell for cell in natural_sorted(known - numbers.keys()) if LOOKS_LIKE_ONE.fullmatch(cell)), None)
+    if odd is not None and not words:
+        raise UserError(f"{path}: column {name!r} holds {odd!r}: write numbers with a point and without signs between "
+                        "the digits (1000.5), words with a letter")  # fmt: skip
     if strays := natural_sorted(known - numbers.keys()) if numbers else []:
         raise UserError(f"{path}: column {name!r} holds numbers and words ({strays[0]!r} is no number): empty that "
                         "cell if it is missing, else write numbers alone, or words alone")  # fmt: skip
@@ -82,10 +91,8 @@ def _column(path: Path, name: str, cells: list[str], point: str = ".", words: bo
 
 def _number(cell: str, point: str) -> float | None:
     """The number that a cell holds; None for words."""
-    try:
-        return float(cell.replace(point, "."))
-    except ValueError:
-        return None
+    cell = cell.replace(point, ".").replace("\u2212", "-")  # the minus of typesetters
+    return float(cell) if NUMBER.fullmatch(cell) else None
 
 
 class Table(NamedTuple):
@@ -101,6 +108,16 @@ class Table(NamedTuple):
             return replace(column, values=np.append(column.values, np.nan)[rows])
 
         return Table(self.classes and of(self.classes), tuple(of(one) for one in self.concepts))
+
+    def __str__(self) -> str:
+        """What was understood: every column with its kind and its words or its span."""
+        said = []
+        for one in self.concepts:
+            values = {"categorical": ": " + ", ".join(one.categories),
+                      "continuous": ", {:g} to {:g}".format(*one.span)}.get(one.kind, "")  # fmt: skip
+            said.append(f"{one.name} ({one.kind}{values})")
+        classes = [f"{len(self.classes.categories)} classes by {self.classes.name}"] if self.classes else []
+        return "; ".join(classes + said)
 
     def encoded(self) -> tuple[list[str], np.ndarray, list[list[int]]]:
         """Names (L) and values (N, L) in [0, 1] of all concepts (NaN: missing), and the columns of each concept."""
@@ -126,11 +143,15 @@ def _table(path: Path) -> tuple[list[str], dict[str, list[str]], str]:
         raise
     first = next((line for line in text.split("\n") if line.strip()), "")
     separator = max(SEPARATORS, key=first.count)
+    reader, lines, number = csv.reader(io.StringIO(text), delimiter=separator, strict=True), [], 1
     try:
-        reader = csv.reader(io.StringIO(text), delimiter=separator)
-        lines = [(reader.line_num, cells) for line in reader if any(cells := [cell.strip() for cell in line])]
+        for line in reader:
+            if any(cells := [cell.strip() for cell in line]):
+                lines.append((number, cells))
+            number = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"cannot read {path} as a CSV ({error}): save it as text with commas") from error
+        raise UserError(f"cannot read {path} as a CSV, line {number} ({error}): close the quotes there, or save it as "
+                        "text with commas") from error  # fmt: skip
     header = lines.pop(0)[1] if lines else []
     names = [name for name in header if name]
     if not lines or len(header) < 2 or not names:
@@ -168,23 +189,29 @@ def read_labels(path: str | Path, class_column: str = "") -> tuple[list[str], Ta
     return files, Table(classes, tuple(concepts))
 
 
+def _name(path: str | os.PathLike) -> str:
+    """A file's name in one spelling: an accent may be a letter of its own on a disk and none in a CSV."""
+    return unicodedata.normalize("NFC", os.fspath(path))
+
+
 def labels_of(path: str | Path, paths: Sequence[Path], root: Path, class_column: str = "") -> Table:
     """The labels of the images `paths` of the folder `root`, looked up by place below it, else by name.
 
     Raises UserError for a CSV that names an image which is not there, or twice.
     """
     listed, table = read_labels(path, class_column)
-    place = {os.path.abspath(one): i for i, one in enumerate(paths)}
+    place = {_name(os.path.abspath(one)): i for i, one in enumerate(paths)}
     by_name: dict[str, int] = {}
     for i, one in enumerate(paths):
-        by_name[one.name] = -1 if one.name in by_name else i
+        by_name[_name(one.name)] = -1 if _name(one.name) in by_name else i
     rows = np.full(len(paths), -1)
     for row, name in enumerate(listed):
-        name = name.replace("\\", "/")
-        i = place.get(os.path.abspath(root / name), by_name.get(name))
+        name = _name(name.replace("\\", "/"))
+        i = place.get(_name(os.path.abspath(root / name)), by_name.get(name))
         if i is None or i < 0:
-            why = "is not an image of" if i is None else "stands in several sub-folders of"
-            near = suggest(name, [one.relative_to(root).as_posix() for one in paths])
+            why, near = "is not an image of", suggest(name, [one.relative_to(root).as_posix() for one in paths])
+            if i is not None:
+                why, near = "stands in several sub-folders of", ": write the sub-folder before the name"
             raise UserError(f"{path} names {name or 'no file'}, which {why} {root}{near}; the column `file`, else "
                             "the first, names the files")  # fmt: skip
         if rows[i] >= 0:
@@ -194,8 +221,11 @@ def labels_of(path: str | Path, paths: Sequence[Path], root: Path, class_column:
 
 
 def has_splits(root: Path) -> bool:
-    """Whether a folder of images holds train/ and test/. Raises UserError for one of the two."""
+    """Whether a folder of images holds train/ and test/. Raises UserError for one of the two, and for Train or TEST."""
     found = [name for name in ("train", "test") if (root / name).is_dir()]
+    for sub in subfolders(root):
+        if (name := sub.name.lower()) != sub.name and name in ("train", "valid", "val", "test"):
+            raise UserError(f"{root} holds {sub.name}/: call it {name}/ if it is that part, else otherwise")
     if len(found) == 1:
         raise UserError(f"{root} holds {found[0]}/ alone: add the other one of train/ and test/, or move its images up")
     return bool(found)
@@ -228,7 +258,7 @@ def look(root: str | Path, largest: int = 64) -> Look:
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"folder: {root} is not a folder of images; give the folder as root")
+        raise UserError(f"no folder of images at {root}")
     paths = folder_items(root / "train" if has_splits(root) else root)[0]
     heads = [picture_head(paths[i]) for i in np.unique(np.linspace(0, len(paths) - 1, LOOKED_AT).astype(int))]
     channels = 3 if any(colour for _, colour, _ in heads) else 1
@@ -239,13 +269,22 @@ def look(root: str | Path, largest: int = 64) -> Look:
     return Look(channels, side, side, False)
 
 
-def held_out_rows(targets: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Ascending rows (n,) of a share of the items, the same share of each class and one at least, drawn by `seed`."""
-    rng, held = np.random.default_rng(seed), []
+def held_out_rows(names: Sequence[str], targets: np.ndarray, share: float, seed: int | str) -> np.ndarray:
+    """Ascending rows (n,) of about a share of each class, one at least and not all, drawn by `seed` and an item's name:
+    items that are added move none of the others from training to what is held out.
+    """
+    digests = [hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest() for name in names]
+    drawn, held = np.array([int.from_bytes(digest) / 2**64 for digest in digests]), []
     for code in np.unique(targets):
         rows = np.flatnonzero(targets == code)
-        held.append(rng.permutation(rows)[: max(1, round(share * len(rows)))])
+        rows = rows[np.argsort(drawn[rows])]
+        held.append(rows[: min(max(1, (drawn[rows] < share).sum()), max(1, len(rows) - 1))])
     return np.sort(np.concatenate(held))
+
+
+def names_below(root: Path, paths: Sequence[Path]) -> list[str]:
+    """The place of each file below `root`, as `held_out_rows` wants it."""
+    return [_name(path.relative_to(root).as_posix()) for path in paths]
 
 
 class OwnImages(FileSet):
@@ -275,8 +314,9 @@ def _items(root: Path, part: Path, labels: str, class_column: str) -> _Items:
         return _Items(paths, targets, classes, table)
     unknown = np.flatnonzero(np.isnan(table.classes.values))
     if len(unknown):
-        raise UserError(f"{source} gives no class of {paths[unknown[0]]} ({len(unknown)} such images): fill column "
-                        f"{table.classes.name!r} in, or take the images out")  # fmt: skip
+        raise UserError(f"{source} gives no class of {paths[unknown[0]]} ({len(unknown)} such images): the cell "
+                        f"of {table.classes.name!r} is empty, or reads {', '.join(MISSING[1:])}; write another "
+                        "word, or take the images out")  # fmt: skip
     return _Items(paths, table.classes.values.astype(np.int64), list(table.classes.categories), table)
 
 
@@ -306,9 +346,10 @@ def load_folder(
 ) -> OwnImages:  # fmt: skip
     """The images of `root`: those below train/, valid/ (or val/) and test/, else all of them.
 
-    held_out: of a folder without these, train and test are parts drawn by `seed`, the share `held_out` of each class
-    for test; a folder of fewer than 10 images is refused. channels 0: grey where all files are. The class is the
-    sub-folder, or the CSV's. need_classes: refuse a single class, and classes that train or test lacks.
+    held_out: of a folder without these, train and test are parts drawn by `seed` and the files' names, about the share
+    `held_out` of each class for test; a folder of fewer than 10 images is refused. channels 0: grey where all files
+    are. The class is the sub-folder, or the CSV's. need_classes: refuse a single class, and classes that train or test
+    lacks.
     """
     own = split == "all" or (held_out > 0 and root.is_dir() and not has_splits(root))
     part = root if own else _part(root, split)
@@ -322,7 +363,7 @@ def load_folder(
         _check_classes(train, test, root)
     rows = np.arange(len(items.paths))
     if own and split != "all":
-        held = held_out_rows(items.targets, held_out, seed)
+        held = held_out_rows(names_below(root, items.paths), items.targets, held_out, seed)
         rows = held if split == "test" else np.delete(rows, held)
     found = OwnImages(
         "folder", split, [items.paths[row] for row in rows], torch.from_numpy(items.targets[rows]), items.classes,

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+import unicodedata
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +29,7 @@ import glancenet
 import nfpi
 from common.datasets import load, prepare
 from common.datasets.download import Remote
-from common.datasets.folder import check_split
+from common.datasets.folder import check_split, held_out_rows
 from common.errors import UserError, run_command
 from glancenet import evaluate, leakage
 from glancenet import main as glance_main
@@ -100,7 +101,25 @@ def test_what_is_held_out_follows_from_the_seed_alone(tmp_path):
     draw(tmp_path, layout="classes")
     parts = [load("folder", tmp_path, "test", held_out=0.25, seed=seed, image_size=8).paths for seed in (1, 1, 2)]
     assert parts[0] == parts[1] != parts[2]
-    assert [sum(path.parent.name == f"k{i}" for path in parts[0]) for i in range(3)] == [5, 5, 5]
+    assert {path.parent.name for path in parts[0]} == {"k0", "k1", "k2"}
+
+
+def test_images_that_are_added_move_none_from_training_to_what_is_held_out(tmp_path):
+    folders = ((tmp_path / "mine", 200), (tmp_path / "more", 300))
+    held = []
+    for folder, n in folders:
+        draw(folder, n, "classes")
+        paths = load("folder", folder, "test", held_out=0.1, image_size=8).paths
+        held.append({path.relative_to(folder) for path in paths})
+    before = {path.relative_to(folders[0][0]) for path in folders[0][0].rglob("*.png")}
+    assert held[1] & before == held[0] and held[1] > held[0]
+    assert 10 <= len(held[0]) <= 30 and 18 <= len(held[1]) <= 42  # a tenth, drawn: twice the deviation of a binomial
+    names = [f"{i}.png" for i in range(300)]
+    for count, code in ((2, 0), (1, 1), (297, 2)):
+        rows = held_out_rows(names[:count], np.full(count, code), 0.9, 0)
+        assert 1 <= len(rows) <= max(1, count - 1), "one at least of each class, and one stays"
+    assert 250 <= len(rows) <= 285
+    assert len(held_out_rows(names, np.arange(300) % 3, 1e-9, 0)) == 3
 
 
 def test_an_evaluation_of_the_training_s_images_keeps_its_split(tmp_path, monkeypatch):
@@ -134,7 +153,12 @@ def test_a_grey_folder_is_grey(tmp_path):
         (["file"], "no table of labels"),
         (["<html><body>no"], "is a web page"),
         (["im0.png,a", "im1.png,b"], r"begins with an image \(im0.png\), not with a header"),
-        (["file,y,size", 'im0.png,a,"1,000"', "im1.png,a,3"], "holds numbers and words \\('1,000'"),
+        (["file,y,size", 'im0.png,a,"1,000"', "im1.png,a,3"], "'size' holds '1,000': write numbers with a point"),
+        (["file,y,size", "im0.png,a,1_0", "im1.png,a,3"], "'size' holds '1_0'"),
+        (["file,y,size", "im0.png,a,5 %", "im1.png,a,7 %"], "'size' holds '5 %'"),
+        (["file;y;size", "im0.png;a;1.000,5"], "'size' holds '1.000,5'"),
+        (["file,y,note", 'im0.png,a,"open', *(f"im{i}.png,a,n" for i in range(1, 40))], "line 2 .*close the quotes"),
+        (["file,y", "im0.png,none", "im1.png,a"], "im0.png .*is empty, or reads nan, na, n/a, none"),
         (["file,y,y", "im0.png,a,b"], "two columns 'y': rename one"),
         (["file,y,note", "im0.png,a,3", "im1.png,a,unknown"], "column 'note' holds numbers and words \\('unknown'"),
         (["file,y", "im0.png,Größe"], "is no UTF-8 text: save it as CSV UTF-8"),
@@ -145,6 +169,24 @@ def test_a_table_that_does_not_fit_is_refused_by_its_line_or_column(tmp_path, li
     (tmp_path / "labels.csv").write_text("\n".join(lines), encoding="latin-1")
     with pytest.raises(UserError, match=words):
         load("folder", tmp_path, labels="labels.csv", class_column="y")
+
+
+def test_a_name_is_found_in_either_spelling_of_its_accents(tmp_path):
+    draw(tmp_path, 12, size=(8, 8))
+    (tmp_path / "im0.png").rename(tmp_path / unicodedata.normalize("NFD", "é.png"))
+    (tmp_path / "labels.csv").write_text("file,x\n" + unicodedata.normalize("NFC", "é.png") + ",\u22123\nim1.png,5\n")
+    images = load("folder", tmp_path, "all", image_size=8, labels="labels.csv")
+    (column,) = images.table.concepts
+    found = {path.name: value for path, value in zip(images.paths, column.values, strict=True)}
+    assert found[unicodedata.normalize("NFD", "é.png")] == -3 and found["im1.png"] == 5
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "im2.png", tmp_path / name)
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    (tmp_path / "labels.csv").write_text("file,x\nim2.png,5")
+    with pytest.raises(UserError, match=r"stands in several sub-folders of .*: write the sub-folder before the name"):
+        load("folder", tmp_path, "all", image_size=8, labels="labels.csv")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -194,6 +236,8 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     refused("test has no image of class k1")
     shutil.rmtree(tmp_path / "test")
     refused("holds train/ alone")
+    (tmp_path / "train").rename(tmp_path / "Train")
+    refused("holds Train/: call it train/")
 
 
 # ---- LBAE
@@ -207,7 +251,9 @@ def test_lbae(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("METRICS_CACHE", str(tmp_path / "cache"))
     # relative places: the evaluation below is called from another folder
     lbae_folder.main(["data_root=mine", "labels=mine/labels.csv", "exp=exp/own", *TINY_LBAE])
-    assert "54 training and 6 test images" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "56 training and 4 test images" in said and "3 classes by y" not in said
+    assert "bright (binary); colour (categorical: blue, green, red); size (continuous, 0.302 to 0.898)" in said
     stored = json.loads((tmp_path / "exp/own/models/best.json").read_text())["attribute_names"]
     assert stored == ["y=k0", "y=k1", "y=k2", "bright", "colour=blue", "colour=green", "colour=red"]
     words = ["eval", "gen", "exp=exp/own", "sample_method=int", "gen_imgs=9", "batch_size_test=2", "device=cpu"]
@@ -221,8 +267,8 @@ def test_lbae(tmp_path, monkeypatch, capsys):
     line = refusal(capsys, lbae_folder.main, "eval", "exp=exp/own", "held_out_seed=5", "device=cpu")
     assert "held_out_seed is 5, but was 0 in training" in line  # its test images would be training images
     monkeypatch.chdir(tmp_path / "exp/own")
-    protocol.main(["methods=cov", "device=cpu", "kid_subsets=3"])  # scores 6 images, which 64 components do not fit
-    assert "feat:pixel-pca5" in Path("results.txt").read_text()
+    protocol.main(["methods=cov", "device=cpu", "kid_subsets=3"])  # scores 4 images, which 64 components do not fit
+    assert "feat:pixel-pca3" in Path("results.txt").read_text()
     assert Path("reconstructed_eval/sample_0_0.jpg").stat().st_size > 500
 
 
@@ -250,7 +296,7 @@ def test_inverse_flow_pads_what_does_not_squeeze_and_counts_the_real_dimensions(
     inv_flow_mnist.main(["--evaluate", "--dataset", "folder", "--data_root", "mine", "--out", "run", "--device", "cpu"])
     found = json.loads((tmp_path / "run/evaluation.json").read_text())
     assert found["test_bpd"] == pytest.approx(found["test_nll"] / (315 * np.log(2)), rel=1e-6)
-    assert found["recon_images"] == 6 and found["recon_max_grey"] < 0.01
+    assert found["recon_images"] == 4 and found["recon_max_grey"] < 0.01
     with Image.open(tmp_path / "run/samples/evaluation.png") as picture:
         assert picture.size == (10 * (21 + 2) + 2, 10 * (15 + 2) + 2)  # cropped to the real ones
 
@@ -277,7 +323,7 @@ def test_nfpi(tmp_path, monkeypatch, capsys):
     draw(tmp_path / "mine", layout="classes", size=(18, 13))
     monkeypatch.chdir(tmp_path)
     nfpi_main.main(list(TINY_NFPI))
-    assert "54 training and 6 test images of 3x12x12, 3 classes" in capsys.readouterr().err
+    assert "52 training and 8 test images of 3x12x12, 3 classes" in capsys.readouterr().err
     (results,) = tmp_path.glob("outputs/folder/mean/*/_/version_0/results.json")
     found = json.loads(results.read_text())
     assert found["finished"] and found["config"]["dataset_info"]["folder"]["num_classes"] == 3
@@ -322,7 +368,13 @@ def test_latent_flow_turns_single_pictures(tmp_path, monkeypatch, grey):
     show_flows.main(["--exp", "run", "--device", "cpu"])
     assert list((tmp_path / "run/pictures").glob("*.png"))
     source = open_source("folder", 6, size=24, root="mine")
-    assert len(source) == 54 and len(open_source("folder", 6, size=24, root="mine", split="test")) == 6
+    assert len(source) == 57 and len(open_source("folder", 6, size=24, root="mine", split="test")) == 3
+    train, valid = source.split(0)
+    shutil.copy(tmp_path / "mine/k0/im0.png", tmp_path / "mine/k0/more.png")
+    more = open_source("folder", 6, size=24, root="mine")
+    assert {source.files[i] for i in train} == {more.files[i] for i in more.split(0)[0]} - {"k0/more.png"}
+    assert 5 < len(valid) < 20, "about a fifth"
+    (tmp_path / "mine/k0/more.png").unlink()
     before, *_, after = source.labelled(np.arange(54), torch.full((54,), 2))  # hue, 120 degrees: red to green to blue
     lit = before.sum(1) > 0.2
     if grey:
@@ -336,13 +388,14 @@ def write_gif(path, numbers):
     frames[0].save(path, save_all=True, append_images=frames[1:])
 
 
-def test_latent_flow_reads_videos(tmp_path, monkeypatch, capsys):
+def test_latent_flow_reads_videos(tmp_path, monkeypatch, capsys, caplog):
     clips = tmp_path / "clips"
     (clips / "b").mkdir(parents=True)
     write_gif(clips / "a.gif", range(0, 120, 10))
     write_gif(clips / "b/c.gif", range(120, 240, 10))
     write_gif(clips / "b/still.gif", [7])  # one frame: a picture
     source = open_source("frames", 3, size=8, root=str(clips), stride=2)
+    assert "left out, shorter than the 7 frames of a sequence: b" in caplog.text
     assert [len(clip) for clip in source.clips] == [0, 12, 1, 12]
     levels = (source.sequences(np.arange(len(source)))[:, :, 0, 4, 4] * 255).round().int().T.tolist()
     assert levels == [[10 * (k + 2 * t) for t in range(4)] for k in (*range(6), *range(12, 18))]
@@ -393,16 +446,22 @@ def test_glancenet(tmp_path, monkeypatch, capsys):
     assert {"alignment", "explicitness", "alignment_linear", "explicitness_linear"} <= found.keys()
     assert {path.suffix for path in (tmp_path / "train_outputs/x").iterdir()} == {".png", ".jpg", ".gif"}
 
-    draw(tmp_path / "other", 60, "classes", size=(12, 12))
+    draw(tmp_path / "other", 180, "classes", size=(12, 12))
     shutil.rmtree(tmp_path / "other/k2")
     words = ["--checkpoints", "checkpoints/x/final", "--device", "cpu", "--out", "leak"]
     capsys.readouterr()
     leakage.main([*words, "--other_dir", "other"])
     said = capsys.readouterr().out
     assert "other images rejected" in said and "paper" not in said  # whose figures are of other images
-    assert json.loads((tmp_path / "leak/leakage.json").read_text())["runs"][0]["rejection"].keys() == {
-        "none", "distance", "reconstruction", "both"
-    }  # fmt: skip
+    assert "probe fitted on 96 images, leakage on the other 24" in said and "+/-" not in said, "of one model"
+    written = json.loads((tmp_path / "leak/leakage.json").read_text())
+    assert written["runs"][0]["rejection"].keys() == {"none", "distance", "reconstruction", "both"}
+    assert "paper_leakage_percent" not in written
+    for path in list((tmp_path / "other/k0").iterdir())[:30]:
+        path.unlink()
+    assert "100 images at least are needed to say what leaks, not 90" in refusal(
+        capsys, leakage.main, *words, "--other_dir", "other"
+    )
     assert "there are 3" in refusal(capsys, leakage.main, *words, "--other_dir", "mine/test")
 
 
@@ -430,7 +489,7 @@ def test_glancenet_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
         return refusal(capsys, glance_main.main, "--alg", "GlanceNet", *TINY_GLANCE, *words)
 
     assert "did you mean 'bright'" in refused("--include_labels", "brigth")
-    assert "training and test images with concepts are needed, not 41 and 6" in refused("--evaluation_metric", "mig")
+    assert "training and test images with concepts are needed, not 37 and 3" in refused("--evaluation_metric", "mig")
     assert "no column 'class'" in refused("--class_column", "class")
     assert "5 concepts" in refused("--z_dim", "3")
     assert "belong to --dset_name folder" in refused("--dset_name", "sprites")

@@ -131,7 +131,10 @@ def test_the_figure_shows_the_papers_leakage_where_it_has_one(monkeypatch, tmp_p
     pairs = [(model, kind) for model in ("cbnm", "own", "glancenet") for kind in ("none", "distance", "both")]
     rows = [{"model": model, "rejection": kind, "leakage_percent": 9.0, "leakage_percent_std": 1.0}
             for model, kind in pairs]  # fmt: skip
-    leakage.plot(tmp_path, rows, {"own": (np.eye(4), np.array([0, 1, 0, 1]))})
+    z = np.random.default_rng(0).normal(size=(9, 2)) * (3, 1)
+    leakage.plot(tmp_path, rows, {"own": (z, np.arange(9) % 2)})
+    points = np.concatenate([found.get_offsets() for found in made["pca.png"].axes[0].collections])
+    np.testing.assert_allclose(np.linalg.svd(points)[1], np.linalg.svd(z - z.mean(0))[1], err_msg="the plane, turned")
     (axes,) = made["leakage.png"].axes
     lines = [(np.asarray(line.get_xdata()), list(line.get_ydata())) for line in axes.lines if line.get_ls() == "--"]
     assert [y for _, y in lines] == [[80.0, 80.0], [1.0, 1.0]]
