@@ -9,29 +9,31 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_into, load_weights
 from common.errors import UserError
+from common.given import floats
 from common.launch import pick_device
 from common.released import weights_file
 from glancenet.algorithms import Shape, make_model
 from glancenet.architectures import IMAGE_SIZE
 from glancenet.losses import Batch
-from glancenet.mnist_objective import CONCEPTS, KNOWN_DIGITS, MODELS
+from glancenet.mnist_objective import CONCEPTS, KNOWN_DIGITS, LATENTS, MODELS
 from glancenet.options import Config
 
 
 class ConceptModel(nn.Module):
     """Images (B, C, H, W) in [0, 1], latents (B, D) whose first ones are the concepts, and classes. In evaluation mode.
 
-    prototypes: the learned prior mean of each class (K, D), or None. image_shape: (C, H, W).
+    prototypes: the learned prior mean of each class (K, D), or None. image_shape: (C, H, W). Arrays and tensors of any
+    float type are taken; UserError for other shapes, types and values, in one line.
     """
 
     def __init__(
         self, model: nn.Module, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor] | None,
         prototypes: Tensor | None, classes: tuple[str, ...], concepts: tuple[str, ...], config: dict[str, Any],
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, int, int], latents: int,
     ):  # fmt: skip
         super().__init__()
         self.model, self.config, self.image_shape = model, config, image_shape
-        self._encode, self._decode = encode, decode
+        self._encode, self._decode, self._latents = encode, decode, latents
         self.register_buffer("prototypes", prototypes)
         self.class_names, self.concept_names = classes, concepts
 
@@ -40,12 +42,13 @@ class ConceptModel(nn.Module):
 
         The model's estimate of a binary concept is its sigmoid.
         """
-        return self._encode(images)
+        return self._encode(floats(images, "images", ("B", *self.image_shape), next(self.parameters()), (0, 1)))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, D) -> images (B, C, H, W) in (0, 1). Raises UserError for a bottleneck, which has no decoder."""
         if self._decode is None:
             raise UserError("a concept bottleneck has no decoder")
+        latents = floats(latents, "latents", ("B", self._latents), next(self.parameters()))
         return torch.sigmoid(self._decode(latents))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -84,6 +87,7 @@ def _of_parity(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -
         digits[:CONCEPTS],
         config,
         (1, 28, 28),
+        LATENTS,
     )
 
 
@@ -109,4 +113,5 @@ def _of_main(tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> 
         names,
         config,
         (channels, IMAGE_SIZE, IMAGE_SIZE),
+        options.z_dim,
     )

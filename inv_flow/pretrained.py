@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_into, load_weights
 from common.errors import UserError
+from common.given import floats, number, whole
 from common.launch import pick_device
 from common.released import weights_file
 from inv_flow.model import FlowModel
@@ -16,7 +17,10 @@ from inv_flow.train.launch import make_model
 
 
 class ImageFlow(nn.Module):
-    """Images (B, C, H, W) in [0, 1], read as 8-bit (or `levels`) pixels, and their latents. In evaluation mode."""
+    """Images (B, C, H, W) in [0, 1], read as 8-bit (or `levels`) pixels, and their latents. In evaluation mode.
+
+    Arrays and tensors of any float type are taken; UserError for other shapes, types and values, in one line.
+    """
 
     class_names: tuple[str, ...] = ()
     concept_names: tuple[str, ...] = ()
@@ -26,6 +30,7 @@ class ImageFlow(nn.Module):
         self.flow, self.image_shape = flow, tuple(flow.image_size)  # (C, H, W)
 
     def _integers(self, images: Tensor) -> Tensor:
+        images = floats(images, "images", ("B", *self.image_shape), self._weight, (0, 1), least=1)
         return (images * (self.flow.levels - 1)).round()
 
     def encode(self, images: Tensor) -> list[Tensor]:
@@ -34,19 +39,28 @@ class ImageFlow(nn.Module):
 
     def decode(self, latents: list[Tensor]) -> Tensor:
         """Latents as `encode` gives them -> images (B, C, H, W) in [0, 1], on the grid of grey levels."""
+        sizes = self.flow.latent_sizes
+        if not isinstance(latents, (list, tuple)) or len(latents) != len(sizes):
+            raise UserError(f"latents: expected a list of {len(sizes)} tensors, as `encode` gives")
+        latents = [floats(z, f"latents[{i}]", ("B", *sizes[i]), self._weight, least=1) for i, z in enumerate(latents)]
+        if any(z.shape[0] != latents[0].shape[0] for z in latents):
+            raise UserError(f"latents of {[len(z) for z in latents]} images: expected as many in all")
         return self.flow.decode(latents).clamp(0, self.flow.levels - 1) / (self.flow.levels - 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """-log2 p(x) a dimension (B,), with one draw of the dequantisation noise: bits/dim."""
-        dimensions = images[0].numel()
-        return -self.flow(self._integers(images))[1] / (dimensions * math.log(2))
+        return -self.flow(self._integers(images))[1] / (math.prod(self.image_shape) * math.log(2))
 
     bits_per_dim = forward
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self.parameters())
 
     @torch.no_grad()
     def sample(self, n: int, temperature: float = 1.0) -> Tensor:
         """n images (n, C, H, W) in [0, 1]; every latent is temperature * N(0, I)."""
-        return self.flow.sample_images(n, temperature) / (self.flow.levels - 1)
+        return self.flow.sample_images(whole(n, "n"), number(temperature, "temperature")) / (self.flow.levels - 1)
 
 
 def load(name: str | Path, device: str = "cpu") -> ImageFlow:

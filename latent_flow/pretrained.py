@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.given import as_tensor, floats, whole
 from common.launch import pick_device
 from common.released import weights_file
 from latent_flow.model import LatentFlow
@@ -13,7 +14,10 @@ from latent_flow.transforms import NAMES
 
 
 class FlowAutoencoder(nn.Module):
-    """Images (B, C, N, N) in [0, 1], latents (B, D), and K flows that move latents in time. In evaluation mode."""
+    """Images (B, C, N, N) in [0, 1], latents (B, D), and K flows that move latents in time. In evaluation mode.
+
+    Arrays and tensors of any float type are taken; UserError for other shapes, types and values, in one line.
+    """
 
     def __init__(self, model: LatentFlow):
         super().__init__()
@@ -34,11 +38,11 @@ class FlowAutoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images float (B, C, N, N) in [0, 1] -> posterior means z_0 (B, D)."""
-        return self.model.vae.encode(images)[0]
+        return self.model.vae.encode(floats(images, "images", ("B", *self.image_shape), self._weight, (0, 1)))[0]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, D) -> images (B, C, N, N) in (0, 1)."""
-        return torch.sigmoid(self.model.vae.decoder.logits(latents))
+        return torch.sigmoid(self.model.vae.decoder.logits(self._latents(latents)))
 
     def forward(self, images: Tensor) -> Tensor:
         """The reconstruction of images."""
@@ -49,11 +53,20 @@ class FlowAutoencoder(nn.Module):
         """Latents (B, D) along the flows with `weights`: (K,) the same at all times, or (T, K) one row a step.
 
         steps: T (default: as trained). Returns z_0..z_T, (T + 1, B, D). One flow is a one-hot row; several at once
-        superpose, other rows at other times switch.
+        superpose, other rows at other times switch. Raises UserError for other shapes and values.
         """
-        weights = torch.as_tensor(weights, dtype=latents.dtype, device=latents.device)
-        steps = len(weights) if weights.ndim == 2 else steps or self.model.config.steps
-        return self.model.support_sets.rollout(latents, weights, steps)
+        latents, weights = self._latents(latents), as_tensor(weights, "weights")
+        steps = self.model.config.steps if steps is None else whole(steps, "steps")
+        return self.model.support_sets.rollout(
+            latents, weights.to(latents), len(weights) if weights.ndim == 2 else steps
+        )
+
+    def _latents(self, values: Tensor) -> Tensor:
+        return floats(values, "latents", ("B", self.model.config.latent_size), self._weight)
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self.parameters())
 
 
 def load(name: str | Path, device: str = "cpu") -> FlowAutoencoder:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_weights
 from common.errors import UserError
+from common.given import floats, zero_one
 from common.launch import pick_device
 from common.released import weights_file
 from lbae.experiment import Latents, checkpoint_path, load_nets, newest_config, read_checkpoint, split_nets, unpack_bits
@@ -20,6 +21,7 @@ from lbae.sampler import HyperplaneSampler
 class Autoencoder(nn.Module):
     """Images (B, C, S, S) in [0, 1] and their codes (B, D): bits -1 and +1, or the means of a VAE. In evaluation mode.
 
+    Arrays and tensors of any float type are taken; UserError for other shapes, types and values, in one line.
     codes (N, D) and labels (N, A) are those of the training images: what the samplers are fitted on. `image_shape` is
     (C, S, S), `config` holds the options of the training.
     """
@@ -43,15 +45,23 @@ class Autoencoder(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images float (B, C, S, S) in [0, 1] -> codes (B, D)."""
-        return self.model.enc(images).code
+        return self.model.enc(floats(images, "images", ("B", *self.image_shape), self._weight, (0, 1))).code
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, D) of any number type -> images (B, C, S, S) in (0, 1)."""
-        return self.model.gen(codes.to(self.model.gen.l1l.weight))
+        """Codes (B, D), floats or signed integers in [-1, 1] (a VAE's: any) -> images (B, C, S, S) in (0, 1)."""
+        model = self.model.enc
+        codes = floats(codes, "codes", ("B", self._weight.shape[1]), self._weight, None if model.vae else (-1, 1))
+        if not model.vae and model.zround < 0 and zero_one(codes):
+            raise UserError("codes of 0 and 1: expected -1 and +1, which are 2 * codes - 1")
+        return self.model.gen(codes)
 
     def forward(self, images: Tensor) -> Tensor:
         """The reconstruction of images."""
         return self.decode(self.encode(images))
+
+    @property
+    def _weight(self) -> Tensor:
+        return self.model.gen.l1l.weight  # (.., D)
 
     @cached_property
     def sampler(self) -> HyperplaneSampler:
