@@ -9,6 +9,7 @@ Plain transcriptions of the published routines are in `lbae.reference`; the test
 import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.given import as_tensor, classes, number, whole
 from lbae.model import quantise
 
 SPLITS = ("mean", "margin")
@@ -371,11 +373,11 @@ class HyperplaneSampler:
         return self
 
     def _take_labels(self, codes: Tensor, labels: Any) -> None:
-        table = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+        table = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
         if table.ndim not in (1, 2) or len(table) != len(codes) or not table.size:
             raise UserError(f"labels of shape {table.shape} for {len(codes)} codes: expected (N,) or (N, A)")
         if table.ndim == 1 or table.shape[1] == 1:
-            self._classes, table = np.unique(table.reshape(-1), return_inverse=True)
+            self._classes, table, _ = classes(table.reshape(-1))
         elif not np.isin(table, (0, 1)).all():
             raise UserError("a table of attributes holds 0 and 1 only; give classes as (N,)")
         self._codes, self._labels = codes, torch.from_numpy(table.astype(np.int64))
@@ -385,20 +387,22 @@ class HyperplaneSampler:
         (`planes.moment_errors()`). rng: a seed, a numpy or a torch generator; None: fresh random numbers.
         """
         planes = self._fitted()
-        if n < 1:
-            raise UserError(f"{n} codes asked for: at least one")
-        shape = n, planes.L.shape[1]
+        shape = whole(n, "n"), planes.L.shape[1]
         if isinstance(rng, torch.Generator):
             normals = torch.randn(shape, generator=rng, dtype=torch.float64, device=rng.device)
         else:
-            normals = torch.from_numpy(np.random.default_rng(rng).standard_normal(shape))
+            try:
+                generator = np.random.default_rng(rng)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"rng={rng!r}: expected a seed, a numpy or a torch generator") from error
+            normals = torch.from_numpy(generator.standard_normal(shape))
         return self._back(sample_cov(planes, normals))
 
     def interpolate(self, begin: np.ndarray | Tensor, end: np.ndarray | Tensor, steps: int = 8) -> np.ndarray | Tensor:
         """Paths (B, steps + 2, D) of codes from each of `begin` to each of `end` (B, D), both included; without B for
         two single codes (D,).
         """
-        first, last = self._signs(begin, "begin"), self._signs(end, "end")
+        first, last, steps = self._signs(begin, "begin"), self._signs(end, "end"), whole(steps, "steps")
         if first.shape != last.shape:
             raise UserError(f"begin {tuple(first.shape)} and end {tuple(last.shape)} differ in shape")
         single = first.ndim == 1
@@ -419,6 +423,8 @@ class HyperplaneSampler:
                 few = ", ".join(map(str, known[:10]))
                 raise UserError(f"no training latent has the attribute or class {attribute!r}; known: {few}")
             attribute = known.index(attribute)
+        elif not isinstance(attribute, Integral):
+            raise UserError(f"no attribute {attribute!r}: there are {self._labels.shape[1]}, counted from 0")
         if (attribute, mode) not in self._means:
             mean = attribute_mean(self._codes, self._labels, attribute, mode)
             # the mean of bits 0 and 1 is that of -1 and +1 halved and moved
@@ -431,7 +437,8 @@ class HyperplaneSampler:
         """`codes` (B, D) with the bits that go with an attribute forced: to +1 where its mean code exceeds `threshold`,
         to -1 (0) below -threshold. attribute, mode: as in `attribute_mean`.
         """
-        return self._back(set_attribute(self._signs(codes, "codes"), self.attribute_mean(attribute, mode), threshold))
+        mean, threshold = self.attribute_mean(attribute, mode), number(threshold, "threshold")
+        return self._back(set_attribute(self._signs(codes, "codes"), mean, threshold))
 
     def _fitted(self) -> Hyperplanes:
         if self.planes is None:
@@ -455,7 +462,7 @@ class HyperplaneSampler:
 
 def _numbers(codes: Any) -> Tensor:
     """Codes as a tensor. Raises UserError for what holds no numbers."""
-    try:
-        return codes if isinstance(codes, Tensor) else torch.from_numpy(np.ascontiguousarray(codes))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"codes must be an array of numbers or a tensor, not {type(codes).__name__}") from error
+    tensor = as_tensor(codes, "codes").detach()
+    if tensor.is_complex() or tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise UserError(f"codes of {tensor.dtype}: expected bool, uint8, signed integers or floats")
+    return tensor

@@ -5,6 +5,8 @@ inverse convolution solves in `forward` and convolves in `reverse`, so sampling 
 convolution has the two roles swapped. Both maps are unit triangular: the log-determinant is 0.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -32,10 +34,19 @@ class _TriangularConv2d(nn.Module):
         max_row_sum: float | None = None,
     ):
         super().__init__()
+        sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
+        if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+            raise ValueError(f"kernel_size={kernel_size}: expected a whole number, or two")
+        if not isinstance(channels, int) or not isinstance(groups, int):
+            raise ValueError(f"channels={channels}, groups={groups}: expected whole numbers")
+        if not isinstance(order, (str, tuple, list)):
+            raise ValueError(f"order={order}: expected one of {', '.join(ORDERS)}, or one a group")
+        if not 0 <= init_std < math.inf:
+            raise ValueError(f"init_std={init_std}: expected a finite number, at least 0")
         if max_row_sum is not None and not 0 < max_row_sum < 1:
             raise ValueError(f"max_row_sum={max_row_sum}: must lie in (0, 1)")
         self.channels = channels
-        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.kernel_size = tuple(sizes)
         self.order = order if isinstance(order, str) else tuple(order)
         self.groups = groups
         self.init_std = init_std
@@ -72,11 +83,21 @@ class _TriangularConv2d(nn.Module):
 
     def convolve(self, x: Tensor) -> Tensor:
         """The masked convolution, x (B, C, H, W) -> (B, C, H, W)."""
+        self._check(x)
         return masked_conv2d(x, self._weight(), self.order, self.groups)
 
     def solve(self, y: Tensor) -> Tensor:
         """The inverse of `convolve`, y (B, C, H, W) -> (B, C, H, W)."""
+        self._check(y)
         return inverse_conv2d(y, self._weight(), self.order, self.groups)
+
+    def _check(self, x: Tensor) -> None:
+        expected = f"expected a tensor (B, {self.channels}, H, W)"
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{expected}, got {type(x).__name__}")
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            wanted = "4 axes" if x.ndim != 4 else f"{self.channels} channels"
+            raise ValueError(f"{expected}, {wanted}, got {tuple(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel_size={self.kernel_size}, order={self.order}, groups={self.groups}"
@@ -93,7 +114,7 @@ class InverseConv2d(_TriangularConv2d):
     channels C >= 1; kernel_size k or (kh, kw); order TL, TR, BL, BR, or one of them a group; groups divides C. Init:
     identity plus N(0, init_std^2). max_row_sum = rho in (0, 1) rescales each output channel's free taps so that the sum
     of |w| is rho at most, which certifies |x|_inf <= |y|_inf / (1 - rho); without it large weights make the solve
-    explode while the log-determinant stays 0. Raises ValueError for arguments that do not fit.
+    explode while the log-determinant stays 0. Raises ValueError for arguments and images that do not fit.
     `forward` and `inverse` return the image and its log-determinant, as the flows of normflows do.
     Source: Inverse-Flow (Nagar & Varma, AISTATS 2025), section 3.
 
