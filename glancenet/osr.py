@@ -6,12 +6,14 @@ as a coin toss.
 """
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 
 from common.errors import UserError
+from common.given import classes, function
 
 
 class Thresholds(NamedTuple):
@@ -152,23 +154,25 @@ class OpenSet:
         self, encode: Callable[[Any], Any], decode: Callable[[Any], Any] | None = None, quantile: float = 0.95,
         errors: Callable[[np.ndarray, np.ndarray], np.ndarray] = squared_errors, batch_size: int = 256,
     ):  # fmt: skip
-        if not 0 < quantile < 1 or batch_size < 1:
+        numbers = isinstance(quantile, Real) and isinstance(batch_size, Integral)
+        if not numbers or not 0 < quantile < 1 or batch_size < 1:
             raise UserError(f"quantile={quantile}, batch_size={batch_size}: expected 0 < quantile < 1, batch_size >= 1")
-        self.encode, self.decode, self.quantile = encode, decode, quantile
-        self.errors, self.batch_size = errors, batch_size
+        self.encode, self.decode = function(encode, "encode"), None if decode is None else function(decode, "decode")
+        self.errors, self.quantile, self.batch_size = function(errors, "errors"), quantile, batch_size
         self.thresholds: Thresholds | None = None
 
     def fit(self, x: Any, y: Any, prototypes: Any = None) -> Self:
         """Set both thresholds from inputs x (n, ...) of the known classes y (n,), numbers or text, at least 3 of each.
 
         prototypes (C, D): a centre of each class, in the order of the sorted labels; by default the mean latents.
-        Raises UserError for labels or prototypes that do not fit x, for too few inputs of a class, and where all
-        latents of a class or all reconstruction errors are equal: nothing would ever be accepted.
+        Raises UserError for labels or prototypes that do not fit x, for labels that are None or NaN, for too few inputs
+        of a class, and where all latents of a class or all reconstruction errors are equal: nothing would be accepted.
         """
-        y = np.asarray(y.cpu() if hasattr(y, "cpu") else y)
+        _check_inputs(x)
+        y = np.asarray(y.detach().cpu() if hasattr(y, "detach") else y)
         if y.ndim != 1 or len(y) != len(x):
             raise UserError(f"labels of shape {y.shape} for {len(x)} inputs: expected one label an input, (n,)")
-        self.classes, index, counts = np.unique(y, return_inverse=True, return_counts=True)
+        self.classes, index, counts = classes(y)
         if not len(y) or counts.min() < 3:
             few = f"class {self.classes[counts.argmin()]} has {counts.min()}" if len(y) else "there are none"
             raise UserError(f"a threshold needs three inputs of each class: {few}")
@@ -202,8 +206,7 @@ class OpenSet:
     @torch.no_grad()
     def _measure(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
         """Reconstruction errors (n,), 0 without a decoder, and latents (n, D) of inputs x (n, ...)."""
-        if not hasattr(x, "shape") or not len(x):
-            raise UserError("the inputs must be an array or a tensor (n, ...), at least one")
+        _check_inputs(x)
         errors, latents = [], []
         for start in range(0, len(x), self.batch_size):
             batch = x[start : start + self.batch_size]
@@ -220,6 +223,13 @@ class OpenSet:
                 raise UserError(f"decode gave {seen.shape} for inputs {wanted.shape}")
             errors.append(_array(self.errors(wanted, seen), "the errors"))
         return np.concatenate(errors), np.concatenate(latents)
+
+
+def _check_inputs(x: Any) -> None:
+    if not getattr(x, "shape", ()):
+        raise UserError(f"the inputs must be an array or a tensor (n, ...), not {type(x).__name__}")
+    if not len(x):
+        raise UserError("the inputs must be an array or a tensor (n, ...), at least one; there are none")
 
 
 def _array(values: Any, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from common.errors import UserError
+from common.given import number, whole
 from nfpi.fpi import FixedPoint, solve
 from nfpi.gaussians import ClassGaussians, ClassMoments
 
@@ -31,8 +32,9 @@ class FixedPointGaussians(ClassifierMixin, BaseEstimator):
 
     After `fit`, in the type of z (float32, else float64): classes_ (K,), means_ and variances_ (K, d), n_iter_,
     converged_, and history_, a dictionary of changes and KL divergences an iteration.
-    Raises ValueError for z that is not a finite (n, d) table, for one class, and for a class with one sample; warns
-    (ConvergenceWarning) when max_iters end the iteration. Source: Enescu & Sahbi, BMVC 2024.
+    Raises ValueError for z that is not a finite (n, d) table or hardly varies (standardise it), for one class, and for
+    a class with one sample; warns (ConvergenceWarning) when max_iters end the iteration. Source: Enescu & Sahbi, BMVC
+    2024.
 
         FixedPointGaussians().fit(z, y).predict(z)  # labels (n,)
     """
@@ -50,13 +52,13 @@ class FixedPointGaussians(ClassifierMixin, BaseEstimator):
         self.start_variance, self.min_variance = start_variance, min_variance
 
     def _settings(self) -> FixedPoint:
-        if not self.strength >= 0 or not self.alpha > 0 or self.max_iters < 1 or not self.min_variance > 0:
-            raise BadInput(f"strength={self.strength}, alpha={self.alpha}, max_iters={self.max_iters}, "
-                           f"min_variance={self.min_variance}: expected >= 0, > 0, >= 1 and > 0")  # fmt: skip
-        if self.start_variance is not None and not self.start_variance > 0:
-            raise BadInput(f"start_variance={self.start_variance}: expected a positive number, or None")
         names = set(FixedPoint.__dataclass_fields__)
         try:
+            for name in ("strength", "epsilon", "damping"):
+                number(getattr(self, name), name)
+            for name in ["alpha", "min_variance"] + ["start_variance"] * (self.start_variance is not None):
+                number(getattr(self, name), name, above=True)
+            whole(self.max_iters, "max_iters")
             return FixedPoint(**{name: value for name, value in self.get_params().items() if name in names})
         except UserError as error:
             raise BadInput(str(error)) from error
@@ -73,6 +75,10 @@ class FixedPointGaussians(ClassifierMixin, BaseEstimator):
             lonely = self.classes_[counts.argmin()]
             raise BadInput(f"class {lonely} has 1 sample, a variance needs two: leave it out or add samples")
         z = _tensor(X)
+        spread = float(z.double().var(0).max())
+        if not max(self.min_variance, self.epsilon**2) < spread < torch.finfo(z.dtype).max:
+            raise BadInput(f"the variances of z are {spread:.3g} at most, beyond what min_variance={self.min_variance} "
+                           f"and epsilon={self.epsilon} resolve: standardise z")  # fmt: skip
         mean, var = ClassMoments.of(z, torch.from_numpy(index), len(counts)).statistics()
         var = var.clamp_min(self.min_variance)
         start = var if self.start_variance is None else torch.full_like(var, self.start_variance)
@@ -112,9 +118,13 @@ class FixedPointGaussians(ClassifierMixin, BaseEstimator):
     def sample(self, y: Any, temperature: float = 1.0, random_state: Any = None) -> np.ndarray:
         """Latents (n, d) of the classes y (n,): z ~ N(mu_y, temperature^2 diag v_y). random_state: a seed or None.
 
-        Raises ValueError for a label that `fit` has not seen.
+        Raises ValueError for a label that `fit` has not seen, and for a temperature that is not finite or below 0.
         """
         gaussians, y = self.gaussians, np.atleast_1d(np.asarray(y))
+        try:
+            temperature = number(temperature, "temperature")
+        except UserError as error:
+            raise BadInput(str(error)) from error
         unknown = ~np.isin(y, self.classes_)
         if y.ndim != 1 or not len(y) or unknown.any():
             found = y[unknown][:3].tolist() if y.ndim == 1 else f"shape {y.shape}"
