@@ -19,6 +19,7 @@ import numpy as np
 from numpy.random import RandomState
 
 from common.errors import UserError
+from common.given import whole
 
 MIN_ROWS = 100  # below this a 20-bin histogram and a held-out accuracy say nothing
 SPLIT_CHUNK = 16  # disentanglement_lib draws its training points in chunks of 16
@@ -52,11 +53,16 @@ def integer_factors(factors: np.ndarray) -> np.ndarray:
 
 
 def bin_factors(factors: np.ndarray, bins: int) -> np.ndarray:
-    """Factors (n, F) as int64; a column of other than whole numbers is cut into `bins` equal parts of its range."""
-    factors = np.asarray(factors)
+    """Factors (n, F) as int64; a column of other than whole numbers is cut into `bins` equal parts of its range.
+
+    Raises UserError for factors that are no table of finite numbers, and for bins that are no whole number above 0.
+    """
+    factors, bins = _table(factors, "factors"), whole(bins, "bins")
+    if not len(factors):
+        raise UserError(f"factors of shape {factors.shape}: expected (n, F), at least one row")
     columns = [
-        column if whole else np.digitize(column, np.histogram_bin_edges(column, bins)[:-1])
-        for column, whole in zip(factors.T, _are_whole(factors), strict=True)
+        column if is_whole else np.digitize(column, np.histogram_bin_edges(column, bins)[:-1])
+        for column, is_whole in zip(factors.T, _are_whole(factors), strict=True)
     ]
     return np.stack(columns, axis=1).astype(np.int64)
 

@@ -179,7 +179,7 @@ class PixelPca(Extractor):
         super().__init__(**options)
         if k < 1:
             raise UserError(f"pixel-pca{k}: at least one component is needed")
-        self.name, self.k, self._mean, self._axes = f"pixel-pca{k}", k, None, None
+        self.name, self.k, self._mean, self._axes, self._colours = f"pixel-pca{k}", k, None, None, 0
 
     @torch.inference_mode()
     def fit(self, reference) -> "PixelPca":
@@ -200,6 +200,7 @@ class PixelPca(Extractor):
         self._mean, self._axes = (
             torch.from_numpy(part.copy()).to(self.device) for part in (pca.mean_, pca.components_)
         )
+        self._colours = images.channels
         self.weights_id = f"fitted-on-{images.fingerprint[:16]}"
         return self
 
@@ -211,7 +212,9 @@ class PixelPca(Extractor):
             raise UserError(
                 f"{self.name} is fitted on the reference images: call fit(reference) before features(images)"
             )
-        x = x.flatten(1) / 255
+        colours, x = x.shape[1], x.flatten(1) / 255
+        if colours != self._colours:
+            raise UserError(f"{self.name}: images of {colours} channel(s), fitted on {self._colours}; give one colour")
         if x.shape[1] != len(self._mean):
             raise UserError(f"{self.name}: images of {x.shape[1]} pixels, fitted on {len(self._mean)}; give a size")
         return (x - self._mean) @ self._axes.T

@@ -1,6 +1,7 @@
 """A generated set against a reference set: features once, then every metric asked for."""
 
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,14 +59,17 @@ def score(
 ) -> dict:
     """All `metrics` of `evaluated` against `reference` as a flat dict of numbers and strings, ready for JSON.
 
-    Each set: whatever `open_images` takes, an array or tensor of features (n, d), a `Statistics`, or an .npz with
-    `features` (n, d) or `mu` and `sigma` (`fid` only, unless it holds `activations`). metrics: fid, kid, prd, ipr.
+    Each set: whatever `open_images` takes, an array or tensor of features (n, d), a list of images or of features, a
+    `Statistics`, or an .npz with `features` (n, d) or `mu` and `sigma` (`fid` only, unless it holds `activations`).
+    metrics: fid, kid, prd, ipr; one, or several.
     features: for images, a name for `make_extractor` (`options` are its options) or an extractor. `cache`: keeps
     features on disk. `limit`: the first so many images. PRD needs sets of one size and draws (by `seed`) that many rows
     from the larger one, with a warning. Sets whose pixels, colour or file format differ are compared with a warning.
     Raises UserError for unknown metrics, unusable sets and options out of range.
     """
-    metrics = tuple(dict.fromkeys(metrics))
+    if not isinstance(metrics, Iterable):
+        raise UserError(f"metrics={metrics!r}: expected a name, or several; known: {', '.join(METRICS)}")
+    metrics = tuple(dict.fromkeys([metrics] if isinstance(metrics, str) else map(str, metrics)))
     for metric in metrics:
         if metric not in METRICS:
             raise UserError(f"unknown metric '{metric}'{suggest(metric, METRICS)}; known: {', '.join(METRICS)}")
@@ -121,6 +125,7 @@ def _open(source, limit: int | None, load: dict) -> Sample:
     name = str(source) if isinstance(source, (str, Path)) else type(source).__name__
     if isinstance(source, Statistics):
         return Sample(name, statistics=source, extractor=source.extractor)
+    source = _stacked(source) if isinstance(source, (list, tuple)) else source
     if getattr(source, "ndim", None) == 2:
         return Sample(name, features=check_features(source[:limit], f"features ({name})"))
     if isinstance(source, (str, Path)) and Path(source).suffix == ".npz":
@@ -134,6 +139,15 @@ def _open(source, limit: int | None, load: dict) -> Sample:
             rows = check_features(arrays["features"][:limit], f"{name} features")
             return Sample(name, features=rows, extractor=str(arrays.get("extractor", "")))
     return Sample(name, images=open_images(source, limit, **load))
+
+
+def _stacked(items: Sequence) -> np.ndarray | Sequence:
+    """Images of one size, or rows of features, as an array; batches of images, and what is none of these, as it is."""
+    try:
+        array = np.asarray([item.detach().cpu() if hasattr(item, "detach") else item for item in items])
+    except ValueError:  # of several sizes
+        return items
+    return array if array.ndim in (2, 3, 4) and array.dtype.kind in "fiu" else items
 
 
 def _extract(samples: list[Sample], extractor: Extractor, cache: FeatureCache | None) -> None:
