@@ -135,7 +135,7 @@ class Experiment:
         try:
             training.restore(**parts)
             if training.state is not None:
-                restore_rates(self.optimizer, self.scheduler, training.state["optimizer"])
+                restore_rates(self.optimizer, training.state["optimizer"])
         except BaseException:
             training.__exit__()
             raise
@@ -294,15 +294,13 @@ def scaled_rates(optimizer: torch.optim.Optimizer, scale: float) -> Iterator[Non
         group["lr"] = rate
 
 
-def restore_rates(optimizer: torch.optim.Optimizer, scheduler: Any, saved: dict[str, Any]) -> None:
+def restore_rates(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """The learning rates where the schedule left them, times new / old where this run was given other ones."""
     for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         if "initial_lr" in group and "initial_lr" in old:
             group["lr"] = old["lr"] * (group["initial_lr"] / old["initial_lr"] if old["initial_lr"] else 1.0)
-    if scheduler is not None:
-        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-        # the optimiser's steps of this epoch were taken before the checkpoint; else the scheduler warns of none
-        optimizer._opt_called = True
+    # the optimiser's steps of this epoch were taken before the checkpoint; else the scheduler warns of none
+    optimizer._opt_called = True
 
 
 def read_state(path: Path, batches: int) -> dict[str, Any]:

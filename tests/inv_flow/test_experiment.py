@@ -190,6 +190,7 @@ def stopped(folder, step, *more):
         experiment.run()
 
 
+@pytest.mark.filterwarnings("error:.*lr_scheduler:UserWarning")
 def test_a_checkpoint_of_an_earlier_version_goes_on_exactly(tmp_path):
     more = ("--log_interval", 4, "--scheduler_name", "Exponential", "--gamma", 0.5)
     inv_flow_mnist.main(arguments(tmp_path / "whole", *more))
@@ -340,6 +341,24 @@ def test_reconstruction_loss_and_geco_in_closed_form():
         assert total == pytest.approx(sum(w * p for w, p in zip(weights, plain, strict=True)), rel=1e-5)
         averages = [0.8 * a + 0.2 * p for a, p in zip(averages, plain, strict=True)]
         weights = [w * math.exp(0.1 * a) for w, a in zip(weights, averages, strict=True)]
+
+
+def test_pictures_of_samples_are_made_by_the_learned_and_the_exact_inverse(tmp_path, monkeypatch):
+    experiment, seen = build(configured(tmp_path, "--layer", "snf")), []
+    initialise(experiment)
+    monkeypatch.setattr(experiment.model, "set_exact", seen.append)
+    made = evaluation.sample_pictures(experiment.model, experiment.config, tmp_path, "x")[1]
+    assert list(made) == ["", "_trueinv"]
+    assert seen == [False, True, not experiment.config.modified_grad], "then as the training wants it"
+
+
+def test_pictures_are_drawn_often_at_first_and_then_at_the_interval(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Experiment, "_pictures", lambda self, training, epoch: drawn.append(epoch))
+    monkeypatch.setattr(Experiment, "evaluate", lambda self, split, *rest, **more: {f"{split}_nll": 0.0})
+    more = ("--n_train", 50, "--n_test", 8, "--epochs", 16, "--sample_epochs", 7)
+    inv_flow_mnist.main(arguments(tmp_path, *more))
+    assert drawn == [1, 2, 3, 4, 7, 10, 14, 16]
 
 
 @pytest.mark.parametrize("modified", [True, False])

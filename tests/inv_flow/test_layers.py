@@ -16,7 +16,7 @@ from inv_flow.layers.emerging import SquareAutoRegressiveConv2d
 from inv_flow.layers.flow import FlowSequential
 from inv_flow.layers.inv_conv import InverseConv2d
 from inv_flow.layers.preprocess import Normalization, Squeeze, preprocessing
-from inv_flow.layers.selfnorm import SelfNormConv, SelfNormFC
+from inv_flow.layers.selfnorm import SelfNormConv, SelfNormFC, conv_matrix
 from inv_flow.layers.spline import rational_quadratic_spline
 from inv_flow.model import create_model
 from inv_flow.toy_2d import log_density, make_flow
@@ -186,6 +186,19 @@ def test_self_normalised_gradient_is_half_the_exact_one_at_the_true_inverse():
     exact, _ = gradients(True)
     assert torch.allclose(2 * modified, exact, atol=1e-10)
     assert of_inverse is not None and of_inverse.abs().sum() > 0
+
+
+def test_the_exact_log_det_of_a_self_normalised_layer_learns_and_follows_its_weight():
+    """Without gradients the dense matrix is kept, until the weight changes; with them it is made anew."""
+    layer, x = SelfNormConv(2, 3).double(), torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    for _ in range(2):
+        expected = torch.linalg.slogdet(conv_matrix(layer.weight, (2, 4, 4)))[1]
+        with torch.no_grad():
+            assert torch.allclose(layer.log_det(x), expected) and torch.allclose(layer.log_det(x), expected)
+        found, right = (torch.autograd.grad(value.sum(), layer.weight)[0] for value in (layer.log_det(x), expected))
+        assert torch.allclose(found, right)
+        with torch.no_grad():
+            layer.weight.mul_(1.1)
 
 
 # section 3.10 of the published scripts; what differs is explained in inv_flow/README.md
