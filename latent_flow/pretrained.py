@@ -1,4 +1,4 @@
-"""A trained latent flow in one line: `latent_flow.load("mnist_supervised_w32")`."""
+"""A trained latent flow in one line: `latent_flow.load("mnist_supervised_d16")`."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from common.given import as_tensor, floats, whole
 from common.launch import pick_device
 from common.released import weights_file
+from latent_flow.data import SWEPT, TESTED
 from latent_flow.model import LatentFlow
 from latent_flow.runs import load_run, need_flows
 from latent_flow.transforms import NAMES
@@ -31,10 +32,11 @@ class FlowAutoencoder(nn.Module):
 
     @property
     def concept_names(self) -> tuple[str, ...]:
-        """Names of the flows, in the order of their numbers."""
-        count, supervised = self.model.config.flows, self.model.config.variant == "supervised"
-        known = NAMES if supervised and self.model.config.dataset == "mnist" else ()
-        return known if len(known) == count else tuple(f"flow {k}" for k in range(count))
+        """Names of the flows, in the order of their numbers: transformations, or factors that are swept."""
+        config = self.model.config
+        known = SWEPT.get(config.dataset, NAMES if config.dataset in TESTED else ())[: config.flows]
+        whole = config.variant == "supervised" and len(known) == config.flows
+        return known if whole else tuple(f"flow {k}" for k in range(config.flows))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images float (B, C, N, N) in [0, 1] -> posterior means z_0 (B, D)."""

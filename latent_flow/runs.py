@@ -13,7 +13,7 @@ from common.released import released
 from latent_flow.data import SWEPT, open_source
 from latent_flow.model import Config, LatentFlow
 
-RELEASE, RELEASE_FOLDER = "mnist_supervised_w32", Path("runs/latent_flow/released")
+RELEASE, RELEASE_FOLDER = "mnist_supervised_d16", Path("runs/latent_flow/released")
 WRITTEN = "written.json"
 Run = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], int]
 

@@ -1,5 +1,6 @@
 """A trained Latent Bernoulli Autoencoder in one line: `lbae.load("mnist_bae_w16")`."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ class Autoencoder(nn.Module):
     (C, S, S), `config` holds the options of the training.
     """
 
-    def __init__(self, model: LBAE, codes: Tensor, labels: Tensor, config: dict[str, Any]):
+    def __init__(self, model: LBAE, codes: Tensor, labels: Tensor, config: dict[str, Any], names: Sequence[str] = ()):
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self._names = model, config, tuple(names)
         self.image_shape = (config["channels"], config["img_size"], config["img_size"])
         self.register_buffer("codes", codes)
         self.register_buffer("labels", labels)
@@ -36,12 +37,14 @@ class Autoencoder(nn.Module):
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their numbers; () for attributes."""
-        return tuple(str(k) for k in range(int(self.labels.max()) + 1)) if self.labels.shape[1] == 1 else ()
+        if self.labels.shape[1] > 1:
+            return ()
+        return self._names or tuple(str(k) for k in range(int(self.labels.max()) + 1))
 
     @property
     def concept_names(self) -> tuple[str, ...]:
-        """None: the bits have no names."""
-        return ()
+        """Names of the attributes, in the order of `labels`' columns, as `set_attr` takes them; () for classes."""
+        return self._names if self.labels.shape[1] > 1 else ()
 
     def encode(self, images: Tensor) -> Tensor:
         """Images float (B, C, S, S) in [0, 1] -> codes (B, D)."""
@@ -83,16 +86,17 @@ def load(name: str | Path, device: str = "cpu") -> Autoencoder:
         config, source = newest_config(Path(name))
         path = checkpoint_path(Path(name), None)
         nets = read_checkpoint(path)
+        names = nets.get("attribute_names", ())
         latents = Latents.load(Path(name) / "latents-last.npz")
     else:
         source = path = weights_file("lbae", name)
         tensors, config = load_weights(path)
         if not {"latents.codes", "latents.labels"} <= tensors.keys():
             raise UserError(f"{path} was not written by `python -m lbae.release pack`")
-        nets = split_nets(tensors)
+        nets, names = split_nets(tensors), config.get("release", {}).get("attribute_names", ())
         codes = unpack_bits(tensors["latents.codes"], config["zsize"])
         latents = Latents(codes, tensors["latents.labels"].long())
     known = from_saved(config, saved_keys(resumes=True) - {"data_root", "wandb"}, source)
     model = build_model(Params.build(known))
     load_nets(model, nets, path)
-    return Autoencoder(model, latents.codes, latents.labels, known).eval().to(pick_device(device))
+    return Autoencoder(model, latents.codes, latents.labels, known, names).eval().to(pick_device(device))

@@ -18,7 +18,7 @@ class ClassFlow(nn.Module):
 
     `conditional` is the `ConditionalFlow` itself: likelihoods, scores, Gaussians. In evaluation mode. A flow of MNIST
     was trained on images with uniform noise, `conditional.pixel_noise`, which images of a data set lack and generated
-    ones carry: `noisy` adds it. Without it latents lie outside their Gaussians. Arrays and tensors of any float type
+    ones carry: `noisy` adds it. Without it images are far less likely. Arrays and tensors of any float type
     are taken; UserError for other shapes, types and values, in one line.
     """
 

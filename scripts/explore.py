@@ -198,7 +198,7 @@ def glancenet_tab(page: Page) -> None:
 
 def latent_flow_tab(page: Page) -> None:
     """A digit along three flows: in turn, each from its own beginning, or superposed."""
-    model = latent_flow.load("mnist_supervised_w32")
+    model = latent_flow.load("mnist_supervised_d16")
     flows = torch.eye(len(model.concept_names))
     with gr.Row():
         with gr.Column():

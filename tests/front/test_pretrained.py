@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = {
     "lbae": "mnist_bae_w16",
     "glancenet": "mnist_parity",
-    "latent_flow": "mnist_supervised_w32",
+    "latent_flow": "mnist_supervised_d16",
     "inv_flow": "mnist_inverse_w64",
     "nfpi": "mnist_small",
 }
@@ -90,7 +90,7 @@ def test_latent_flow(models):
     assert model.concept_names == ("scale", "rotation", "hue")
     z = model.encode(torch.zeros(2, 3, 28, 28))
     path = model.move(z, torch.tensor([0.0, 1.0, 0.0]))
-    assert path.shape == (9, 2, 32)
+    assert path.shape == (9, 2, 16)
     assert torch.equal(path[0], z)
     assert torch.equal(model.move(z, torch.eye(3)[1], steps=3), path[:4])
     switched = torch.tensor([[0, 1.0, 0]] * 2 + [[1.0, 0, 0]] * 2)
@@ -128,9 +128,10 @@ def test_nfpi(models):
     # images of a data set have no noise; the digits that LBAE decodes are as clean as those
     digits, labels = models["lbae"].decode(models["lbae"].codes[:200]), models["lbae"].labels[:200, 0]
     posterior = model.posterior(digits)
-    assert (posterior.argmax(1) == labels).float().mean() > 0.7
+    assert (posterior.argmax(1) == labels).float().mean() > 0.95
     assert torch.equal(posterior, model.posterior(digits)), "the draws are the same at every call"
-    assert (model.posterior(digits, draws=0).argmax(1) == labels).float().mean() < 0.5, "the flow knows noisy pixels"
+    clean, noisy = (model.conditional.scores(x, 0.5).max(1).values for x in (digits, model.noisy(digits)))
+    assert (noisy > clean).all(), "the flow knows noisy pixels"
 
 
 def test_runs_of_ones_own(tmp_path):

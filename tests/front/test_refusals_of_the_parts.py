@@ -22,7 +22,7 @@ from nfpi import FixedPointGaussians
 MODELS = {
     "lbae": lbae.load("mnist_bae_w16"),
     "glancenet": glancenet.load("mnist_parity"),
-    "latent_flow": latent_flow.load("mnist_supervised_w32"),
+    "latent_flow": latent_flow.load("mnist_supervised_d16"),
     "inv_flow": inv_flow.load("mnist_inverse_w64"),
     "nfpi": nfpi.load("mnist_small"),
 }
@@ -135,13 +135,13 @@ def test_latents_that_a_loaded_model_cannot_take(paper, change, message):
         (lambda: NFPI.decode(torch.zeros(2, 1024), -1), "temperature=-1"),
         (lambda: NFPI.posterior(images("nfpi"), -1), "draws=-1"),
         (lambda: NFPI.noisy(images("nfpi") * 255), r"images in \["),
-        (lambda: LATENT.move(torch.zeros(2, 3), torch.ones(3)), r"latents of shape \(2, 3\): expected \(B, 32\)"),
-        (lambda: LATENT.move(torch.zeros(2, 32) * torch.nan, torch.ones(3)), "latents hold NaN"),
-        (lambda: LATENT.move(torch.zeros(2, 32), torch.ones(3) * torch.nan), "weights hold NaN"),
-        (lambda: LATENT.move(torch.zeros(2, 32), torch.ones(2)), r"weights of shape \(2,\): expected \(3,\)"),
-        (lambda: LATENT.move(torch.zeros(2, 32), None), "weights must be"),
-        (lambda: LATENT.move(torch.zeros(2, 32), torch.ones(3), 1.5), "steps=1.5"),
-        (lambda: LATENT.move(torch.zeros(2, 32), torch.ones(3), 0), "steps=0"),
+        (lambda: LATENT.move(torch.zeros(2, 3), torch.ones(3)), r"latents of shape \(2, 3\): expected \(B, 16\)"),
+        (lambda: LATENT.move(torch.zeros(2, 16) * torch.nan, torch.ones(3)), "latents hold NaN"),
+        (lambda: LATENT.move(torch.zeros(2, 16), torch.ones(3) * torch.nan), "weights hold NaN"),
+        (lambda: LATENT.move(torch.zeros(2, 16), torch.ones(2)), r"weights of shape \(2,\): expected \(3,\)"),
+        (lambda: LATENT.move(torch.zeros(2, 16), None), "weights must be"),
+        (lambda: LATENT.move(torch.zeros(2, 16), torch.ones(3), 1.5), "steps=1.5"),
+        (lambda: LATENT.move(torch.zeros(2, 16), torch.ones(3), 0), "steps=0"),
     ],
 )
 def test_other_arguments_of_a_loaded_model(call, message):
@@ -158,7 +158,7 @@ def test_what_a_loaded_model_takes_besides():
     codes = LBAE.codes[:2]
     assert torch.equal(LBAE.decode(codes.to(torch.int8)), LBAE.decode(codes.double()))
     assert LBAE.decode(codes.float().mean(0, keepdim=True)).isfinite().all()
-    z = torch.zeros(2, 32)
+    z = torch.zeros(2, 16)
     assert torch.equal(LATENT.move(z.numpy(), [0, 1, 0]), LATENT.move(z.double(), torch.tensor([0.0, 1, 0])))
 
 

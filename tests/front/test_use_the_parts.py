@@ -65,7 +65,7 @@ def test_trained_models():
     assert n["concepts"] == ("4", "5") and n["flows"] == ("scale", "rotation", "hue")
     assert n["bits"].shape == (2,) and (n["bits"] > 5).all()  # noise is no digit
     for paper, name in (("lbae", "mnist_bae_w16"), ("glancenet", "mnist_parity"), ("nfpi", "mnist_small"),
-                        ("latent_flow", "mnist_supervised_w32"), ("inv_flow", "mnist_inverse_w64")):  # fmt: skip
+                        ("latent_flow", "mnist_supervised_d16"), ("inv_flow", "mnist_inverse_w64")):  # fmt: skip
         model = importlib.import_module(paper).load(name)
         assert isinstance(model.class_names, tuple) and isinstance(model.concept_names, tuple)
         x = torch.rand(2, *model.image_shape)

@@ -26,6 +26,8 @@ import torch
 from PIL import Image
 
 import glancenet
+import latent_flow
+import lbae
 import nfpi
 from common.datasets import load, prepare
 from common.datasets.download import Remote
@@ -256,6 +258,7 @@ def test_lbae(tmp_path, monkeypatch, capsys):
     assert "bright (binary); colour (categorical: blue, green, red); size (continuous, 0.302 to 0.898)" in said
     stored = json.loads((tmp_path / "exp/own/models/best.json").read_text())["attribute_names"]
     assert stored == ["y=k0", "y=k1", "y=k2", "bright", "colour=blue", "colour=green", "colour=red"]
+    assert (lbae.load("exp/own").concept_names, lbae.load("exp/own").class_names) == (tuple(stored), ())
     words = ["eval", "gen", "exp=exp/own", "sample_method=int", "gen_imgs=9", "batch_size_test=2", "device=cpu"]
     lbae_folder.main([*words, "set_attr=colour=red"])
     named = np.load(tmp_path / "exp/own/prob_dim_6.npz")["means"]
@@ -365,6 +368,7 @@ def test_latent_flow_turns_single_pictures(tmp_path, monkeypatch, grey):
     monkeypatch.chdir(tmp_path)
     train_vae_scratch.main(["--dataset", "folder", "--data-dir", "mine", *TINY_FLOWS])
     assert set(json.loads((tmp_path / "run/eval.json").read_text())["equivariance"]) == {"scale", "rotation", "hue"}
+    assert latent_flow.load("run").concept_names == ("scale", "rotation", "hue")
     show_flows.main(["--exp", "run", "--device", "cpu"])
     assert list((tmp_path / "run/pictures").glob("*.png"))
     source = open_source("folder", 6, size=24, root="mine")
