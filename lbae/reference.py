@@ -91,23 +91,20 @@ def _refine_ref(group: np.ndarray, strict: bool, rounds: int | None) -> np.ndarr
 
 
 def margin_ref(L: np.ndarray, code: np.ndarray) -> np.ndarray:
-    """The direction (R,) of one code (D,): ridge regression on the unit normals, then the margin perceptron
-    (`split=margin`; not published).
+    """The direction (R,) of one code (D,): Ho and Kashyap's regression on the unit normals (`split=margin`; not
+    published).
     """
     rows = L[:-1] / np.linalg.norm(L[:-1], axis=1, keepdims=True)
-    r = rows.T @ np.linalg.solve(rows @ rows.T + 0.1 * np.eye(len(rows)), code)
-    r = 10 * r / np.linalg.norm(r)
-    best, fewest, since = r, np.inf, 0
-    for _ in range(300):
-        wrong = np.count_nonzero(np.where(rows @ r >= 0, 1, -1) != code)
-        since = since + 1
+    regularised, margins, best, fewest = rows @ rows.T + 1e-3 * np.eye(len(rows)), np.ones(len(rows)), None, np.inf
+    for _ in range(100):
+        direction = rows.T @ np.linalg.solve(regularised, margins * code)
+        fit = code * (rows @ direction)
+        wrong = np.count_nonzero(fit <= 0)
         if wrong < fewest:
-            best, fewest, since = r, wrong, 0
-        if wrong == 0 or since == 40:
+            best, fewest = direction, wrong
+        if wrong == 0:
             break
-        short = code * (rows @ r) < 0.1
-        r = r + 0.05 * (code[short, None] * rows[short]).sum(0)
-        r = r * min(1.0, 10 / np.linalg.norm(r))
+        margins = margins + 1.9 * np.maximum(fit - margins, 0)
     return best / np.linalg.norm(best)
 
 

@@ -22,8 +22,8 @@ from lbae.model import quantise
 
 SPLITS = ("mean", "margin")
 ATTR_MODES = ("conditional", "contrast")
-RIDGE = 0.1  # of the regression of a code on the unit normals
-MARGIN, RATE, RADIUS, ROUNDS, STALL = 0.1, 0.05, 10.0, 300, 40  # of the margin perceptron
+RIDGE = 1e-3  # of the regression of a code on the unit normals
+STEP, ROUNDS = 1.9, 100  # of its targets: the share of the excess that is added, below 2
 NEGATIVE_ROUNDS = 10  # the published refinement of the negative group stops here
 FLAT = 1e-7  # a smaller sine of the angle means (anti)parallel directions
 
@@ -60,11 +60,6 @@ def moments(codes: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
 def _gram(z: Tensor) -> Tensor:
     """z^T z. numpy's BLAS sees the symmetry and does half the work; on a GPU a plain product is fastest."""
     return torch.from_numpy(z.numpy().T @ z.numpy()) if z.device.type == "cpu" else z.T @ z
-
-
-def _product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix; numpy's BLAS multiplies few rows in half the time."""
-    return torch.from_numpy(x.numpy() @ matrix.numpy()) if x.device.type == "cpu" else x @ matrix
 
 
 def moment_matrix(mean: Tensor, second: Tensor) -> Tensor:
@@ -174,17 +169,15 @@ def directions(planes: Hyperplanes, codes: Tensor, split: str = "margin") -> Ten
     """A unit direction (B, R) whose sides of the hyperplanes are close to each of `codes` (B, D) in {-1, +1}.
 
     `split="mean"` is the published rule: the difference of the mean normals of both groups of bits, each refined by
-    giving its misplaced rows more weight. `split="margin"` is the ridge regression of the code on the unit normals; a
-    perceptron with margin goes on with the codes that it leaves wrong. Both work on the Gram matrix, so that a round
-    costs one matrix product.
+    giving its misplaced rows more weight. `split="margin"` is the ridge regression of the code on the unit normals,
+    with targets that grow where they are exceeded. Both work on the Gram matrix: a round costs one product or solution.
     """
     if split not in SPLITS:
         raise UserError(f"split={split}: expected {' or '.join(SPLITS)}")
     codes, rows = codes.to(planes.L), planes.L[:-1]
     if split == "mean":
         return unit(_mean_split(planes, codes) @ rows)
-    start = torch.cholesky_solve(codes.T, planes.ridge).T  # (B, D)
-    return unit(_margin_perceptron(planes.unit_gram, codes, start) / planes.lengths @ rows)
+    return unit(_margin_split(planes, codes) / planes.lengths @ rows)
 
 
 def _lengths(coefficients: Tensor, products: Tensor) -> Tensor:
@@ -229,36 +222,27 @@ def _refine(gram: Tensor, groups: Tensor, products: Tensor, lenient: Tensor) -> 
         weights, products = weights[on] + extra, torch.addmm(products[on], extra, gram)
 
 
-def _margin_perceptron(gram: Tensor, codes: Tensor, start: Tensor) -> Tensor:
-    """Coefficients (B, D) of a direction on the unit rows with `gram` (D, D), refined from `start` (B, D).
+def _margin_split(planes: Hyperplanes, codes: Tensor) -> Tensor:
+    """Coefficients (B, D) on the unit rows of a direction on the side `codes` (B, D) of every row, where there is one.
 
-    Rows whose signed projection is below MARGIN pull the direction by RATE; its length is kept below RADIUS; the
-    iterate with the fewest wrong signs wins. A code leaves as soon as every sign is right, after STALL rounds without
-    fewer wrong ones, or after ROUNDS rounds.
+    Ho and Kashyap (1965): the ridge regression of the code, whose targets, margins of 1 at first, grow to whatever the
+    fit exceeds them by, so that rows which are right no longer hold back those which are not. The targets with the
+    fewest wrong signs win; a code leaves as soon as every sign is right, or after ROUNDS rounds.
     """
-    products = start @ gram  # (B, D) projections on the rows
-    factor = RADIUS / _lengths(start, products)
-    c, products = start * factor, products * factor
-    best, fewest = c.clone(), torch.full((len(c),), torch.inf, dtype=c.dtype, device=c.device)
-    active = torch.arange(len(c), device=c.device)
-    since = torch.zeros_like(active)  # rounds without fewer wrong signs
+    margins, best = torch.ones_like(codes), torch.zeros_like(codes)
+    fewest = torch.full((len(codes),), torch.inf, dtype=codes.dtype, device=codes.device)
+    active = torch.arange(len(codes), device=codes.device)
     for _ in range(ROUNDS):
-        errors = (sign(products) != codes[active]).sum(1).to(c.dtype)
-        better = errors < fewest[active]
-        fewest[active[better]] = errors[better]
-        best[active[better]] = c[better]
-        since[active] = torch.where(better, 0, since[active] + 1)
-        on = (errors > 0) & (since[active] < STALL)
+        target = margins * codes[active]
+        solved = torch.cholesky_solve(target.T, planes.ridge).T
+        fit = codes[active] * (target - RIDGE * solved)  # = solved @ unit_gram
+        wrong = (fit <= 0).sum(1).to(codes.dtype)
+        better = wrong < fewest[active]
+        fewest[active[better]], best[active[better]] = wrong[better], solved[better]
+        on = wrong > 0
         if not on.any():
             break
-        active, c, products = active[on], c[on], products[on]
-        pull = RATE * torch.where(codes[active] * products < MARGIN, codes[active], 0.0)
-        pulled = (pull != 0).any(0).nonzero()[:, 0]
-        few = 3 * len(pulled) < len(gram)
-        moved = _product(pull[:, pulled], gram[pulled]) if few else _product(pull, gram)
-        c, products = c + pull, products + moved
-        shrink = (RADIUS / _lengths(c, products)).clamp_max(1.0)
-        c, products = c * shrink, products * shrink
+        active, margins = active[on], (margins + STEP * (fit - margins).clamp_min(0))[on]
     return best
 
 
