@@ -147,6 +147,7 @@ def options_of(words: list[str], folder: Path, monkeypatch) -> dict:
 TABLES = {f"{table.paper}/{table.name}": table for table in experiments.read_tables()}
 SPECIAL = {
     "glancenet/claims",
+    "glancenet/precision",
     "glancenet/parity",
     "glancenet/leakage",
     "inv_flow/timing",
@@ -173,16 +174,19 @@ def test_shipped_manifests_fit_their_scripts(name, tmp_path, monkeypatch):
             assert float(options["masking_fact"]) == float(values["supervision"])
 
 
-def test_the_grid_of_the_claims_compares_both_models(capsys):
+@pytest.mark.parametrize("name", ["glancenet/claims", "glancenet/precision"])
+def test_the_grids_of_comparisons_hold_both_models(name, capsys):
     from glancenet import compare
 
-    table = TABLES["glancenet/claims"]
+    table = TABLES[name]
     for experiment, values in table.experiments.items():
         words = table.commands(experiment, table.steps[0])[0]
         compare.main(["--dry_run", *words[2:]])
         found = json.loads(capsys.readouterr().out)
-        assert (found["settings"], found["models"]) == ([values["setting"]], ["GlanceNet", "CBNM"])
-        assert (found["supervision"], found["seeds"]) == ([float(values["supervision"])], [int(values["seed"])])
+        assert (found["settings"], found["models"]) == ([values.get("setting", "fair_7")], ["GlanceNet", "CBNM"])
+        assert (found["supervision"], found["seeds"]) == ([float(values.get("supervision", 100))], [int(values["seed"])])
+        if "precision" in values:
+            assert found["overrides"][-2:] == ["--amp", str(values["precision"] == "amp").lower()]
         assert found["out"] == table.out(experiment) and "PadlessGaussianConv64" in found["overrides"]
 
 
