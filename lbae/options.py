@@ -149,9 +149,7 @@ class Params(DataOptions):
     int_source: Literal["train", "test"] = paths(
         "train", "ends are training codes, as the published code takes them, or test codes, as its page says"
     )
-    split: Literal[SPLITS] = paths(
-        "margin", "direction of a code: growing margins, or the published means"
-    )
+    split: Literal[SPLITS] = paths("margin", "direction of a code: growing margins, or the published means")
     set_attr: Attribute = paths(-1, "interpolate from a code towards this attribute or class, by number or name")
     attr_threshold: between(0, 2, float) = attributes(0.12, "bits whose mean exceeds this are forced")
     attr_mode: Literal[ATTR_MODES] = attributes(
