@@ -75,11 +75,18 @@ def released(paper: str, name: str) -> Release:
     return Release(key, FOLDER / weights, *(entry[text] for text in TEXTS), entry["files"][weights]["sha256"])
 
 
+def named(name: Any) -> Path:
+    """What a `load` is given as a path. Raises UserError for what is no name."""
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise UserError(f"{name!r} is no name: give the folder of a run, a file of weights, or a name of checkpoints/")
+    return Path(name)
+
+
 def weights_file(paper: str, name: str | Path, inside: str = "") -> Path:
     """The file of weights that `name` means: a file, the newest one `inside` (a pattern) a run's folder, or a release
     of this paper. Raises UserError for neither.
     """
-    path = Path(name)
+    path = named(name)
     if path.is_file():
         return path
     if inside and path.is_dir():
@@ -89,6 +96,11 @@ def weights_file(paper: str, name: str | Path, inside: str = "") -> Path:
         return found
     if path.suffix or len(path.parts) > 1:
         raise UserError(f"there is no file {path}; the names in checkpoints/{paper} need no folder and no ending")
+    own = [key.removeprefix(f"{paper}/") for key in _manifest() if key.startswith(f"{paper}/")]
+    if path.name not in own:
+        others = [key.split("/")[0] for key in _manifest() if key.endswith(f"/{path.name}")]
+        near = f" (it is {others[0]}'s)" if others else suggest(path.name, own)
+        raise UserError(f"checkpoints/{paper} has no {path.name}{near}; it has {', '.join(own)}")
     return released(paper, path.name).path
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from common.checkpoint import load_into, load_weights
 from common.errors import UserError
-from common.given import floats, number, whole
+from common.given import floats, number, readable, whole
 from common.launch import pick_device
-from common.released import weights_file
+from common.released import named, weights_file
 from inv_flow.model import FlowModel
 from inv_flow.train.config import Config, older_names, trained_options
 from inv_flow.train.launch import make_model
@@ -45,7 +45,10 @@ class ImageFlow(nn.Module):
         latents = [floats(z, f"latents[{i}]", ("B", *sizes[i]), self._weight, least=1) for i, z in enumerate(latents)]
         if any(z.shape[0] != latents[0].shape[0] for z in latents):
             raise UserError(f"latents of {[len(z) for z in latents]} images: expected as many in all")
-        return self.flow.decode(latents).clamp(0, self.flow.levels - 1) / (self.flow.levels - 1)
+        images = self.flow.decode(latents)
+        if readable(images) and not bool(torch.isfinite(images).all()):
+            raise UserError("latents too far from 0: the images are not finite")
+        return images.clamp(0, self.flow.levels - 1) / (self.flow.levels - 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """-log2 p(x) a dimension (B,), with one draw of the dequantisation noise: bits/dim."""
@@ -68,8 +71,8 @@ def load(name: str | Path, device: str = "cpu") -> ImageFlow:
 
     Raises UserError for a missing, damaged or foreign one.
     """
-    folder = Path(name) / "checkpoints" / "best.safetensors"
-    path = folder if Path(name).is_dir() else weights_file("inv_flow", name)
+    folder = named(name) / "checkpoints" / "best.safetensors"
+    path = folder if named(name).is_dir() else weights_file("inv_flow", name)
     tensors, stored = load_weights(path)
     stored = older_names(stored)
     if not trained_options() & stored.keys() or not stored.get("image_size"):

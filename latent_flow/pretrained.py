@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from common.given import as_tensor, floats, whole
 from common.launch import pick_device
-from common.released import weights_file
+from common.released import named, weights_file
 from latent_flow.data import SWEPT, TESTED
 from latent_flow.model import LatentFlow
 from latent_flow.runs import load_run, need_flows
@@ -76,7 +76,7 @@ def load(name: str | Path, device: str = "cpu") -> FlowAutoencoder:
 
     Raises UserError for a missing, damaged or foreign one.
     """
-    path = Path(name) if Path(name).is_dir() else weights_file("latent_flow", name)
+    path = Path(name) if named(name).is_dir() else weights_file("latent_flow", name)
     model, _, _ = load_run(path, pick_device(device))
     need_flows(model, path)
     return FlowAutoencoder(model).eval()

@@ -12,7 +12,7 @@ from common.checkpoint import load_weights
 from common.errors import UserError
 from common.given import floats, zero_one
 from common.launch import pick_device
-from common.released import weights_file
+from common.released import named, weights_file
 from lbae.experiment import Latents, checkpoint_path, load_nets, newest_config, read_checkpoint, split_nets, unpack_bits
 from lbae.model import LBAE, build_model
 from lbae.options import Params, from_saved, saved_keys
@@ -82,7 +82,7 @@ def load(name: str | Path, device: str = "cpu") -> Autoencoder:
     """The autoencoder of a file that ships (its name), of a .safetensors file of `lbae.release`, or of an experiment's
     folder. Raises UserError for a missing, damaged or foreign one.
     """
-    if Path(name).is_dir():
+    if named(name).is_dir():
         config, source = newest_config(Path(name))
         path = checkpoint_path(Path(name), None)
         nets = read_checkpoint(path)

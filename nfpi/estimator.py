@@ -101,10 +101,13 @@ class FixedPointGaussians(ClassifierMixin, BaseEstimator):
         return ClassGaussians(torch.from_numpy(self.means_), torch.from_numpy(self.variances_))
 
     def log_likelihood(self, X: Any) -> np.ndarray:
-        """log p(x | class) in nats, (n, K) float64, of X (n, d)."""
+        """log p(x | class) in nats, (n, K) float64, of X (n, d). Raises ValueError where it is beyond float64."""
         gaussians = self.gaussians
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        return gaussians.logits(_tensor(X)).numpy()
+        found = gaussians.logits(_tensor(X)).numpy()
+        if not np.isfinite(found).all():
+            raise BadInput(f"z reaches {np.abs(X).max():.3g}, too far from the Gaussians: its density is 0")
+        return found
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class (n,) of X (n, d), classes equally likely before."""

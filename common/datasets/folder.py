@@ -183,6 +183,9 @@ def read_labels(path: str | Path, class_column: str = "") -> tuple[list[str], Ta
     class_column = class_column or next((name for name in cells if name.lower() == "class"), "")
     classes = _column(path, class_column, cells[class_column], words=True) if class_column else None
     concepts = [_column(path, name, cells[name], point) for name in cells if name != class_column]
+    names = [name for one in concepts for name in one.encoded()[0]]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{path}: a column and a word of another make two concepts {twice!r}: rename one")
     for one in (classes, *concepts):
         if one and np.isnan(one.values).all():
             raise UserError(f"{path}: column {one.name!r} is empty; fill it in or take it out")
@@ -351,7 +354,9 @@ def load_folder(
     are. The class is the sub-folder, or the CSV's. need_classes: refuse a single class, and classes that train or test
     lacks.
     """
-    own = split == "all" or (held_out > 0 and root.is_dir() and not has_splits(root))
+    if not root.is_dir():
+        raise UserError(f"no folder of images at {root}")
+    own = split == "all" or (held_out > 0 and not has_splits(root))
     part = root if own else _part(root, split)
     items = _items(root, part, labels, class_column)
     if held_out and len(items.paths) < FEWEST and split != "test":

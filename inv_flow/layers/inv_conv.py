@@ -37,7 +37,7 @@ class _TriangularConv2d(nn.Module):
         sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else (kernel_size, kernel_size)
         if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
             raise ValueError(f"kernel_size={kernel_size}: expected a whole number, or two")
-        if not isinstance(channels, int) or not isinstance(groups, int):
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in (channels, groups)):
             raise ValueError(f"channels={channels}, groups={groups}: expected whole numbers")
         if not isinstance(order, (str, tuple, list)):
             raise ValueError(f"order={order}: expected one of {', '.join(ORDERS)}, or one a group")

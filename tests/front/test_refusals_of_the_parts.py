@@ -1,6 +1,7 @@
 """What the parts and the loaded models are given by mistake: one line that names it, or the right result."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ MODELS = {
     "nfpi": nfpi.load("mnist_small"),
 }
 LBAE, GLANCE, LATENT, INVERSE, NFPI = MODELS.values()
+LOADS = (lbae.load, glancenet.load, latent_flow.load, inv_flow.load, nfpi.load)
 papers = pytest.mark.parametrize("paper", MODELS)
 
 
@@ -142,6 +144,13 @@ def test_latents_that_a_loaded_model_cannot_take(paper, change, message):
         (lambda: LATENT.move(torch.zeros(2, 16), None), "weights must be"),
         (lambda: LATENT.move(torch.zeros(2, 16), torch.ones(3), 1.5), "steps=1.5"),
         (lambda: LATENT.move(torch.zeros(2, 16), torch.ones(3), 0), "steps=0"),
+        *((partial(load, value), "is no name") for load in LOADS for value in (None, 3, "")),
+        (
+            lambda: lbae.load("mnist_parity"),
+            r"checkpoints/lbae has no mnist_parity \(it is glancenet's\); it has mnist",
+        ),
+        (lambda: lbae.load("mnist_bae_w6"), "did you mean 'mnist_bae_w16'"),
+        (lambda: INVERSE.decode([z * 1e30 for z in INVERSE.encode(torch.rand(2, *INVERSE.image_shape))]), "not finite"),
     ],
 )
 def test_other_arguments_of_a_loaded_model(call, message):
@@ -349,6 +358,7 @@ GAUSSIANS = FixedPointGaussians().fit(LATENTS, LABELS)
     [
         (lambda: GAUSSIANS.sample(["a"], math.nan), "temperature=nan: expected a finite number, at least 0"),
         (lambda: GAUSSIANS.sample(["a"], -1), "temperature=-1"),
+        (lambda: GAUSSIANS.predict(LATENTS * 1e200), "too far from the Gaussians"),
         (lambda: GAUSSIANS.sample(["a"], math.inf), "temperature=inf"),
         (lambda: GAUSSIANS.sample(["a"], "hot"), "temperature='hot'"),
         (lambda: GAUSSIANS.sample([None]), "y: expected labels"),

@@ -160,6 +160,7 @@ def test_a_grey_folder_is_grey(tmp_path):
         (["file,y,size", "im0.png,a,5 %", "im1.png,a,7 %"], "'size' holds '5 %'"),
         (["file;y;size", "im0.png;a;1.000,5"], "'size' holds '1.000,5'"),
         (["file,y,note", 'im0.png,a,"open', *(f"im{i}.png,a,n" for i in range(1, 40))], "line 2 .*close the quotes"),
+        (["file,y,hair,hair=b", "im0.png,a,a,0", "im1.png,a,b,1"], "make two concepts 'hair=b': rename one"),
         (["file,y", "im0.png,none", "im1.png,a"], "im0.png .*is empty, or reads nan, na, n/a, none"),
         (["file,y,y", "im0.png,a,b"], "two columns 'y': rename one"),
         (["file,y,note", "im0.png,a,3", "im1.png,a,unknown"], "column 'note' holds numbers and words \\('unknown'"),
@@ -223,6 +224,8 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
 
     draw(tmp_path, 3, "classes")
     refused("holds 3 image")
+    with pytest.raises(UserError, match=r"no folder of images at .*/moved"):
+        load("folder", tmp_path / "moved", "test", held_out=0.1, image_size=8)
     draw(tmp_path, 12)  # flat, beside sub-folders
     refused("images beside sub-folders")
     for name in ("k0", "k1", "k2"):
