@@ -378,7 +378,7 @@ class HyperplaneSampler:
             try:
                 generator = np.random.default_rng(rng)
             except (TypeError, ValueError) as error:
-                raise UserError(f"rng={rng!r}: expected a seed, a numpy or a torch generator") from error
+                raise UserError(f"rng {rng!r}: expected a seed, a numpy or a torch generator") from error
             normals = torch.from_numpy(generator.standard_normal(shape))
         return self._back(sample_cov(planes, normals))
 

@@ -385,7 +385,7 @@ def test_clips_are_trained_on_and_judged_by_their_later_frames(script, clips, tm
         evaluate.main(["--exp", str(out), "--split", split, "--vp-pairs", "120", *CPU])
         result = json.loads((out / f"{name}.json").read_text())
         frames = result["equivariance"]["frames"]
-        assert frames["images"] == 2 * 6  # two held-out clips, six sequences of seven pictures in each
+        assert frames["images"] == 3 * 6  # three held-out clips, six sequences of seven pictures in each
         assert len(frames["model"]["per_step"]) == 3
         bar = 3 * 16 * 2  # a bar where there was none, and the one that is gone
         assert abs(frames["identity"]["mean"] - 3 * bar) < 1e-2 and abs(frames["black"]["mean"] - 3 * bar / 2) < 1e-2

@@ -245,17 +245,17 @@ def paint(folder: Path, n: int, mode: str = "RGB", size: tuple[int, int] = (40, 
 OWN = ["dataset=folder", "width=2", "zsize=8", "batch_size=8", "epochs_max=1", "device=cpu", "tensorboard=0"]
 
 
-def test_a_flat_folder_holds_out_a_tenth(tmp_path, capsys):
+def test_a_flat_folder_holds_out_about_a_tenth(tmp_path, capsys):
     paint(tmp_path / "mine", 40)
     run = [*OWN, "channels=3", f"data_root={tmp_path / 'mine'}", f"exp={tmp_path / 'e'}"]
     mnist.main(run)
-    assert "36 training and 4 test images" in capsys.readouterr().err
+    assert "37 training and 3 test images" in capsys.readouterr().err
     train, test = (
         reconstruct.load_split(protocol.experiment_params(tmp_path / "e", {}), part) for part in ("train", "test")
     )
     assert len({path.name for part in (train, test) for path in part.parent.paths}) == 40
     mnist.main(["eval", f"exp={tmp_path / 'e'}", "device=cpu"])  # the folder comes from the saved configuration
-    assert len(list((tmp_path / "folder_eval").glob("*.png"))) == 4
+    assert len(list((tmp_path / "folder_eval").glob("*.png"))) == 3
 
 
 def test_grey_images_and_a_crop(tmp_path):
