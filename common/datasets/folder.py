@@ -226,7 +226,7 @@ def labels_of(path: str | Path, paths: Sequence[Path], root: Path, class_column:
 def has_splits(root: Path) -> bool:
     """Whether a folder of images holds train/ and test/. Raises UserError for one of the two, and for Train or TEST."""
     found = [name for name in ("train", "test") if (root / name).is_dir()]
-    for sub in subfolders(root):
+    for sub in subfolders(root) if root.is_dir() else ():
         if (name := sub.name.lower()) != sub.name and name in ("train", "valid", "val", "test"):
             raise UserError(f"{root} holds {sub.name}/: call it {name}/ if it is that part, else otherwise")
     if len(found) == 1:

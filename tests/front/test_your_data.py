@@ -131,6 +131,8 @@ def test_an_evaluation_of_the_training_s_images_keeps_its_split(tmp_path, monkey
     with pytest.raises(UserError, match="seed is 5, but was 0 in training"):
         check_split("mine", 5, tmp_path / "mine", 0, "seed")
     check_split("mine", 0, "mine", 0, "seed")
+    with pytest.raises(UserError, match="seed is 5"):
+        check_split("moved", 5, "moved", 0, "seed")
     check_split("parted", 5, "parted", 0, "seed")
     check_split("mine", 5, "parted", 0, "seed")
 
