@@ -10,6 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from common.layers import ConvTranspose2d
+
 IMAGE_SIZE = 64
 
 
@@ -132,12 +134,12 @@ class SimpleConv64Decoder(nn.Module):
         relu = partial(nn.ReLU, inplace=True)
         self.main = nn.Sequential(
             nn.Conv2d(z_dim, 256, 1, 2), relu(),
-            nn.ConvTranspose2d(256, 256, 4, 2, 1), relu(),
-            nn.ConvTranspose2d(256, 128, 4, 2), relu(),
-            nn.ConvTranspose2d(128, 128, 4, 2), relu(),
-            nn.ConvTranspose2d(128, 64, 4, 2), relu(),
-            nn.ConvTranspose2d(64, 64, 4, 2), relu(),
-            nn.ConvTranspose2d(64, channels, 3, 1),
+            ConvTranspose2d(256, 256, 4, 2, 1), relu(),
+            ConvTranspose2d(256, 128, 4, 2), relu(),
+            ConvTranspose2d(128, 128, 4, 2), relu(),
+            ConvTranspose2d(128, 64, 4, 2), relu(),
+            ConvTranspose2d(64, 64, 4, 2), relu(),
+            ConvTranspose2d(64, channels, 3, 1),
         )  # fmt: skip
         init_layers(self)
 
@@ -180,8 +182,8 @@ class DeConv64(nn.Module):
         self.project = nn.Sequential(nn.Linear(64, 1024 * 8 * 8), nn.ReLU(inplace=True))
         layers: list[nn.Module] = []
         for n_in, n_out in ((1024, 512), (512, 256), (256, 128)):
-            layers += [nn.ConvTranspose2d(n_in, n_out, 5, 2), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
-        self.main = nn.Sequential(*layers, nn.ConvTranspose2d(128, channels, 4, 1, 12))
+            layers += [ConvTranspose2d(n_in, n_out, 5, 2), nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
+        self.main = nn.Sequential(*layers, ConvTranspose2d(128, channels, 4, 1, 12))
         init_layers(self)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from common.benchmark import BenchmarkOptions, Case, run_cases
 from common.cuda_graph import CudaGraph
@@ -149,6 +150,9 @@ def step_case(name: str, o: Config, device: torch.device) -> Case:
     options = training_options(setting, o)
     torch.manual_seed(0)
     plain = make_model(options, setting.shape).to(device)
+    for layer in plain.modules():
+        if isinstance(layer, nn.ConvTranspose2d):
+            layer.__class__ = nn.ConvTranspose2d
     ours = make_model(options, setting.shape).to(device, memory_format=torch.channels_last)
     ours.load_state_dict(plain.state_dict())
     optimizer = torch.optim.Adam(plain.parameters(), lr=options.lr_G, foreach=False)

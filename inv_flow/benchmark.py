@@ -60,6 +60,8 @@ def published_form(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Coupling):
             module.__class__ = PublishedCoupling
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = nn.Conv2d
         if isinstance(module, nn.ReLU):
             module.inplace = False
     return model

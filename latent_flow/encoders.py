@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
+from common.layers import ConvTranspose2d
 
 
 def halving(channels: int, out: int) -> nn.Conv2d:
@@ -18,9 +19,9 @@ def halving(channels: int, out: int) -> nn.Conv2d:
     return nn.Conv2d(channels, out, 4, 2, 1)
 
 
-def doubling(channels: int, out: int) -> nn.ConvTranspose2d:
+def doubling(channels: int, out: int) -> ConvTranspose2d:
     """Transposed convolution 4x4, stride 2, padding 1: N x N -> 2N x 2N."""
-    return nn.ConvTranspose2d(channels, out, 4, 2, 1)
+    return ConvTranspose2d(channels, out, 4, 2, 1)
 
 
 def relu() -> nn.ReLU:
@@ -44,7 +45,7 @@ class SpreadingConvTranspose2d(nn.ConvTranspose2d):
         shape = self.out_channels, *self.kernel_size
         out = (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, shape) + self.bias[:, None, None]
         # the strided layers that follow run faster with channels last: cuDNN's always, a CPU's where they are narrow
-        last = shape[-1] > 1 and (x.device.type != "cpu" or shape[0] <= 128)
+        last = shape[-1] > 1
         return out.contiguous(memory_format=torch.channels_last) if last else out
 
 
@@ -185,7 +186,7 @@ class ConvVAE2(ImageVAE):
         for stage in range(4):
             last = stage == 3
             layers += [doubling(s, s), relu()]
-            layers += [nn.ConvTranspose2d(s, channels if last else s, 3, 1, 1)] + ([] if last else [relu()])
+            layers += [ConvTranspose2d(s, channels if last else s, 3, 1, 1)] + ([] if last else [relu()])
         super().__init__(encoder, BernoulliDecoder(layers), log_var_bound)
 
 

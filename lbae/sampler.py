@@ -36,7 +36,7 @@ def sign(x: Tensor) -> Tensor:
 def moments(codes: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     """Mean (D,) and uncentred second moment (D, D) of codes (N, D) in {-1, +1}, float64, on their device.
 
-    Codes in {0, 1} are mapped to 2z - 1. Sums of a chunk are exact integers in float32, and float64 adds the chunks.
+    Codes in {0, 1} are mapped to 2z - 1. Sums of a chunk are exact integers, and float64 adds the chunks.
     Raises UserError when the codes are not binary (VAE latents, rounded latents).
     """
     zero_one, valid = False, codes.numel() > 0
@@ -51,15 +51,15 @@ def moments(codes: Tensor, chunk: int = 8192) -> tuple[Tensor, Tensor]:
     total = torch.zeros(d, dtype=torch.float64, device=codes.device)
     product = torch.zeros(d, d, dtype=torch.float64, device=codes.device)
     for part in codes.split(chunk):
-        z = part.float() * 2 - 1 if zero_one else part.float()
-        total += z.sum(0)
+        z = part.to(torch.int8) * 2 - 1 if zero_one else part.to(torch.int8)
+        total += z.float().sum(0)
         product += _gram(z)
     return total / n, product / n
 
 
 def _gram(z: Tensor) -> Tensor:
-    """z^T z. numpy's BLAS sees the symmetry and does half the work; on a GPU a plain product is fastest."""
-    return torch.from_numpy(z.numpy().T @ z.numpy()) if z.device.type == "cpu" else z.T @ z
+    """z^T z of int8 codes, exact. A CPU multiplies bytes up to four times as fast as floats."""
+    return torch._int_mm(z.T, z) if z.device.type == "cpu" else z.T.float() @ z.float()
 
 
 def moment_matrix(mean: Tensor, second: Tensor) -> Tensor:

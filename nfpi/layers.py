@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import UserError
 from common.launch import autocast
+from common.layers import elu
 from nfpi.matrix_exp import expm, expm_action, phi_action
 
 ConvType = Literal["matrixexp", "standard", "decomposition"]
@@ -108,7 +109,7 @@ class Conv2d(nn.Module):
         """(B, C_in, h, w) -> (B, C_out, h, w)."""
         weight = self.conv.weight * self.norm.scale[..., None]  # the scale of an output channel commutes with the sum
         y = F.conv2d(x, weight, self.norm.shift[:, 0, 0], padding=self.conv.padding)
-        return F.elu(y, inplace=True) if self.activation else y
+        return elu(y) if self.activation else y
 
     @torch.no_grad()
     def initialise(self, x: Tensor, init_scale: float = 1.0) -> Tensor:
@@ -116,7 +117,7 @@ class Conv2d(nn.Module):
         std = self(x).std(dim=(0, 2, 3))
         self.conv.weight.div_(std[:, None, None, None] + EPS)
         y = self.norm.initialise(self.conv(x), init_scale)
-        return F.elu(y) if self.activation else y
+        return elu(y) if self.activation else y
 
 
 class Block(nn.Module):
@@ -131,15 +132,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> the same shape."""
-        y = F.elu(self.conv1(x), inplace=True)
-        y = F.elu(self.conv2(y), inplace=True)
-        return F.elu(self.conv3(y) + x, inplace=True)
+        y = elu(self.conv1(x))
+        y = elu(self.conv2(y))
+        return elu(self.conv3(y) + x)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> Tensor:
         """Set the three convolutions in order; the last one's scale is 0."""
-        y = F.elu(self.conv2.initialise(F.elu(self.conv1.initialise(x))))
-        return F.elu(self.conv3.initialise(y, init_scale=0.0) + x)
+        y = elu(self.conv2.initialise(elu(self.conv1.initialise(x))))
+        return elu(self.conv3.initialise(y, init_scale=0.0) + x)
 
 
 def qkv_attention(qkv: Tensor, heads: int) -> Tensor:

@@ -1,9 +1,12 @@
 """Affine coupling with Inverse-Flow's small network or the Self-Normalizing-Flows one, and the split prior."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.layers import PatchConv2d, in_parts
 from inv_flow.layers.flow import FlowLayer, per_sample, standard_normal_log_prob
 
 
@@ -27,9 +30,10 @@ def coupling_net(channels: int, width: int, kind: str) -> nn.Sequential:
     'small' (Inverse-Flow): conv3x3 to `width`, conv1x1 to C, both without bias. 'snf' (Self-Normalizing Flows, FInC
     Flow): conv3x3 to `width`, conv1x1 to `width`, with bias. Both end in a zero convolution.
     """
+    conv = PatchConv2d if channels <= 8 and width >= 256 else partial(nn.Conv2d, padding=1)
     if kind == "small":
         return nn.Sequential(
-            nn.Conv2d(channels // 2, width, 3, padding=1, bias=False),
+            conv(channels // 2, width, 3, bias=False),
             nn.ReLU(inplace=True),
             nn.Conv2d(width, channels, 1, bias=False),
             nn.ReLU(inplace=True),
@@ -37,7 +41,7 @@ def coupling_net(channels: int, width: int, kind: str) -> nn.Sequential:
         )
     if kind == "snf":
         return nn.Sequential(
-            nn.Conv2d(channels // 2, width, 3, padding=1),
+            conv(channels // 2, width, 3),
             nn.ReLU(inplace=True),
             nn.Conv2d(width, width, 1),
             nn.ReLU(inplace=True),
@@ -57,13 +61,14 @@ class Coupling(FlowLayer):
         if channels % 2:
             raise ValueError(f"a coupling needs an even number of channels, got {channels}")
         self.net = coupling_net(channels, width, kind)
+        self.width = width
         self.autocast = autocast
 
     def _scale_and_shift(self, x1: Tensor) -> tuple[Tensor, Tensor]:
         # a wide network on few channels takes half the time with the channels innermost; a GPU's float32 does not
         last = self.autocast or x1.device.type == "cpu"
         with torch.autocast(x1.device.type, torch.bfloat16, enabled=self.autocast):
-            h = self.net(x1.contiguous(memory_format=torch.channels_last) if last else x1)
+            h = in_parts(self.net, x1.contiguous(memory_format=torch.channels_last) if last else x1, self.width)
         h = h.to(x1.dtype, memory_format=torch.contiguous_format)
         return 2 * torch.tanh(h[:, 0::2] / 2), h[:, 1::2]
 

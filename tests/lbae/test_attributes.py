@@ -1,0 +1,91 @@
+"""lbae/attributes.py: how often an attribute shows once it is set."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.errors import UserError
+from lbae import attributes, celeba, mnist
+from lbae.attributes import Config, Judge, Labelled, groups_of, shares, train_judge
+from lbae.sampler import HyperplaneSampler
+
+
+class Pixels(SimpleNamespace):
+    """An autoencoder of 1 x 4 x 4 images whose bits are their pixels."""
+
+    def encode(self, images):
+        return images.flatten(1).sign()
+
+    def decode(self, codes):
+        return codes.float().view(-1, 1, 4, 4)
+
+
+@pytest.mark.parametrize(("broken", "expected"), [(False, 100), (True, 0)])
+def test_shares_of_a_code_that_is_the_image(broken, expected):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2, (400, 16), generator=generator) * 2 - 1
+    has = (codes > 0).long()  # attribute k: pixel k is bright
+    model = Pixels(codes=codes, sampler=HyperplaneSampler().fit(codes, has.roll(1, 1) if broken else has))
+    test = Labelled(codes.float().view(-1, 1, 4, 4), has)
+
+    found = shares(model, lambda images: images.flatten(1) > 0, test, 3, Config(threshold=0.5))
+    assert found == {"recall": 100, "before": 0, "set": pytest.approx(expected, abs=0)}
+
+
+def test_a_judge_gives_one_of_a_group_and_yes_or_no():
+    names = ["shape=0", "shape=1", "shape=2", "hat", "size=0", "size=1"]
+    groups = groups_of(names, exclusive=False)
+    assert groups == ["shape"] * 3 + ["hat"] + ["size"] * 2
+    assert groups_of(["a", "b"], exclusive=True) == ["class", "class"]
+    torch.manual_seed(0)
+    says = Judge(1, 32, [3, 1, 2])(100 * torch.randn(50, 1, 32, 32))
+    assert (says[:, :3].sum(1) == 1).all()
+    assert (says[:, 4:].sum(1) == 1).all()
+    assert says[:, 3].any() != says[:, 3].all()
+
+
+def test_a_judge_learns():
+    """The quarter that is bright, of 4, and whether anything else is; its seed leaves the global numbers alone."""
+    generator = torch.Generator().manual_seed(1)
+    where, also = (torch.randint(0, n, (600,), generator=generator) for n in (4, 2))
+    images = 0.1 * torch.rand(600, 1, 32, 32, generator=generator)
+    for k in range(4):
+        images[where == k, :, 8 * k : 8 * k + 8, :16] = 1
+    images[also == 1, :, :, 16:] = 0.8
+    data = Labelled(images, torch.cat([torch.nn.functional.one_hot(where), also[:, None]], 1))
+    state = torch.get_rng_state()
+    judge = train_judge(data, [4, 1], epochs=5, seed=0, device=torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (judge(images) == data.has).double().mean() > 0.98
+
+
+@pytest.fixture(scope="module")
+def sprites(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attributes") / "exp"
+    celeba.main([f"exp={folder}", "device=cpu", "dataset=sprites", "channels=1", "width=2", "zsize=8", "batch_size=32",
+                 "epochs_max=1", "train_images=64", "test_images=20", "binary_reco_loss=1"])  # fmt: skip
+    return folder
+
+
+def test_every_attribute_of_a_run_is_judged(sprites, capsys):
+    attributes.main([str(sprites), "--device", "cpu", "--epochs", "1", "--images", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["left out", "shape", "scale", "orientation", "posX", "posY"]
+    found = json.loads((sprites / "attributes.json").read_text())
+    assert lines[0].split()[2] == str(3 + 6 + 40 + 32 + 32 - len(found["attributes"]))  # of 113, 84 images have few
+    assert (found["images"], found["epochs"]) == (5, 1)
+    shapes = [found["attributes"][f"shape={k}"] for k in range(3)]
+    for key, mean in found["mean"]["shape"].items():
+        assert mean == pytest.approx(sum(shape[key] for shape in shapes) / 3)
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        attributes.main([str(tmp_path / "nowhere"), "--device", "cpu"])
+    vae = tmp_path / "vae"
+    mnist.main([f"exp={vae}", "cfg=mnist_vae", "dataset=digits", "device=cpu", "width=2", "zsize=8", "epochs_max=1",
+                "batch_size=32", "train_images=64", "test_images=20"])  # fmt: skip
+    with pytest.raises(UserError, match="bits"):
+        attributes.main([str(vae), "--device", "cpu", "--epochs", "1"])
