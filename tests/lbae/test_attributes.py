@@ -76,12 +76,14 @@ def test_every_attribute_of_a_run_is_judged(sprites, capsys):
     found = json.loads((sprites / "attributes.json").read_text())
     assert lines[0].split()[2] == str(3 + 6 + 40 + 32 + 32 - len(found["attributes"]))  # of 113, 84 images have few
     assert (found["images"], found["epochs"]) == (5, 1)
+    assert all(0 <= share <= 100 for one in found["attributes"].values() for share in one.values())
     shapes = [found["attributes"][f"shape={k}"] for k in range(3)]
     for key, mean in found["mean"]["shape"].items():
         assert mean == pytest.approx(sum(shape[key] for shape in shapes) / 3)
 
 
-def test_what_cannot_be_judged_is_refused(tmp_path):
+def test_what_cannot_be_judged_is_refused_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(attributes, "load_split", lambda *_: pytest.fail("read the images first"))
     with pytest.raises(UserError, match="nowhere"):
         attributes.main([str(tmp_path / "nowhere"), "--device", "cpu"])
     vae = tmp_path / "vae"
