@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common.errors import NonFiniteError, UserError
 from inv_flow.layers.activations import SELU, SmoothLeakyRelu, SmoothTanh, SplineActivation
@@ -98,6 +99,27 @@ def test_coupling_starts_as_the_identity(kind):
     z, log_det = Coupling(6, 16, kind)(x)
     assert torch.equal(z, x)
     assert torch.equal(log_det, torch.zeros(2))
+
+
+@pytest.mark.parametrize("kind", ["small", "snf"])
+@pytest.mark.parametrize(("channels", "width"), [(4, 512), (10, 256), (4, 16)])
+def test_a_coupling_of_any_width_computes_its_network(kind, channels, width):
+    """On patches, in parts of the batch or as it is: the network's own convolutions, values and gradients."""
+    torch.manual_seed(0)
+    layer = moved(Coupling(channels, width, kind).double(), 0.1)
+    x = torch.randn(30, channels, 14, 14, dtype=torch.float64, requires_grad=True)
+    x1, x2 = x.chunk(2, 1)
+    first, second, last = layer.net[0], layer.net[2], layer.net[4]
+    h = F.relu(F.conv2d(F.relu(F.conv2d(x1, first.weight, first.bias, padding=1)), second.weight, second.bias))
+    h = F.conv2d(h, last.weight, last.bias, padding=1) * (3 * last.logs).exp()[:, None, None]
+    log_s = 2 * torch.tanh(h[:, 0::2] / 2)
+    expected = torch.cat([x1, x2 * log_s.exp() + h[:, 1::2]], 1), log_s.sum((1, 2, 3))
+    found = layer(x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    grads = [torch.autograd.grad(z.square().mean(), [x, *layer.parameters()]) for z, _ in (found, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 def test_brightest_pixel_stays_finite_in_float32():
