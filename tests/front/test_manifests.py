@@ -152,6 +152,8 @@ SPECIAL = {
     "glancenet/leakage",
     "inv_flow/timing",
     "inv_flow/claims",
+    "inv_flow/op",
+    "inv_flow/sampling",
     "nfpi/planar",
 }  # tests/front/test_readme.py reads such commands
 
@@ -205,6 +207,31 @@ def test_the_classifier_of_the_claims_is_trained_as_its_manifest_says(capsys):
     differing = {key for key in learned if learned[key] != control[key]} - {"out"}
     assert differing == {"random_taps"} and learned["padding"] == 10 and learned["max_row_sum"] is None
     assert linear["random_taps"] == 0 and linear["epochs"] == learned["epochs"]
+
+
+def test_the_timings_of_the_claims_are_what_their_manifests_say(capsys):
+    from inv_flow import timing
+    from inv_flow.utils.inv_conv_cuda import benchmark
+
+    for experiment in TABLES["inv_flow/sampling"].experiments:
+        timing.main(
+            [
+                *TABLES["inv_flow/sampling"].commands(experiment, TABLES["inv_flow/sampling"].steps[0])[0][2:],
+                "--dry_run",
+            ]
+        )
+        found = json.loads(capsys.readouterr().out)
+        assert (found["sizes"], found["coupling_width"], found["block_size"], found["channels"]) == ([28], 512, 16, 1)
+        assert found["out"] == f"results/runs/inv_flow/sampling/{experiment}"
+    with pytest.raises(SystemExit):
+        benchmark.main(["--help"])
+    known = capsys.readouterr().out
+    table = TABLES["inv_flow/op"]
+    for experiment in table.experiments:
+        words = table.commands(experiment, table.steps[0])[0]
+        assert words[:3] == ["python", "-m", benchmark.__name__]
+        assert all(word in known for word in words if word.startswith("--"))
+        assert words[words.index("--threads") + 1] == experiment
 
 
 def words_of_script(script: str, more: Sequence[str] = (), **environment: str) -> list[str]:

@@ -310,6 +310,8 @@ def test_benchmark_command(tmp_path, capsys):
     for row in setting["rows"]:
         assert row["ratio"] == pytest.approx(row["solve ms"] / row["conv2d ms"])
         assert all(row[name] > 0 for name in row if name.endswith("ms"))
+    first, second = (row["ratio"] for row in setting["rows"])
+    assert setting["geometric mean"]["ratio"] == pytest.approx((first * second) ** 0.5)
 
 
 def test_benchmark_refuses_what_it_cannot_do(capsys):

@@ -218,17 +218,21 @@ def measure(sizes: tuple[int, ...], device: torch.device, args: argparse.Namespa
     return row
 
 
-def print_table(rows: list[dict]) -> None:
+def print_table(rows: list[dict]) -> dict[str, float]:
+    """Print all figures; returns the geometric mean over the shapes of each ratio."""
     names = [name for name in rows[0] if name != "shape"]
     print("| B,C,H,W,k | " + " | ".join(names) + " |")
     print("|---" * (len(names) + 1) + "|")
     for row in rows:
         cells = [f"{row[name]:.3f}" if name.endswith("ms") else f"{row[name]:.2f}" for name in names]
         print(f"| {row['shape']} | " + " | ".join(cells) + " |")
+    means = {}
     for name in names:
         if name.startswith("ratio"):
             values = [row[name] for row in rows]
-            print(f"{name}: geometric mean {geometric_mean(values):.2f}, largest {max(values):.2f}")
+            means[name] = geometric_mean(values)
+            print(f"{name}: geometric mean {means[name]:.2f}, largest {max(values):.2f}")
+    return means
 
 
 def settings(device: str, threads: list[int] | None) -> list[tuple[torch.device, int]]:
@@ -290,12 +294,13 @@ def main(argv: list[str] | None = None) -> None:
                 row = {"shape": ",".join(map(str, sizes)), **measure(sizes, device, args)}
                 rows.append(row)
                 print(f"  {row['shape']}: {row['ratio']:.2f} of conv2d", file=sys.stderr, flush=True)
-            print_table(rows)
+            means = print_table(rows)
             if backend == "cpu":
                 print(
                     f"scratch memory of the solver, all threads: {torch.ops.inv_conv.scratch_bytes() / 2**20:.1f} MiB"
                 )
-            report["settings"].append({"device": device.type, "threads": threads, "backend": backend, "rows": rows})
+            found = {"device": device.type, "threads": threads, "backend": backend}
+            report["settings"].append({**found, "rows": rows, "geometric mean": means})
     finally:
         torch.set_num_threads(before)
     if args.json is not None:
