@@ -35,7 +35,7 @@ from pydantic import Field, model_validator
 
 from common.checkpoint import atomic_write
 from common.errors import UserError, run_command
-from common.launch import full_precision, pick_device
+from common.launch import full_precision, keep_freed_memory, pick_device
 from common.options import Device, Options, from_flags, option
 from inv_flow.layers.inv_conv import InverseConv2d
 from inv_flow.train.config import LAYERS, Config, Kernel, Side, Text, layer_choice
@@ -285,6 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(args.as_dict(), indent=2))
         return
     full_precision(args.tf32)
+    keep_freed_memory()  # as training and evaluation do
     if args.share:
         return share_table(args, device)
     done = {tuple(row[key] for key in KEYS) for row in rows}
