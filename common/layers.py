@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -50,26 +51,17 @@ class PatchConv2d(nn.Conv2d):
 
 
 class _Elu(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         y = x.clamp(max=0).float().exp_().sub_(1)
         # exp(x) - 1 > x but for its rounding, which the maximum takes away where it is below
-        return torch.maximum(x, y.to(x.dtype))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], y: Tensor) -> None:
+        y = torch.maximum(x, y.to(x.dtype))
         ctx.save_for_backward(y)
-        ctx.save_for_forward(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return torch.ops.aten.elu_backward(grad, 1.0, 1.0, 1.0, True, *ctx.saved_tensors)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return _Elu.backward(ctx, tangent)
 
 
 def in_parts(net: nn.Module, x: Tensor, width: int) -> Tensor:
@@ -89,5 +81,7 @@ def elu(x: Tensor) -> Tensor:
 
     PyTorch's goes through expm1, which takes ten times as long as exp with AVX-512 and twice with AVX2.
     """
-    fast = on_cpu(x) and x.dtype in (torch.float32, torch.bfloat16)
-    return _Elu.apply(x) if fast else F.elu(x, inplace=True)
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
+    if on_cpu(x) and x.dtype in (torch.float32, torch.bfloat16) and not transformed:
+        return _Elu.apply(x)
+    return F.elu(x, inplace=not (transformed or (x.is_leaf and x.requires_grad)))

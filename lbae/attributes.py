@@ -9,9 +9,9 @@ beside the shares: more cannot be expected.
 """
 
 import json
+import os
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -27,11 +27,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from common.checkpoint import write_json
-from common.errors import run_command
+from common.errors import UserError, run_command
 from common.launch import full_precision, pick_device
 from common.metrics import paths_and_options
 from common.options import Device, Options, from_flags, option
-from lbae.data import as_input, attributes, load_split
+from lbae.data import as_input, attribute_groups, attribute_names, attributes, load_split
+from lbae.experiment import newest_config
 from lbae.options import Params, Text
 from lbae.pretrained import Autoencoder, load
 from lbae.sampler import ATTR_MODES
@@ -45,7 +46,7 @@ class Config(Options):
     images: Annotated[int, Field(ge=1)] = option(200, "test images an attribute is set in, at most")
     epochs: Annotated[int, Field(ge=1, le=1000)] = option(10, "epochs of the classifier")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = option(0, "seed of the classifier")
-    data_root: Text = option("", "where the data set is (without: DATA_ROOT or data/)")
+    data_root: Text = option("", "where the data set is (without: as in the training, DATA_ROOT or data/)")
     device: Device = option("auto", "device")
     dry_run: bool = option(False, "check the options, print them as JSON and leave")
 
@@ -57,17 +58,23 @@ class Labelled(NamedTuple):
     has: Tensor
 
 
-def labelled(params: Params, split: str, classes: int) -> Labelled:
-    """A split with its attributes; classes become one attribute each."""
+def labelled(params: Params, split: str, names: Sequence[str]) -> tuple[Labelled, list[tuple[str, int]]]:
+    """A split with its attributes and their groups; classes become one attribute each. Raises UserError where they are
+    not `names`, those of the training.
+    """
     data = load_split(params, split)
     images, targets = data.arrays()
     has = attributes(data, targets)
-    return Labelled(as_input(images), F.one_hot(has[:, 0], classes) if has.shape[1] == 1 else has)
+    known = attribute_names(data) or list(names)
+    if known != list(names):
+        raise UserError(f"the {split} images have the attributes {_listed(known)}, the model was trained with "
+                        f"{_listed(names)}: name the folder of its training by --data-root")  # fmt: skip
+    has = F.one_hot(has[:, 0], len(names)) if has.shape[1] == 1 else has
+    return Labelled(as_input(images), has), attribute_groups(data, names)
 
 
-def groups_of(names: Sequence[str], exclusive: bool) -> list[str]:
-    """The group of each attribute: its factor ("shape=0" and on: shape), the one of all classes, or itself."""
-    return ["class" if exclusive else name.split("=")[0] for name in names]
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Judge(nn.Module):
@@ -133,33 +140,44 @@ def shares(model: Autoencoder, judge: Judge, test: Labelled, k: int, options: Co
 def main(argv: list[str] | None = None) -> None:
     paths, rest = paths_and_options(list(sys.argv[1:] if argv is None else argv), ("EXP",))
     options, _ = from_flags(Config, rest, __doc__)
-    device = pick_device(options.device)
+    device, folder = pick_device(options.device), Path(paths[0])
+    if not (folder / "latents-last.npz").is_file():
+        raise UserError(f"{folder} is no folder of an experiment with training codes (latents-last.npz): train one, or "
+                        "unpack a file that ships by `python -m lbae.release unpack FILE FOLDER`")  # fmt: skip
+    if not os.access(folder, os.W_OK) or (folder / "attributes.json").is_dir():
+        raise UserError(f"{folder / 'attributes.json'} cannot be written")
     if options.dry_run:
         print(json.dumps(options.as_dict(), indent=2))
         return
     full_precision()
-    folder = Path(paths[0])
+    saved, _ = newest_config(folder)
     model = load(folder, str(device))
-    params = Params.build(model.config, {"data_root": options.data_root})
-    exclusive, _ = model.labels.shape[1] == 1, model.sampler  # which refuses a model without bits
-    names = model.class_names if exclusive else model.concept_names
-    groups = groups_of(names, exclusive)
-    train, test = (labelled(params, split, len(names)) for split in ("train", "test"))
-    judge = train_judge(train, list(Counter(groups).values()), options.epochs, options.seed, device)
+    if model.config["vae"]:
+        raise UserError(f"{folder} is a VAE, whose codes have no bits to set; take an experiment without vae=1")
+    data_root = options.data_root or saved.get("data_root", "")
+    params = Params.build(model.config, {"eval": True, "data_root": data_root})
+    names = model.class_names if model.labels.shape[1] == 1 else model.concept_names
+    (train, groups), (test, _) = (labelled(params, split, names) for split in ("train", "test"))
     # what no image has cannot be learned, and what all have cannot be set
     known = (train.has.any(0) & test.has.any(0) & ~test.has.all(0)).tolist()
+    if not any(known):
+        raise UserError(f"{folder}: its images have no attributes to set: train with class sub-folders or labels=CSV")
+    judge = train_judge(train, [size for _, size in groups], options.epochs, options.seed, device)
     found = {name: shares(model, judge, test, k, options) for k, name in enumerate(names) if known[k]}
     if not all(known):
-        print(f"left out: {known.count(False)} attributes that no training or test image has, or every one")
-    means = {}
-    for group in dict.fromkeys(group for group, judged in zip(groups, known, strict=True) if judged):
-        part = [found[name] for name, its in zip(names, groups, strict=True) if its == group and name in found]
-        mean = means[group] = {key: statistics.fmean(one[key] for one in part) for key in part[0]}
-        recall, before, after = mean.values()
-        print(
-            f"{group}: the classifier finds {recall:.1f} % of the test images that have it; of those without it "
-            f"{before:.1f} % show it before, {after:.1f} % after"
-        )
+        out = [name for name, judged in zip(names, known, strict=True) if not judged]
+        print(f"left out, as no training or test image has them or every one: {_listed(out)}")
+    means, end = {}, 0
+    for group, size in groups:
+        part = [found[name] for name in names[end : end + size] if name in found]
+        end += size
+        if part:
+            mean = means[group] = {key: statistics.fmean(one[key] for one in part) for key in part[0]}
+            recall, before, after = mean.values()
+            print(
+                f"{group}: the classifier finds {recall:.1f} % of the test images that have it; of those without it "
+                f"{before:.1f} % show it before, {after:.1f} % after"
+            )
     write_json(folder / "attributes.json", {**options.as_dict(), "attributes": found, "mean": means})
 
 

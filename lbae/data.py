@@ -1,5 +1,7 @@
 """The data sets as the network sees them: uint8 (C, S, S), in a fixed order, without augmentation."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from common import datasets
 from common.datasets.base import ImageSet, Subset
-from common.datasets.folder import Table
+from common.datasets.folder import Column, Table
 from common.errors import UserError
 from lbae.options import CROPPED, Params
 
@@ -52,7 +54,7 @@ def table_attributes(table: Table, source: str) -> tuple[Tensor, list[str]]:
     """Attributes int64 (N, A), 0 (also where missing) or 1, and their names: a CSV's binary columns, and one for each
     word of its class and its categorical columns. Raises UserError where it has none.
     """
-    columns = [one for one in (table.classes, *table.concepts) if one and one.kind != "continuous"]
+    columns = _label_columns(table)
     if not columns:
         raise UserError(f"{source} has no attributes: every column holds numbers; write 0 and 1, or words")
     names, values = zip(*(column.encoded() for column in columns), strict=True)
@@ -60,6 +62,23 @@ def table_attributes(table: Table, source: str) -> tuple[Tensor, list[str]]:
     if len(names) == 1:  # one column of labels is taken for classes
         names, table_values = [f"not {names[0]}", names[0]], np.concatenate([1 - table_values, table_values], axis=1)
     return torch.from_numpy(np.nan_to_num(table_values).astype(np.int64)), names
+
+
+def _label_columns(table: Table) -> list[Column]:
+    """The columns of a CSV that are attributes."""
+    return [one for one in (table.classes, *table.concepts) if one and one.kind != "continuous"]
+
+
+def attribute_groups(data: Subset, names: Sequence[str]) -> list[tuple[str, int]]:
+    """Names and sizes of the groups that the attributes `names` of a split form, in their order: the values of a factor
+    or of a CSV's column, and all classes, of which an image has one; else each by itself.
+    """
+    if hasattr(data, "factor_sizes"):
+        return list(zip(data.factor_names, data.factor_sizes, strict=True))
+    if (table := getattr(data.parent, "table", None)) is not None:
+        columns = _label_columns(table)
+        return [(one.name, len(names) if len(columns) == 1 else len(one.encoded()[0])) for one in columns]
+    return [("class", len(names))] if data.targets.ndim == 1 else [(name, 1) for name in names]
 
 
 def attribute_names(data: ImageSet) -> list[str]:

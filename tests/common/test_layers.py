@@ -56,9 +56,18 @@ def test_elu_under_transforms():
     for transform in (
         lambda g: torch.func.vmap(torch.func.hessian(g))(x),
         lambda g: torch.func.jvp(torch.func.vmap(g), (x,), (direction,))[1],
+        lambda g: torch.func.jacfwd(torch.func.jacfwd(g))(x[0]),
         lambda g: torch.autograd.functional.hessian(g, x[0]),
+        lambda g: torch.autograd.functional.hessian(g, x[0], outer_jacobian_strategy="forward-mode", vectorize=True),
     ):
         torch.testing.assert_close(transform(f(elu)), transform(f(F.elu)), rtol=1e-5, atol=1e-6)
+
+
+def test_elu_leaves_a_parameter_alone():
+    for dtype in (torch.float32, torch.float64):
+        x = torch.linspace(-1, 1, 5, dtype=dtype).requires_grad_()
+        elu(x).sum().backward()
+        torch.testing.assert_close(x.grad, x.detach().exp().clamp(max=1))
 
 
 def same_layer(kind: Callable, plain: Callable, *sizes: int, **options) -> tuple[nn.Module, nn.Module]:

@@ -3,12 +3,15 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.errors import UserError
 from lbae import attributes, celeba, mnist
-from lbae.attributes import Config, Judge, Labelled, groups_of, shares, train_judge
+from lbae import folder as lbae_folder
+from lbae.attributes import Config, Judge, Labelled, shares, train_judge
 from lbae.sampler import HyperplaneSampler
 
 
@@ -35,10 +38,6 @@ def test_shares_of_a_code_that_is_the_image(broken, expected):
 
 
 def test_a_judge_gives_one_of_a_group_and_yes_or_no():
-    names = ["shape=0", "shape=1", "shape=2", "hat", "size=0", "size=1"]
-    groups = groups_of(names, exclusive=False)
-    assert groups == ["shape"] * 3 + ["hat"] + ["size"] * 2
-    assert groups_of(["a", "b"], exclusive=True) == ["class", "class"]
     torch.manual_seed(0)
     says = Judge(1, 32, [3, 1, 2])(100 * torch.randn(50, 1, 32, 32))
     assert (says[:, :3].sum(1) == 1).all()
@@ -72,9 +71,10 @@ def sprites(tmp_path_factory):
 def test_every_attribute_of_a_run_is_judged(sprites, capsys):
     attributes.main([str(sprites), "--device", "cpu", "--epochs", "1", "--images", "5"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["left out", "shape", "scale", "orientation", "posX", "posY"]
+    assert lines[0].startswith("left out")
+    assert [line.split(":")[0] for line in lines[1:]] == ["shape", "scale", "orientation", "posX", "posY"]
     found = json.loads((sprites / "attributes.json").read_text())
-    assert lines[0].split()[2] == str(3 + 6 + 40 + 32 + 32 - len(found["attributes"]))  # of 113, 84 images have few
+    assert 20 < len(found["attributes"]) < 3 + 6 + 40 + 32 + 32  # 84 images have few of them
     assert (found["images"], found["epochs"]) == (5, 1)
     assert all(0 <= share <= 100 for one in found["attributes"].values() for share in one.values())
     shapes = [found["attributes"][f"shape={k}"] for k in range(3)]
@@ -82,12 +82,61 @@ def test_every_attribute_of_a_run_is_judged(sprites, capsys):
         assert mean == pytest.approx(sum(shape[key] for shape in shapes) / 3)
 
 
+def folder(root, colours=3, table=None):
+    """Pictures in class sub-folders, and a CSV of `table`'s columns."""
+    generator, lines = np.random.default_rng(0), []
+    for k in range(colours):
+        (root / f"c{k}").mkdir(parents=True)
+        for i in range(20):
+            pixels = generator.integers(0, 60, (32, 32), np.uint8) + 60 * k
+            Image.fromarray(pixels.astype(np.uint8)).save(root / f"c{k}" / f"{i}.png")
+            lines.append(f"c{k}/{i}.png," + ",".join(str(value(k, i)) for value in (table or {}).values()))
+    if table:
+        (root / "labels.csv").write_text("\n".join([",".join(["file", *table]), *lines]) + "\n")
+    return root
+
+
+def train(exp, *words):
+    lbae_folder.main([f"exp={exp}", "device=cpu", "channels=1", "img_size=32", "width=2", "zsize=8", "epochs_max=1",
+                      "batch_size=16", *words])  # fmt: skip
+    return str(exp)
+
+
+def test_groups_are_columns_and_factors(tmp_path):
+    """Not what stands before "=": columns whose names look alike are no group."""
+    table = {"hat=red": lambda k, i: i % 2, "shoe": lambda k, i: i % 2 == 0, "hat=blue": lambda k, i: k == 1,
+             "size": lambda k, i: ["small", "large"][i % 2]}  # fmt: skip
+    root = folder(tmp_path / "images", table={name: (lambda k, i, f=f: int(v) if isinstance(v := f(k, i), bool) else v)
+                                              for name, f in table.items()})  # fmt: skip
+    exp = train(tmp_path / "exp", f"data_root={root}", f"labels={root / 'labels.csv'}")
+    attributes.main([exp, "--device", "cpu", "--epochs", "1"])  # the images are where they were
+    found = json.loads((tmp_path / "exp/attributes.json").read_text())
+    assert list(found["mean"]) == ["hat=blue", "hat=red", "shoe", "size"]
+    assert {"size=small", "size=large", "hat=red"} < set(found["attributes"])
+
+
+def test_other_images_than_the_trainings_are_refused(tmp_path, monkeypatch):
+    exp = train(tmp_path / "exp", f"data_root={folder(tmp_path / 'images')}")
+    attributes.main([exp, "--device", "cpu", "--epochs", "1"])
+    before = (tmp_path / "exp/attributes.json").read_bytes()
+    assert list(json.loads(before)["mean"]) == ["class"]
+    monkeypatch.setattr(attributes, "train_judge", lambda *_: pytest.fail("worked first"))
+    for other, colours in (("more", 4), ("one", 1)):
+        with pytest.raises(UserError, match=r"attributes c0.*c0, c1, c2.*--data-root"):
+            attributes.main([exp, "--device", "cpu", "--data_root", str(folder(tmp_path / other, colours))])
+    assert (tmp_path / "exp/attributes.json").read_bytes() == before
+    single = train(tmp_path / "single", f"data_root={tmp_path / 'one'}")
+    with pytest.raises(UserError, match="no attributes to set"):
+        attributes.main([single, "--device", "cpu"])
+
+
 def test_what_cannot_be_judged_is_refused_before_work(tmp_path, monkeypatch):
     monkeypatch.setattr(attributes, "load_split", lambda *_: pytest.fail("read the images first"))
-    with pytest.raises(UserError, match="nowhere"):
-        attributes.main([str(tmp_path / "nowhere"), "--device", "cpu"])
+    for name in (str(tmp_path / "nowhere"), "mnist_bae_w16", "checkpoints/lbae/mnist_bae_w16.safetensors"):
+        with pytest.raises(UserError, match=rf"{name} is no folder of an experiment.*lbae.release unpack"):
+            attributes.main([name, "--device", "cpu", "--dry_run"])
     vae = tmp_path / "vae"
     mnist.main([f"exp={vae}", "cfg=mnist_vae", "dataset=digits", "device=cpu", "width=2", "zsize=8", "epochs_max=1",
                 "batch_size=32", "train_images=64", "test_images=20"])  # fmt: skip
-    with pytest.raises(UserError, match="bits"):
+    with pytest.raises(UserError, match="is a VAE"):
         attributes.main([str(vae), "--device", "cpu", "--epochs", "1"])
