@@ -34,8 +34,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 class PatchConv2d(nn.Conv2d):
     """nn.Conv2d with an odd kernel that keeps the size, as a 1x1 convolution of patches: C k k channels.
 
-    For few channels and many outputs: oneDNN fills up C to 16 channels, which from 2 to 512 costs 1.4 times this form's
-    time in float32, 1.6 times in bfloat16. From 6 channels on, or to 64 outputs, it gains nothing.
+    For few channels and many outputs: from 2 channels to 512 nn.Conv2d takes 1.4 times as long in float32, 1.6 times in
+    bfloat16 (AMD EPYC). From 6 channels on, or to 64 outputs, this form gains nothing.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, bias: bool = True):
@@ -79,7 +79,7 @@ def in_parts(net: nn.Module, x: Tensor, width: int) -> Tensor:
 def elu(x: Tensor) -> Tensor:
     """F.elu(x), within 1e-7 in float32: x where x > 0, else exp(x) - 1. It may overwrite x.
 
-    PyTorch's goes through expm1, which takes ten times as long as exp with AVX-512 and twice with AVX2.
+    PyTorch's goes through expm1: on an AMD EPYC 10 ns a number with AVX-512 (exp: 0.6 ns), 1.4 ns with AVX2.
     """
     transformed = torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
     if on_cpu(x) and x.dtype in (torch.float32, torch.bfloat16) and not transformed:
