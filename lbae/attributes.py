@@ -68,7 +68,7 @@ def labelled(params: Params, split: str, names: Sequence[str]) -> tuple[Labelled
     known = attribute_names(data) or list(names)
     if known != list(names):
         raise UserError(f"the {split} images have the attributes {_listed(known)}, the model was trained with "
-                        f"{_listed(names)}: name the folder of its training by --data-root")  # fmt: skip
+                        f"{_listed(names)}: name the folder of its training by --data_root")  # fmt: skip
     has = F.one_hot(has[:, 0], len(names)) if has.shape[1] == 1 else has
     return Labelled(as_input(images), has), attribute_groups(data, names)
 

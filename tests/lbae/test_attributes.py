@@ -122,7 +122,7 @@ def test_other_images_than_the_trainings_are_refused(tmp_path, monkeypatch):
     assert list(json.loads(before)["mean"]) == ["class"]
     monkeypatch.setattr(attributes, "train_judge", lambda *_: pytest.fail("worked first"))
     for other, colours in (("more", 4), ("one", 1)):
-        with pytest.raises(UserError, match=r"attributes c0.*c0, c1, c2.*--data-root"):
+        with pytest.raises(UserError, match=r"attributes c0.*c0, c1, c2.*--data_root"):
             attributes.main([exp, "--device", "cpu", "--data_root", str(folder(tmp_path / other, colours))])
     assert (tmp_path / "exp/attributes.json").read_bytes() == before
     single = train(tmp_path / "single", f"data_root={tmp_path / 'one'}")

@@ -9,7 +9,7 @@ import pytest
 from option_table import judged, option_names, run_inside
 
 from common.options import all_names
-from lbae import benchmark, celeba, cifar10, download, eval, fid, mnist, protocol, release
+from lbae import attributes, benchmark, celeba, cifar10, download, eval, fid, mnist, protocol, release
 from lbae.options import Params, as_declared, experiment_name
 
 FOLDER = Path(mnist.__file__).resolve().parent
@@ -161,7 +161,8 @@ def messages() -> list[tuple[str, str]]:
 
 def test_every_remedy_that_a_message_names_exists():
     known = set(all_names(protocol.Protocol)) | set(all_names(eval.Scores))
-    flags = {"help", "from", *all_names(download.DownloadOptions), *all_names(fid.FidOptions)}
+    commands = (download.DownloadOptions, fid.FidOptions, attributes.Config)
+    flags = {"help", "from", *(name for command in commands for name in all_names(command))}
     texts = messages()
     named = [(file, word) for file, text in texts for word in re.findall(r"(?<![\w.>])([a-z_]+)=", text)]
     assert len(named) > 8
