@@ -17,8 +17,8 @@ def on_cpu(x: Tensor) -> bool:
 class ConvTranspose2d(nn.ConvTranspose2d):
     """nn.ConvTranspose2d that adds its bias after the convolution.
 
-    With channels last oneDNN takes longer for the gradient of a bias than for that of the weight: a 4x4 layer of stride
-    2 costs a training step 1.35 times this form's time in float32, 2.2 times in bfloat16.
+    With channels last oneDNN's gradient of a bias is slow; the sum over pixels that replaces it is not. In whole steps:
+    `python -m glancenet.benchmark --cases glancenet`, whose published form is nn.ConvTranspose2d.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 class PatchConv2d(nn.Conv2d):
     """nn.Conv2d with an odd kernel that keeps the size, as a 1x1 convolution of patches: C k k channels.
 
-    For few channels and many outputs: from 2 channels to 512 nn.Conv2d takes 1.4 times as long in float32, 1.6 times in
-    bfloat16 (AMD EPYC). From 6 channels on, or to 64 outputs, this form gains nothing.
+    For few channels and many outputs, where oneDNN's convolution is slow. In whole steps: `python -m
+    inv_flow.benchmark`, whose published form is nn.Conv2d.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, bias: bool = True):
@@ -68,7 +68,7 @@ def in_parts(net: nn.Module, x: Tensor, width: int) -> Tensor:
     """net(x) for images x (B, C, h, w) and a network that treats each image alone, on parts of the batch on a CPU.
 
     A part's widest activation, of `width` channels on h x w pixels, takes at most 8 MiB of float32 and stays in the
-    cache from layer to layer: up to twice as fast as fetching it from memory.
+    cache from layer to layer.
     """
     if not on_cpu(x):
         return net(x)
@@ -79,7 +79,8 @@ def in_parts(net: nn.Module, x: Tensor, width: int) -> Tensor:
 def elu(x: Tensor) -> Tensor:
     """F.elu(x), within 1e-7 in float32: x where x > 0, else exp(x) - 1. It may overwrite x.
 
-    PyTorch's goes through expm1: on an AMD EPYC 10 ns a number with AVX-512 (exp: 0.6 ns), 1.4 ns with AVX2.
+    PyTorch's goes through expm1, which is slow with AVX-512: compare `torch.expm1(x)` and `torch.exp(x)` by
+    `python -m timeit -s "import torch; torch.set_num_threads(1); x = torch.randn(2**19)" "torch.expm1(x)"`.
     """
     transformed = torch._C._functorch.is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
     if on_cpu(x) and x.dtype in (torch.float32, torch.bfloat16) and not transformed:

@@ -5,7 +5,7 @@
 
 For each attribute (or class) codes of test images without it get its bits, as `set_attr` does, and are decoded. A small
 convolutional network judges, trained on the training images and their labels; its recall on real test images is printed
-beside the shares: more cannot be expected.
+beside the shares.
 """
 
 import json
@@ -52,7 +52,7 @@ class Config(Options):
 
 
 class Labelled(NamedTuple):
-    """Images (N, C, S, S) in [0, 1] and which attributes they have, 0 or 1 (N, A)."""
+    """Images uint8 (N, C, S, S) and which attributes they have, 0 or 1 (N, A)."""
 
     images: Tensor
     has: Tensor
@@ -70,7 +70,7 @@ def labelled(params: Params, split: str, names: Sequence[str]) -> tuple[Labelled
         raise UserError(f"the {split} images have the attributes {_listed(known)}, the model was trained with "
                         f"{_listed(names)}: name the folder of its training by --data_root")  # fmt: skip
     has = F.one_hot(has[:, 0], len(names)) if has.shape[1] == 1 else has
-    return Labelled(as_input(images), has), attribute_groups(data, names)
+    return Labelled(images, has), attribute_groups(data, names)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -114,7 +114,7 @@ def train_judge(data: Labelled, groups: Sequence[int], epochs: int, seed: int, d
         optimizer = torch.optim.Adam(judge.parameters(), lr=1e-3)
         for _ in range(epochs):
             for rows in torch.randperm(len(data.images)).split(64):
-                loss = judge.loss(data.images[rows].to(device), data.has[rows].to(device))
+                loss = judge.loss(as_input(data.images[rows].to(device)), data.has[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -127,7 +127,7 @@ def shares(model: Autoencoder, judge: Judge, test: Labelled, k: int, options: Co
     reconstruction, before and after it is set.
     """
     rows = [test.has[:, k] == value for value in (1, 0)]
-    having, lacking = (test.images[row][: options.images].to(model.codes.device) for row in rows)
+    having, lacking = (as_input(test.images[row][: options.images].to(model.codes.device)) for row in rows)
 
     def share(images: Tensor) -> float:
         return 100 * float(judge(images)[:, k].double().mean())

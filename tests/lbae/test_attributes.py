@@ -19,7 +19,7 @@ class Pixels(SimpleNamespace):
     """An autoencoder of 1 x 4 x 4 images whose bits are their pixels."""
 
     def encode(self, images):
-        return images.flatten(1).sign()
+        return (images.flatten(1) - 0.5).sign()
 
     def decode(self, codes):
         return codes.float().view(-1, 1, 4, 4)
@@ -31,7 +31,7 @@ def test_shares_of_a_code_that_is_the_image(broken, expected):
     codes = torch.randint(0, 2, (400, 16), generator=generator) * 2 - 1
     has = (codes > 0).long()  # attribute k: pixel k is bright
     model = Pixels(codes=codes, sampler=HyperplaneSampler().fit(codes, has.roll(1, 1) if broken else has))
-    test = Labelled(codes.float().view(-1, 1, 4, 4), has)
+    test = Labelled((has * 255).to(torch.uint8).view(-1, 1, 4, 4), has)
 
     found = shares(model, lambda images: images.flatten(1) > 0, test, 3, Config(threshold=0.5))
     assert found == {"recall": 100, "before": 0, "set": pytest.approx(expected, abs=0)}
@@ -53,11 +53,11 @@ def test_a_judge_learns():
     for k in range(4):
         images[where == k, :, 8 * k : 8 * k + 8, :16] = 1
     images[also == 1, :, :, 16:] = 0.8
-    data = Labelled(images, torch.cat([torch.nn.functional.one_hot(where), also[:, None]], 1))
+    data = Labelled((images * 255).to(torch.uint8), torch.cat([torch.nn.functional.one_hot(where), also[:, None]], 1))
     state = torch.get_rng_state()
     judge = train_judge(data, [4, 1], epochs=5, seed=0, device=torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
-    assert (judge(images) == data.has).double().mean() > 0.98
+    assert (judge(data.images / 255) == data.has).double().mean() > 0.98
 
 
 @pytest.fixture(scope="module")
