@@ -45,8 +45,10 @@ def test_a_judge_gives_one_of_a_group_and_yes_or_no():
     assert says[:, 3].any() != says[:, 3].all()
 
 
-def test_a_judge_learns():
+def test_a_judge_learns(monkeypatch):
     """The quarter that is bright, of 4, and whether anything else is; its seed leaves the global numbers alone."""
+    seen, loss = [], Judge.loss
+    monkeypatch.setattr(Judge, "loss", lambda self, x, has: (seen.append(float(x.max())), loss(self, x, has))[1])
     generator = torch.Generator().manual_seed(1)
     where, also = (torch.randint(0, n, (600,), generator=generator) for n in (4, 2))
     images = 0.1 * torch.rand(600, 1, 32, 32, generator=generator)
@@ -57,6 +59,7 @@ def test_a_judge_learns():
     state = torch.get_rng_state()
     judge = train_judge(data, [4, 1], epochs=5, seed=0, device=torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
+    assert max(seen) == 1  # as decoded images are
     assert (judge(data.images / 255) == data.has).double().mean() > 0.98
 
 
