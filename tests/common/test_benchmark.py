@@ -5,17 +5,51 @@ import json
 import pytest
 import torch
 
-from common.benchmark import BenchmarkOptions, Case, count_flops, peak_flops, run_case, run_cases
+from common import benchmark
+from common.benchmark import BenchmarkOptions, Case, count_flops, peak_flops, run_case, run_cases, seconds
 from common.errors import UserError
 from common.options import from_flags
 
 CPU = torch.device("cpu")
 
 
-def test_both_sides_take_turns_after_one_call_each():
+def test_both_sides_take_turns_after_one_call_each(monkeypatch):
+    monkeypatch.setattr(benchmark, "SPAN", 0.0)
     calls = []
     run_case(Case("turns", lambda: calls.append("theirs"), lambda: calls.append("ours")), CPU, 2, 1.0)
     assert calls == ["ours", "theirs", "ours", *["theirs", "ours"] * 2]  # warm-up, the count of operations, two rounds
+
+
+def test_calls_shorter_than_a_tick_of_the_cpu_clock_are_timed(monkeypatch):
+    now = [0.0]
+
+    def work():
+        now[0] += 0.0011
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark.time, "process_time", lambda: now[0] // 0.004 * 0.004)
+    assert seconds(work, CPU) == pytest.approx(0.0011, rel=0.05)
+    now[0] = 0.0
+
+    def slow():
+        now[0] += 2.0
+
+    assert seconds(slow, CPU) == pytest.approx(2.0, abs=0.005)
+    assert now[0] == 2.0  # one call where that is long enough
+
+
+@pytest.mark.parametrize("faster", [2, 4])
+def test_the_peak_is_that_of_the_faster_of_two_libraries(monkeypatch, faster):
+    products = []
+
+    def of_one(work, device):
+        products.append(work())
+        return 0.25 if products[-1].ndim == faster else 1.0
+
+    monkeypatch.setattr(benchmark, "seconds", of_one)
+    assert peak_flops(CPU, torch.float32, repeat=1) == 2 * 2048**3 / 0.25
+    for matrix, images in zip(products[::2], products[1::2], strict=True):
+        assert torch.allclose(images.movedim(1, 3).flatten(0, 2), matrix, atol=1e-3)
 
 
 def test_losses_that_differ_are_an_error():
