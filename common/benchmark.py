@@ -83,8 +83,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, repeat: int = 3) -> flo
     best = 0.0
     for n in (512, 1024, 2048):
         a, b = torch.randn(2, n, n, dtype=dtype, device=device)
-        images, kernel = a.view(2, n // 2, 1, n).movedim(3, 1), b.t()[:, :, None, None]
-        for product in (partial(torch.matmul, a, b), partial(F.conv2d, images, kernel)):
+        images, kernel = a.view(2, n // 2, 1, n).movedim(3, 1), b[:, :, None, None]
+        for product in (partial(F.linear, a, b), partial(F.conv2d, images, kernel)):
             product()
             best = max(best, 2 * n**3 / min(seconds(product, device) for _ in range(repeat)))
     return best
