@@ -41,6 +41,7 @@ from common.unpickle import ARRAYS, read_pickle
 from lbae.model import LBAE
 
 KIND = "lbae"
+LATENTS_ANEW = "training writes it (go on with a larger epochs_max); gen alone does without it by latents=refresh"
 OWN_FILES = re.compile(
     r"models/((weights-)?\d+|last|best|crash)\.cp|models/best\.(safetensors|json)|latents(-last|-eval|-train)?\.npz"
 )
@@ -223,7 +224,7 @@ class Latents:
             pickled = path.with_suffix(".pk")
             if pickled.is_file():
                 return cls._from_pickle(pickled)
-            raise UserError(f"no latents at {path}; train first, or ask for latents=refresh")
+            raise UserError(f"no latents at {path}; {LATENTS_ANEW}")
         try:
             file = read_npz(path)
             codes = torch.from_numpy(file["codes"])
@@ -233,7 +234,7 @@ class Latents:
                 raise ValueError("as many codes as labels are expected")
             return cls(codes, labels, int(file["epoch"]), int(file["iter"]), str(file["source"]))
         except Exception as error:  # a damaged file: zipfile, zlib, struct, EOF, key or value errors
-            raise UserError(f"{path} is damaged or holds no latents; ask for latents=refresh") from error
+            raise UserError(f"{path} is damaged or holds no latents; {LATENTS_ANEW}") from error
 
     @classmethod
     def _from_pickle(cls, path: Path) -> "Latents":
