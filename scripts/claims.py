@@ -164,7 +164,8 @@ def claim_part(claim: dict[str, Any], rows: dict[str, Row]) -> dict[str, Any]:
         table = f"results/{folder[1]}/{folder[2]}" if folder[:1] == ["runs"] and len(folder) > 2 else ""
         commands.append(f"snakemake -s scripts/Snakefile --cores 2 {table}" if table else row["command"])
     title = PAPERS[claim["paper"]].split(":")[0]
-    known = {"verdict": verdict, "shown": shown, "seeds": seeds, "minutes": f"{minutes:.0f}", "lines": lines}
+    known = {"verdict": verdict, "shown": shown, "seeds": seeds, "lines": lines}
+    known["minutes"] = f"{minutes:.0f}" if minutes else "not recorded"
     return {**claim, "title": title, **known, "commands": dict.fromkeys(commands)}
 
 

@@ -77,6 +77,7 @@ def test_the_page_and_the_front_page_say_the_verdict_its_scale_and_its_command(r
     page, front = ((repository / name).read_text() for name in ("CLAIMS.md", "README.md"))
     assert "**undecided at this scale (full; width 8)**" in page  # one test holds, the other cannot say
     assert "| +0.97 [+0.59, +1.35] | holds |" in page
+    assert "Minutes of all trainings: not recorded." in page
     assert page.count("snakemake -s scripts/Snakefile --cores 2 results/inv_flow/toy") == 1
     assert "| 1 | Inverse-Flow (AISTATS 2025) | a is better | undecided at this scale (full; width 8) | 3 |" in front
     assert front.startswith("front\n") and front.endswith("back\n")
