@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with everything that the repository needs, and build the inverse-convolution op in it.
-#   bash scripts/setup.sh              pip's own torch, on Linux with CUDA: 7.6 GB in all; does nothing when up to date
+#   bash scripts/setup.sh              pip's own torch, on Linux with CUDA: 7.8 GB in all; does nothing when up to date
 #   bash scripts/setup.sh --cpu        PyTorch's wheels without CUDA (Linux on x86: about 3.0 GB in all)
 #   bash scripts/setup.sh --light      without TensorFlow (1.3 GB less): only the metrics' frozen Inception graph needs it
 #   bash scripts/setup.sh --dry-run    print what would be run
