@@ -1,7 +1,19 @@
-"""Where the time of a training step goes: networks and objective, optimiser, the next batch, and the rest of the loop.
+r"""Where the time of a training step goes: networks and objective, optimiser, the next batch, and the rest of the loop.
 
     python -m common.profile lbae.mnist dataset=digits width=8 zsize=32 batch_size=64 epochs_max=2 device=cpu
     python -m common.profile latent_flow.train_vae_scratch --max-iter 1000 --max-steps 50 --out runs/profile
+
+The published networks, a few steps (NFPI's with one flow step a level):
+
+    python -m common.profile lbae.mnist train_images=6144 epochs_max=1 device=cpu exp=runs/profile/lbae
+    python -m common.profile glancenet.main --alg GlanceNet --dset_name sprites --sprites_sizes 3 2 4 16 16 \
+        --dset_dir . --encoder SimpleGaussianConv64 --decoder SimpleConv64 --z_dim 7 --include_labels 1 2 3 4 5 \
+        --conditional_prior true --label_weight 100 --batch_size 64 --max_iter 20 --test_iter 1000 --file_save false
+    python -m common.profile latent_flow.train_vae_scratch --batch-size 16 --max-steps 12 --out runs/profile/latent_flow
+    python -m common.profile inv_flow.inv_flow_mnist --epochs 1 --n_train 1200 --n_test 100 --out runs/profile/inv_flow
+    python -m common.profile nfpi.main --config-path=___configs/mnist --config-name=mean_and_var "num_flows=[1,1,1]" \
+        train.epochs=1 train.batch_size=16 dataset_info.items_per_class_train=20 dataset_info.items_per_class_val=2 \
+        train_classifier=0 test_nf_alone=0 test_every_n_epochs=5 hydra.run.dir=runs/profile/nfpi
 
 The words are a training's module and its own command line; the training runs to its end. Left out are the first steps
 and those that end an epoch, whose evaluations are no part of a step. CPU seconds of the process; on a GPU the clock's,
