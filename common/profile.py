@@ -8,7 +8,8 @@ The published networks, a few steps (NFPI's with one flow step a level):
     python -m common.profile lbae.mnist train_images=6144 epochs_max=1 device=cpu exp=runs/profile/lbae
     python -m common.profile glancenet.main --alg GlanceNet --dset_name sprites --sprites_sizes 3 2 4 16 16 \
         --dset_dir . --encoder SimpleGaussianConv64 --decoder SimpleConv64 --z_dim 7 --include_labels 1 2 3 4 5 \
-        --conditional_prior true --label_weight 100 --batch_size 64 --max_iter 20 --test_iter 1000 --file_save false
+        --conditional_prior true --label_weight 100 --batch_size 64 --max_iter 20 --test_iter 1000 --file_save false \
+        --log_dir runs/profile/logs --ckpt_dir runs/profile/checkpoints
     python -m common.profile latent_flow.train_vae_scratch --batch-size 16 --max-steps 12 --out runs/profile/latent_flow
     python -m common.profile inv_flow.inv_flow_mnist --epochs 1 --n_train 1200 --n_test 100 --out runs/profile/inv_flow
     python -m common.profile nfpi.main --config-path=___configs/mnist --config-name=mean_and_var "num_flows=[1,1,1]" \
